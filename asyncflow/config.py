@@ -1,0 +1,337 @@
+"""Every number of a run: validated models, YAML presets, dotted overrides.
+
+Owns names, defaults, meanings and limits. It imports neither torch nor a simulator, so that the command line can
+refuse a bad configuration before anything slow is loaded. A key that nothing reads does not belong here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from asyncflow.errors import ConfigError
+
+BufferType = Literal["vla", "standard"]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EnvConfig(Section):
+    """What is simulated, and in how many processes."""
+
+    task: str = Field("Lift", description="Task name (`asyncflow tasks` lists them); `Toy` needs no simulator.")
+    env_meta: str | None = Field(
+        None, description="JSON file or robomimic HDF5 dataset whose `env_meta` replaces the one built from the task."
+    )
+    num_envs: int = Field(16, ge=1, description="Environments collected from, N.")
+    num_workers: int | None = Field(None, ge=1, description="Simulator processes; null means one per CPU core.")
+    horizon: int | None = Field(
+        None, ge=1, description="Env steps until an episode is truncated; null means the task's."
+    )
+    obs_keys: list[str] | None = Field(
+        None, description="Low-dimensional observations concatenated into `state`; null means the task's."
+    )
+    step_timeout_s: float = Field(120.0, gt=0, description="A worker silent for longer than this counts as hung.")
+
+
+class PolicyConfig(Section):
+    """The network, its sampler and its log-probs."""
+
+    kind: Literal["flow", "gaussian"] = Field("flow", description="Which policy to build.")
+    checkpoint: str | None = Field(
+        None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
+    )
+    hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
+    critic_hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
+    horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
+    n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
+    num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")
+    noise_method: Literal["flow_sde", "flow_noise", "flow_cps"] = Field(
+        "flow_noise", description="How the flow's sampler becomes stochastic."
+    )
+    noise_level: float = Field(
+        0.5, gt=0, description="flow_sde, flow_cps: the noise scale a; flow_noise with fixed noise: its std."
+    )
+    noise_level_final: float | None = Field(
+        None, gt=0, description="Value that noise_level is annealed to; null: none."
+    )
+    anneal_updates: int = Field(0, ge=0, description="Updates over which noise_level is annealed linearly.")
+    learn_noise: bool = Field(True, description="flow_noise: learn a std per action dimension within noise_range.")
+    noise_range: list[float] = Field(
+        [0.08, 0.16], min_length=2, max_length=2, description="flow_noise: bounds of the learned std."
+    )
+    log_prob: Literal["joint_sum", "joint_mean", "per_step", "single_step"] = Field(
+        "joint_mean",
+        description="Log-prob of a decision: sum or mean over steps and dimensions (a mean tempers the ratio), "
+        "one ratio per denoising step, or one random step per decision.",
+    )
+    min_std: float = Field(0.0, ge=0, description="Floor of the sampler's std, in sampling and in log-probs alike.")
+    initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
+    emulated_latency_s: float = Field(
+        0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
+    )
+
+
+class AlgorithmConfig(Section):
+    """PPO."""
+
+    gamma: float = Field(0.995, gt=0, le=1, description="Discount per env step.")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's lambda, per decision.")
+    advantage: Literal["gae", "monte_carlo", "n_step"] = Field("gae", description="Advantage estimator.")
+    n_step: int = Field(8, ge=1, description="n_step: decisions before the bootstrap.")
+    normalize_advantages: bool = Field(True, description="Normalise advantages over the valid decisions of a rollout.")
+    update_epochs: int = Field(8, ge=1, description="Passes over a rollout per update.")
+    num_minibatches: int = Field(4, ge=1, description="Minibatches per pass.")
+    learning_rate: float = Field(1e-4, gt=0, description="Adam step size of the actor.")
+    critic_learning_rate: float = Field(1e-3, gt=0, description="Adam step size of the critic.")
+    lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to zero over total_updates.")
+    critic_warmup_updates: int = Field(1, ge=0, description="First updates, in which only the critic is trained.")
+    clip_coef: float = Field(0.01, gt=0, description="PPO's clip of the ratio.")
+    dual_clip: float | None = Field(3.0, gt=1, description="Bound of the ratio for negative advantages; null: none.")
+    clip_value_loss: bool = Field(False, description="Clip the value's change by clip_coef.")
+    vf_coef: float = Field(0.5, ge=0, description="Weight of the value loss.")
+    ent_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit, of actor and critic separately.")
+    target_kl: float | None = Field(None, gt=0, description="End an update after the epoch whose KL exceeds this.")
+    decoupled: bool = Field(True, description="Correct stale data by the decoupled objective; false: plain PPO.")
+    behavior_weight: Literal["truncate", "mask"] = Field(
+        "truncate", description="What happens to behavior weights above behavior_weight_max."
+    )
+    behavior_weight_max: float = Field(2.0, gt=0, description="Limit of exp(proximal - behavior).")
+    emulated_latency_s: float = Field(0.0, ge=0, description="Seconds added to every minibatch.")
+
+
+class BufferConfig(Section):
+    """The ring of rollouts and how stale its data may be."""
+
+    buffer_size: int = Field(960, ge=1, description="Decisions in a rollout, T * N.")
+    max_policy_lag: int | None = Field(
+        None, ge=0, le=4, description="Lag limit L in updates; null means 1 for vla and 0 for standard."
+    )
+    lag_mode: Literal["fixed", "bounded"] = Field(
+        "fixed", description="fixed: rollout n acts with version max(0, n - L); bounded: with the newest published."
+    )
+    on_full: Literal["block", "overwrite"] = Field(
+        "block", description="Collector without a free slot waits, or recycles the oldest finished rollout."
+    )
+
+
+class CollectorConfig(Section):
+    """How environments are stepped."""
+
+    num_env_groups: int = Field(1, ge=1, description="Groups of environments stepped while others infer, G.")
+
+
+class TrainerConfig(Section):
+    """The loop: mode, seed, device, length, intervals."""
+
+    buffer_type: BufferType = Field("vla", description="vla: collector thread; standard: collect, then train.")
+    seed: int = Field(0, ge=0, description="Seed of the whole run.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    num_threads: int = Field(1, ge=1, description="CPU threads of one torch operation.")
+    total_updates: int | None = Field(None, ge=1, description="Updates to train; null: no limit.")
+    total_env_steps: int | None = Field(None, ge=1, description="Env steps to train on; null: no limit.")
+    save_interval: int = Field(10, ge=1, description="Updates between checkpoints.")
+    eval_interval: int = Field(10, ge=0, description="Updates between evaluations; 0: none.")
+    eval_episodes: int = Field(50, ge=1, description="Episodes of an evaluation.")
+
+    @model_validator(mode="after")
+    def _check_end(self) -> TrainerConfig:
+        if self.total_updates is None and self.total_env_steps is None:
+            raise ValueError("trainer.total_updates and trainer.total_env_steps are both null; set one of them")
+        return self
+
+
+class LoggingConfig(Section):
+    """Where a run's files go."""
+
+    out: str | None = Field(None, description="Run folder; null means runs/<task>_<buffer type>_seed<seed>_<time>.")
+    logger: Literal["tensorboard", "none"] = Field("tensorboard", description="Curves beside metrics.jsonl.")
+
+
+class Config(Section):
+    """A whole run. `load_config` builds one; `resolved` fields follow from the others."""
+
+    env: EnvConfig = EnvConfig()
+    policy: PolicyConfig = PolicyConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    buffer: BufferConfig = BufferConfig()
+    collector: CollectorConfig = CollectorConfig()
+    trainer: TrainerConfig = TrainerConfig(total_updates=20)
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def num_steps(self) -> int:
+        """Decisions of each environment in a rollout, T."""
+        return self.buffer.buffer_size // self.env.num_envs
+
+    @property
+    def max_policy_lag(self) -> int:
+        """Lag limit L, in updates."""
+        if self.buffer.max_policy_lag is not None:
+            return self.buffer.max_policy_lag
+        return 1 if self.trainer.buffer_type == "vla" else 0
+
+    @property
+    def minibatch_size(self) -> int:
+        """Decisions in a minibatch."""
+        return self.buffer.buffer_size // self.algorithm.num_minibatches
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Config:
+        size, envs = self.buffer.buffer_size, self.env.num_envs
+        _require_multiple("buffer.buffer_size", size, "env.num_envs", envs)
+        _require_multiple("buffer.buffer_size", size, "algorithm.num_minibatches", self.algorithm.num_minibatches)
+        _require_multiple("env.num_envs", envs, "collector.num_env_groups", self.collector.num_env_groups)
+        if self.policy.n_action_steps > self.policy.horizon:
+            raise ValueError(
+                f"policy.n_action_steps = {self.policy.n_action_steps} must be at most "
+                f"policy.horizon = {self.policy.horizon}"
+            )
+        low, high = self.policy.noise_range
+        if not 0 < low < high:
+            raise ValueError(f"policy.noise_range = {[low, high]} must be two positive, rising numbers")
+        if self.buffer.on_full == "overwrite" and self.buffer.lag_mode == "fixed":
+            raise ValueError("buffer.on_full = overwrite needs buffer.lag_mode = bounded: fixed lag loses no rollout")
+        if self.buffer.on_full == "overwrite" and self.trainer.buffer_type == "standard":
+            raise ValueError("buffer.on_full = overwrite needs --buffer-type vla: a synchronous run never waits")
+        return self
+
+
+def _require_multiple(key: str, value: int, divisor_key: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{key} = {value} must be a multiple of {divisor_key} = {divisor}")
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets."""
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def _preset_folder() -> Path:
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def load_config(preset: str | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Build a validated configuration.
+
+    Args:
+        preset: A shipped preset's name or the path of a YAML file; None means the defaults.
+        overrides: Dotted key -> value, applied last.
+
+    Raises:
+        ConfigError: An unknown preset or key, a wrong type or an impossible combination; the message is one line.
+    """
+    values = read_preset(preset) if preset else {}
+    for key, value in (overrides or {}).items():
+        _set_dotted(values, key, value)
+    return validate(values)
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """Validate nested values, as a preset or a run's `config.yaml` holds them.
+
+    Raises:
+        ConfigError: As `load_config`.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """Return the nested values of a preset's YAML file.
+
+    Raises:
+        ConfigError: The preset does not exist or is not a YAML mapping.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else _preset_folder() / f"{preset}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--config {preset}: no such preset or file; presets: {', '.join(preset_names())}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {preset}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {preset}: expected a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Parse `key.sub=value` arguments; values are YAML.
+
+    Raises:
+        ConfigError: An argument without `=`, or a value that is not YAML.
+    """
+    parsed = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{argument!r} is not an override; write section.key=value")
+        try:
+            parsed[key] = _parse_value(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: cannot read the value {text!r}") from None
+    return parsed
+
+
+def _parse_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+    values[leaf] = value
+
+
+def describe_keys() -> Iterator[tuple[str, str, Any, str]]:
+    """Yield (dotted key, type, default, meaning) of every key."""
+    for section, field in Config.model_fields.items():
+        for key, info in type(field.default).model_fields.items():
+            yield f"{section}.{key}", _type_name(info.annotation), getattr(field.default, key), info.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+
+
+def _explain(error: ValidationError) -> str:
+    """Return one line about the first problem: key, value, what is allowed, nearest right name."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{_suggest(key)}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _suggest(key: str) -> str:
+    known = [name for name, *_ in describe_keys()] + list(Config.model_fields)
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1)]
+    return f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"

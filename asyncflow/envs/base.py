@@ -1,0 +1,94 @@
+"""The VecEnv contract: what the collector and the evaluation ask of a set of environments.
+
+Owns the words of the contract. It must not know how an environment is simulated, who acts in it, or where its
+transitions go.
+
+Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
+`state` observation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from tensordict import TensorDict
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """What a policy must fit.
+
+    Attributes:
+        obs_shapes: Observation key -> shape without the environment dimension, such as `{"state": (19,)}`; float32.
+        action_dim: A. Actions are in [-1, 1].
+        horizon: Env steps until an episode is truncated.
+        env_meta: robomimic's description from which the environment can be built again; empty for the toy.
+        obs_keys: The simulator's names that `state` concatenates, in this order.
+    """
+
+    obs_shapes: dict[str, tuple[int, ...]]
+    action_dim: int
+    horizon: int
+    env_meta: dict[str, Any] = field(default_factory=dict)
+    obs_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What one chunk did in each addressed environment. CPU tensors, owned by the caller.
+
+    Attributes:
+        obs: [n] observation to decide on next; of the new episode where one ended.
+        final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended.
+        rewards: [n, H] reward of each executed env step, zero after the episode's end.
+        executed: [n] int64, env steps executed, 1 to H.
+        terminated: [n] bool, the task was solved.
+        truncated: [n] bool, the horizon was reached without success; never true where `terminated` is.
+        episode_return: [n] undiscounted return of the episode that ended; zero elsewhere.
+        episode_length: [n] int64, env steps of the episode that ended; zero elsewhere.
+    """
+
+    obs: TensorDict
+    final_obs: TensorDict
+    rewards: Tensor
+    executed: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    episode_return: Tensor
+    episode_length: Tensor
+
+
+class VecEnv(ABC):
+    """N environments that execute whole chunks and reset themselves; a chunk never crosses an episode.
+
+    One thread uses an instance. Episode e of environment i starts from the seed
+    `derive_seed(seed, "episode", i, e)`, whatever happened before.
+    """
+
+    spec: EnvSpec
+    num_envs: int
+
+    @abstractmethod
+    def reset(self, seed: int) -> TensorDict:
+        """Start episode 0 of every environment and return its observations, [N]. No chunk may be under way."""
+
+    @abstractmethod
+    def step_async(self, actions: Tensor, env_ids: range) -> None:
+        """Start one chunk, [n, H, A] in [-1, 1], in each of `env_ids`; returns at once."""
+
+    @abstractmethod
+    def step_wait(self, env_ids: range) -> ChunkResult:
+        """Wait for the chunk started by `step_async(..., env_ids)`.
+
+        Several `env_ids` may be under way at once if they do not overlap; they may be waited for in any order.
+
+        Raises:
+            EnvError: A simulator raised, died or stayed silent for too long; the message holds its traceback.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the simulators and free their memory; may be called twice, and while chunks are under way."""

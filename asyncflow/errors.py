@@ -1,0 +1,21 @@
+"""One tree of exceptions. `cli.py` turns a `ConfigError` into exit code 2, everything else into 1."""
+
+
+class AsyncflowError(Exception):
+    """Root of every error that asyncflow raises on purpose."""
+
+
+class ConfigError(AsyncflowError):
+    """The user asked for something impossible; the message is one line naming key, value and what is allowed."""
+
+
+class EnvError(AsyncflowError):
+    """A simulator or its worker process failed."""
+
+
+class CollectorError(AsyncflowError):
+    """The collector thread failed; the cause carries its traceback."""
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is missing, foreign, corrupt, or does not fit the policy."""

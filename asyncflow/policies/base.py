@@ -1,0 +1,123 @@
+"""The Policy contract: what the collector, PPO, evaluation and pre-training ask of a policy.
+
+Owns the contract, normalisation and the actor/critic split. It must not know about rollouts, lags or threads.
+
+Shapes: N decisions in a batch, P predicted actions (horizon), H executed actions, A action size, K denoising steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+Mode = Literal["train", "eval"]
+
+
+class Normalizer(nn.Module):
+    """Maps [low, high] to [-1, 1] and back; fixed before training starts, saved with the policy."""
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Fit the range; a constant dimension is only shifted."""
+        half = (high - low) / 2
+        self.offset.copy_((high + low) / 2)
+        self.scale.copy_(torch.where(half > 1e-6, half, torch.ones_like(half)))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return `x` in normalised units."""
+        return (x - self.offset) / self.scale
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Return `x` in the original units."""
+        return x * self.scale + self.offset
+
+
+class Policy(nn.Module, ABC):
+    """An actor and a critic over one observation.
+
+    Attributes:
+        horizon: P.
+        n_action_steps: H.
+        action_dim: A.
+        noise_size: Standard normal numbers that one decision consumes.
+        log_prob_terms: Factor from `log_probs`, summed over its denoising steps if it has them, to the joint
+            log-prob of the decision: K * H * A where `log_probs` is a mean, 1 where it is a sum.
+    """
+
+    horizon: int
+    n_action_steps: int
+    action_dim: int
+    noise_size: int
+    log_prob_terms: float
+
+    @abstractmethod
+    def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
+        """Decide.
+
+        Args:
+            obs: [N] observations.
+            mode: `train` explores; `eval` is a deterministic function of `obs` and of the initial noise.
+            noise: [N, noise_size] standard normal numbers.
+
+        Returns:
+            [N] `actions [N, P, A]`, within [-1, 1] only as far as the simulator clips them. In `train` also
+            `log_probs` ([N], or [N, K] with `per_step`) of the first H actions, `values [N]`, and whatever
+            `default_forward` needs to evaluate the same decision again.
+        """
+
+    @abstractmethod
+    def default_forward(self, batch: TensorDictBase) -> TensorDict:
+        """Evaluate stored decisions under today's weights; never samples.
+
+        Args:
+            batch: [N] `obs` and everything that `sample_actions(mode="train")` returned.
+
+        Returns:
+            [N] `log_probs` in the stored shape, `values [N]`, `entropy [N]` in nats.
+        """
+
+    @abstractmethod
+    def get_value(self, obs: TensorDictBase) -> Tensor:
+        """Return V(obs), [N] float32, in units of discounted reward. Never runs the sampler."""
+
+    @abstractmethod
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that only the value function uses."""
+
+    def actor_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield every other parameter."""
+        critic = {id(parameter) for parameter in self.critic_parameters()}
+        return (parameter for parameter in self.parameters() if id(parameter) not in critic)
+
+    def anneal(self, update: int) -> None:
+        """Set what depends on the number of finished updates, in place. Called before weights are published."""
+
+
+def mlp(sizes: list[int], output_gain: float = 1.0) -> nn.Sequential:
+    """Return a ReLU network with orthogonal weights (gain sqrt 2, `output_gain` in the last layer) and zero biases.
+
+    Args:
+        sizes: Width of input, hidden layers and output.
+        output_gain: Gain of the last layer; small values make the first outputs small.
+    """
+    layers: list[nn.Module] = []
+    for index, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        is_last = index == len(sizes) - 2
+        linear = nn.Linear(fan_in, fan_out)
+        nn.init.orthogonal_(linear.weight, output_gain if is_last else 2**0.5)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if is_last else [linear, nn.ReLU()]
+    return nn.Sequential(*layers)
