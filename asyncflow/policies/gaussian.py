@@ -1,0 +1,105 @@
+"""Gaussian policy: one forward predicts the mean of a whole chunk; the standard deviation does not see the state.
+
+Owns its networks and its log-prob. The plain baseline beside the flow policy, with the same chunks and normalisation.
+
+Shapes: N decisions, P predicted actions, H executed actions, A action size, D state size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from asyncflow.config import PolicyConfig
+from asyncflow.errors import ConfigError
+from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
+from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms
+
+
+class GaussianPolicy(Policy):
+    """Independent Gaussians around an MLP's mean, in normalised action units."""
+
+    def __init__(self, config: PolicyConfig, state_dim: int, action_dim: int) -> None:
+        """Build actor and critic.
+
+        Raises:
+            ConfigError: `log_prob` is a mode of denoising steps, or `min_std` exceeds `initial_std`.
+        """
+        super().__init__()
+        _check(config)
+        self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
+        self.noise_size = config.horizon * action_dim
+        self._is_mean = config.log_prob == "joint_mean"
+        self.log_prob_terms = float(config.n_action_steps * action_dim) if self._is_mean else 1.0
+        self._min_std = config.min_std
+        self.obs_normalizer = Normalizer((state_dim,))
+        self.action_normalizer = Normalizer((action_dim,))
+        # A small gain starts every state at the middle of the action range.
+        self.actor = mlp([state_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std)))
+        self.critic = mlp([state_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
+
+    @torch.no_grad()
+    def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
+        """Decide; `eval` returns the mean. `train` also stores `raw_actions [N, P, A]`, in normalised units."""
+        mean = self._mean(obs)
+        if mode == "eval":
+            return TensorDict({"actions": self.action_normalizer.denormalize(mean)}, batch_size=mean.shape[:1])
+        std = self._std()
+        raw = mean + std * noise.view_as(mean)
+        decision = {
+            "actions": self.action_normalizer.denormalize(raw),
+            "raw_actions": raw,
+            "log_probs": self._log_probs(raw, mean, std),
+            "values": self.get_value(obs),
+        }
+        return TensorDict(decision, batch_size=mean.shape[:1])
+
+    def default_forward(self, batch: TensorDictBase) -> TensorDict:
+        """Evaluate stored decisions; see `Policy.default_forward`."""
+        obs = batch["obs"]
+        mean, std = self._mean(obs), self._std()
+        entropy = self.n_action_steps * entropy_terms(std).sum()
+        evaluation = {
+            "log_probs": self._log_probs(batch["raw_actions"], mean, std),
+            "values": self.get_value(obs),
+            "entropy": entropy.expand(mean.shape[0]),
+        }
+        return TensorDict(evaluation, batch_size=mean.shape[:1])
+
+    def get_value(self, obs: TensorDictBase) -> Tensor:
+        """Return V(obs), [N] float32."""
+        value: Tensor = self.critic(self.obs_normalizer.normalize(obs["state"]))
+        return value.squeeze(-1).float()
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the critic's parameters."""
+        return self.critic.parameters()
+
+    def _mean(self, obs: TensorDictBase) -> Tensor:
+        mean: Tensor = self.actor(self.obs_normalizer.normalize(obs["state"]))
+        return mean.float().view(-1, self.horizon, self.action_dim)
+
+    def _std(self) -> Tensor:
+        return self.log_std.exp().clamp(min=self._min_std)
+
+    def _log_probs(self, raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        executed = self.n_action_steps
+        terms = log_prob_terms(raw[:, :executed], mean[:, :executed], std)
+        return terms.mean((1, 2)) if self._is_mean else terms.sum((1, 2))
+
+
+def _check(config: PolicyConfig) -> None:
+    if config.log_prob not in ("joint_sum", "joint_mean"):
+        raise ConfigError(
+            f"policy.log_prob = {config.log_prob} needs denoising steps; "
+            "policy.kind = gaussian allows joint_sum, joint_mean"
+        )
+    if config.min_std > config.initial_std:
+        raise ConfigError(
+            f"policy.min_std = {config.min_std} must be at most policy.initial_std = {config.initial_std}"
+        )
