@@ -202,6 +202,8 @@ class Config(Section):
             raise ValueError(f"policy.noise_range = {[low, high]} must be two positive, rising numbers")
         if self.buffer.on_full == "overwrite" and self.buffer.lag_mode == "fixed":
             raise ValueError("buffer.on_full = overwrite needs buffer.lag_mode = bounded: fixed lag loses no rollout")
+        if self.algorithm.lr_schedule == "linear" and self.trainer.total_updates is None:
+            raise ValueError("algorithm.lr_schedule = linear needs trainer.total_updates, over which it falls to zero")
         if self.buffer.on_full == "overwrite" and self.trainer.buffer_type == "standard":
             raise ValueError("buffer.on_full = overwrite needs --buffer-type vla: a synchronous run never waits")
         return self

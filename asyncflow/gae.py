@@ -1,0 +1,76 @@
+"""Advantages and returns of a rollout, as pure functions.
+
+Owns the recursion. It must not know where values come from: the caller passes, for every decision, the value of
+the observation that followed it in the *same* episode (the true final observation where the horizon cut it).
+
+Shapes: T decisions, N environments.
+
+Papers: GAE, Schulman et al., arXiv:1506.02438, eq. 16; a chunk is one decision whose discount is
+`gamma ** executed`, as in semi-Markov options (Sutton, Precup and Singh, 1999).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """What the recursion needs of a rollout, all [T, N].
+
+    Attributes:
+        rewards: `sum_i gamma^i r_i` of the chunk.
+        values: V(observation).
+        next_values: V of the observation that followed; ignored where `terminated`.
+        discounts: gamma ** executed env steps.
+        terminated: bool, the task was solved: nothing follows.
+        boundary: bool, the next row is not the same episode's next decision.
+    """
+
+    rewards: Tensor
+    values: Tensor
+    next_values: Tensor
+    discounts: Tensor
+    terminated: Tensor
+    boundary: Tensor
+
+    @property
+    def bootstrap(self) -> Tensor:
+        """Discounted value of what followed, zero after termination."""
+        return self.discounts * self.next_values * ~self.terminated
+
+
+def compute_gae(transitions: Transitions, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Return GAE's advantages and returns, both [T, N].
+
+    Args:
+        transitions: The rollout.
+        gae_lambda: Lambda per decision; 1 gives the Monte Carlo return, bootstrapped at a cut.
+    """
+    deltas = transitions.rewards + transitions.bootstrap - transitions.values
+    decay = transitions.discounts * gae_lambda * ~transitions.boundary
+    advantages = torch.empty_like(deltas)
+    running = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        running = deltas[t] + decay[t] * running
+        advantages[t] = running
+    return advantages, advantages + transitions.values
+
+
+def compute_n_step(transitions: Transitions, n_step: int) -> tuple[Tensor, Tensor]:
+    """Return advantages and returns of the n-step estimator, both [T, N].
+
+    The return sums the rewards of up to `n_step` decisions and bootstraps after the last of them; it bootstraps
+    earlier where the episode or the rollout ends.
+    """
+    one_step = transitions.rewards + transitions.bootstrap
+    returns = one_step
+    is_end = transitions.boundary.clone()
+    is_end[-1] = True
+    for _ in range(n_step - 1):
+        following = transitions.rewards + transitions.discounts * returns.roll(-1, 0)
+        returns = torch.where(is_end, one_step, following)
+    return returns - transitions.values, returns

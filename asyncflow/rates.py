@@ -1,0 +1,90 @@
+"""What a row of metrics says besides the update: rollout statistics, rates, busy shares and memory.
+
+Owns the arithmetic from counters to rates. It must not know how rollouts are collected or trained.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from asyncflow.buffer import Rollout
+from asyncflow.timing import OverlapClock
+
+
+def rollout_metrics(rollout: Rollout, policy_lag: int, trainer_seconds: dict[str, float]) -> dict[str, float]:
+    """Return episode statistics, seconds by stage and the policy lag of one trained rollout.
+
+    Args:
+        rollout: The rollout; a rollout in which no episode ended has no episode statistics.
+        policy_lag: Version that trained minus version that acted.
+        trainer_seconds: Seconds of the trainer's stages, by name.
+    """
+    seconds = {f"time/{name}": value for name, value in (rollout.seconds | trainer_seconds).items()}
+    lag = {"staleness/policy_lag_mean": float(policy_lag), "staleness/policy_lag_max": float(policy_lag)}
+    episodes = rollout.episodes
+    num = len(episodes.returns)
+    if not num:
+        return seconds | lag
+    return (
+        seconds
+        | lag
+        | {
+            "rollout/success_rate": sum(episodes.successes) / num,
+            "rollout/episode_return": sum(episodes.returns) / num,
+            "rollout/episode_length": sum(episodes.lengths) / num,
+        }
+    )
+
+
+def memory_metrics() -> dict[str, float]:
+    """Return the peak resident bytes of this process and the peak bytes allocated on the GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes everywhere else
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return {"health/rss_bytes": float(rss), "health/gpu_bytes": float(gpu)}
+
+
+class RateMeter:
+    """Turns monotonic counters into rates between two calls, leaving paused time out. Main thread only."""
+
+    def __init__(self, clock: OverlapClock) -> None:
+        self._clock = clock
+        self._paused_s = 0.0
+        self._paused_total_s = 0.0
+        self._start = self._last = time.perf_counter()
+        self._counters = (0, 0, 0)
+        self._seconds = clock.read()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block out of wall time, busy shares and rates."""
+        start, before = time.perf_counter(), self._clock.read()
+        yield
+        after = self._clock.read()
+        self._paused_s += time.perf_counter() - start
+        self._seconds = {name: value + after[name] - before[name] for name, value in self._seconds.items()}
+
+    def measure(self, env_steps: int, decisions: int, updates: int) -> dict[str, float]:
+        """Return `wall_s`, `throughput/` and `async/` since the last call."""
+        now, seconds = time.perf_counter(), self._clock.read()
+        elapsed = max(now - self._last - self._paused_s, 1e-9)
+        self._paused_total_s += self._paused_s
+        fresh = [new - old for new, old in zip((env_steps, decisions, updates), self._counters, strict=True)]
+        busy = {name: (value - self._seconds[name]) / elapsed for name, value in seconds.items()}
+        self._last, self._paused_s, self._seconds = now, 0.0, seconds
+        self._counters = (env_steps, decisions, updates)
+        return {
+            "wall_s": now - self._start - self._paused_total_s,
+            "throughput/env_steps_per_s": fresh[0] / elapsed,
+            "throughput/decisions_per_s": fresh[1] / elapsed,
+            "throughput/updates_per_s": fresh[2] / elapsed,
+            "async/collector_busy": busy["collector"],
+            "async/trainer_busy": busy["trainer"],
+            "async/overlap": busy["overlap"],
+        }

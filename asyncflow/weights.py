@@ -1,0 +1,116 @@
+"""WeightPublisher: versioned snapshots of what acting needs and training changes, trainer -> collector.
+
+Owns the snapshots and their leases. It must not know about rollouts. Weights are the one arrow from the trainer back
+to the collector. Frozen parameters are shared by both policies and never copied.
+
+Versions live in `max_policy_lag + 1` snapshots; version v is written over version v - (L + 1), which nobody needs any
+more: the rollout that was collected with it was finished before the trainer could produce version v.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from asyncflow.streams import record_event, wait_event
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class PublisherClosed(Exception):
+    """The publisher was closed while a thread waited for a version."""
+
+
+class WeightPublisher:
+    """Hands weights of an exact version, or the newest, from the training thread to the acting one.
+
+    One thread publishes, one thread leases.
+    """
+
+    def __init__(self, policy: nn.Module, max_policy_lag: int) -> None:
+        """Allocate the snapshots on the policy's device and publish version 0."""
+        self._sources = changing_tensors(policy)
+        self._device = self._sources[0].device
+        self._num_snapshots = max_policy_lag + 1
+        self._snapshots = [[torch.empty_like(s) for s in self._sources] for _ in range(self._num_snapshots)]
+        self._written: list[torch.cuda.Event | None] = [None] * self._num_snapshots
+        self._read: list[torch.cuda.Event | None] = [None] * self._num_snapshots
+        self._versions = [-1] * self._num_snapshots
+        self._leased: int | None = None
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self.publish(0)
+
+    @property
+    def newest(self) -> int:
+        """The newest published version. Any thread; never waits."""
+        return max(self._versions)
+
+    def publish(self, version: int) -> None:
+        """Copy the policy's weights into a snapshot as `version`, which must follow the newest.
+
+        Called by the trainer. Waits while the collector leases the snapshot that is to be overwritten; woken by the
+        end of that lease. The copy is ordered after the collector's last read by that read's event.
+        """
+        index = version % self._num_snapshots
+        with self._changed:
+            self._changed.wait_for(lambda: self._leased != index or self._is_closed)
+            self._versions[index] = -1
+        wait_event(self._read[index], self._device)
+        with torch.no_grad():
+            torch._foreach_copy_(self._snapshots[index], self._sources)
+        self._written[index] = record_event(self._device)
+        with self._changed:
+            self._versions[index] = version
+            self._changed.notify_all()
+
+    @contextmanager
+    def lease(self, version: int | None) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield (version, its tensors in the order of `changing_tensors`); None takes the newest.
+
+        Called by the collector. Waits until `version` is published; woken by `publish` or `close`. The tensors may be
+        read, on the calling thread's stream, until the block ends.
+
+        Raises:
+            PublisherClosed: `close` was called while waiting.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._has(version))
+            if self._is_closed:
+                raise PublisherClosed
+            taken = self.newest if version is None else version
+            index = self._leased = taken % self._num_snapshots
+        wait_event(self._written[index], self._device)
+        try:
+            yield taken, self._snapshots[index]
+        finally:
+            self._read[index] = record_event(self._device)
+            with self._changed:
+                self._leased = None
+                self._changed.notify_all()
+
+    def _has(self, version: int | None) -> bool:
+        return self.newest >= 0 if version is None else version in self._versions
+
+    def close(self) -> None:
+        """Wake whoever waits. Any thread; may be called twice."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+
+def changing_tensors(policy: nn.Module) -> list[Tensor]:
+    """Return what training changes, in a fixed order: trainable parameters, then buffers."""
+    return [p.detach() for p in policy.parameters() if p.requires_grad] + list(policy.buffers())
+
+
+def make_acting_copy(policy: Module) -> Module:
+    """Return a copy for the collector: frozen parameters are the same tensors, everything else is its own."""
+    shared: dict[int, object] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).eval()
