@@ -1,0 +1,273 @@
+"""Demonstrations by scripted experts, written in robomimic's HDF5 layout.
+
+Owns the experts and the file. It must not know what learns from the demonstrations.
+
+Shapes: L recorded steps of one demonstration, A action size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncflow.config import EnvConfig
+from asyncflow.errors import ConfigError, EnvError
+from asyncflow.policy_file import publish_file
+from asyncflow.seeding import derive_seed
+
+Array = NDArray[np.float64]
+Obs = dict[str, Array]
+
+MAX_STEPS = 150
+MAX_FAILURES_PER_DEMO = 20
+VALID_FRACTION = 0.1
+
+
+class Simulator(Protocol):
+    """What recording asks of one environment; observations are robomimic's, by name."""
+
+    env_meta: dict[str, Any]
+
+    def reset(self, seed: int) -> Obs:
+        """Start an episode."""
+
+    def step(self, action: Array) -> tuple[Obs, float, bool]:
+        """Execute one action; return the observation, the reward and whether the task is solved."""
+
+    def model(self) -> str:
+        """Return the scene's XML."""
+
+    def state(self) -> Array:
+        """Return the flattened simulator state."""
+
+    def close(self) -> None:
+        """Free the simulator."""
+
+
+class Expert(Protocol):
+    """Decides on one action at a time; one instance an episode."""
+
+    def act(self, obs: Obs) -> Array:
+        """Return the next action, [A], before noise and clipping."""
+
+
+class LiftExpert:
+    """Grasps the cube from above and lifts it: hover, descend, close, lift."""
+
+    hover_height = 0.06  # metres above the cube
+    tolerance = 0.015  # metres at which hovering and descending are done
+    gain = 1.2
+    full_action = 0.05  # metres that an action of 1 asks for
+    closing_steps = 6
+
+    def __init__(self) -> None:
+        self._phase = "hover"
+        self._steps_closing = 0
+
+    def act(self, obs: Obs) -> Array:
+        """Return a proportional move towards the phase's target, [7]."""
+        gripper, cube = obs["robot0_eef_pos"], obs["object"][:3]
+        self._advance(gripper, cube)
+        action = np.zeros(7)
+        action[:3] = self.gain * (self._target(gripper, cube) - gripper) / self.full_action
+        action[6] = -1.0 if self._phase in ("hover", "descend") else 1.0
+        return action
+
+    def _target(self, gripper: Array, cube: Array) -> Array:
+        if self._phase == "hover":
+            return cube + [0.0, 0.0, self.hover_height]
+        if self._phase == "lift":
+            return gripper + [0.0, 0.0, 2 * self.full_action]
+        return cube
+
+    def _advance(self, gripper: Array, cube: Array) -> None:
+        """Enter the next phase once this one's aim is reached."""
+        is_there = float(np.linalg.norm(self._target(gripper, cube) - gripper)) < self.tolerance
+        if self._phase == "hover" and is_there:
+            self._phase = "descend"
+        elif self._phase == "descend" and is_there:
+            self._phase = "close"
+        elif self._phase == "close":
+            self._steps_closing += 1
+            if self._steps_closing > self.closing_steps:
+                self._phase = "lift"
+
+
+EXPERTS: dict[str, Callable[[], Expert]] = {"Lift": LiftExpert}
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """How demonstrations are collected.
+
+    Attributes:
+        num_demos: Successful demonstrations to write.
+        seed: Seed of start states and noise.
+        action_noise: Standard deviation of the normal noise on every action dimension.
+        overwrite: Replace an existing file.
+    """
+
+    num_demos: int = 10
+    seed: int = 0
+    action_noise: float = 0.15
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_demos < 1:
+            raise ConfigError(f"--num-demos {self.num_demos}: must be at least 1")
+        if self.action_noise < 0:
+            raise ConfigError(f"--action-noise {self.action_noise}: must not be negative")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What was collected.
+
+    Attributes:
+        path: The dataset.
+        num_demos: Successful demonstrations in it.
+        num_failures: Attempts that did not solve the task and were left out.
+        num_steps: Env steps in the dataset.
+        wall_s: Seconds it took.
+    """
+
+    path: Path
+    num_demos: int
+    num_failures: int
+    num_steps: int
+    wall_s: float
+
+
+@dataclass
+class _Demo:
+    """One recorded episode; lists have one entry a step."""
+
+    model: str
+    obs: list[Obs] = field(default_factory=list)
+    actions: list[Array] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    states: list[Array] = field(default_factory=list)
+    is_success: bool = False
+
+
+def collect_demos(
+    env_config: EnvConfig,
+    out: str | Path,
+    options: DemoOptions,
+    make_simulator: Callable[[EnvConfig], Simulator] | None = None,
+) -> DemoResult:
+    """Record demonstrations and write the dataset in one step; failed attempts are repeated with another seed.
+
+    Args:
+        env_config: The task and how it is simulated.
+        out: The HDF5 file to write.
+        options: How many, and how noisy.
+        make_simulator: Builds the environment; None means robomimic's.
+
+    Raises:
+        ConfigError: The task has no scripted expert, or the file exists and `overwrite` is false.
+        EnvError: The expert failed too often.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    make_expert = _find_expert(env_config.task)
+    if out.exists() and not options.overwrite:
+        raise ConfigError(f"--out {out}: the file exists; choose another name or pass --overwrite")
+    simulator = (make_simulator or make_robomimic_simulator)(env_config)
+    try:
+        demos, num_failures = _collect(simulator, make_expert, options)
+    finally:
+        simulator.close()
+    write_dataset(out, demos, simulator.env_meta)
+    num_steps = sum(len(demo.actions) for demo in demos)
+    return DemoResult(out, len(demos), num_failures, num_steps, time.perf_counter() - start)
+
+
+def _find_expert(task: str) -> Callable[[], Expert]:
+    if task not in EXPERTS:
+        raise ConfigError(f"--task {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
+    return EXPERTS[task]
+
+
+def _collect(
+    simulator: Simulator, make_expert: Callable[[], Expert], options: DemoOptions
+) -> tuple[list[_Demo], int]:
+    """Return successful demonstrations and the number of failed attempts."""
+    demos: list[_Demo] = []
+    num_failures = 0
+    while len(demos) < options.num_demos:
+        demo = _record(simulator, make_expert(), options, attempt=len(demos) + num_failures)
+        if demo.is_success:
+            demos.append(demo)
+            continue
+        num_failures += 1
+        if num_failures > MAX_FAILURES_PER_DEMO * options.num_demos:
+            raise EnvError(
+                f"the scripted expert failed {num_failures} times and succeeded {len(demos)} times; "
+                f"lower --action-noise {options.action_noise}"
+            )
+    return demos, num_failures
+
+
+def _record(simulator: Simulator, expert: Expert, options: DemoOptions, attempt: int) -> _Demo:
+    """Play one episode until success or MAX_STEPS."""
+    rng = np.random.default_rng(derive_seed(options.seed, "demo_noise", attempt))
+    obs = simulator.reset(derive_seed(options.seed, "demo", attempt))
+    demo = _Demo(model=simulator.model(), obs=[obs])
+    while len(demo.actions) < MAX_STEPS and not demo.is_success:
+        action = expert.act(obs)
+        action = np.clip(action + options.action_noise * rng.standard_normal(action.shape), -1, 1)
+        demo.states.append(simulator.state())
+        obs, reward, demo.is_success = simulator.step(action)
+        demo.actions.append(action)
+        demo.rewards.append(reward)
+        demo.obs.append(obs)
+    return demo
+
+
+def write_dataset(out: Path, demos: list[_Demo], env_meta: dict[str, Any]) -> None:
+    """Write robomimic's layout under a temporary name, then rename it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w") as file:
+            data = file.create_group("data")
+            data.attrs["env_args"] = json.dumps(env_meta)
+            data.attrs["total"] = sum(len(demo.actions) for demo in demos)
+            for index, demo in enumerate(demos):
+                _write_demo(data.create_group(f"demo_{index}"), demo)
+            _write_masks(file.create_group("mask"), len(demos))
+        publish_file(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_demo(group: h5py.Group, demo: _Demo) -> None:
+    num_samples = len(demo.actions)
+    group.attrs["num_samples"] = num_samples
+    group.attrs["model_file"] = demo.model
+    group["actions"] = np.stack(demo.actions)
+    group["rewards"] = np.array(demo.rewards)
+    group["dones"] = (np.arange(num_samples) == num_samples - 1).astype(np.int64)
+    group["states"] = np.stack(demo.states)
+    for key in demo.obs[0]:
+        values = np.stack([obs[key] for obs in demo.obs])
+        group[f"obs/{key}"] = values[:-1]
+        group[f"next_obs/{key}"] = values[1:]
+
+
+def _write_masks(group: h5py.Group, num_demos: int) -> None:
+    """Hold out the last demonstrations for validation: a tenth, and one at least if there are two."""
+    num_valid = max(1, round(VALID_FRACTION * num_demos)) if num_demos > 1 else 0
+    names = np.array([f"demo_{index}" for index in range(num_demos)], dtype="S")
+    group["train"] = names[: num_demos - num_valid]
+    group["valid"] = names[num_demos - num_valid :]

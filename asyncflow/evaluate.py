@@ -1,0 +1,160 @@
+"""How often a policy succeeds: a fixed number of episodes, fixed start states, and an interval for the rate.
+
+Owns the episode quotas and the statistics. It must not know how the policy is trained or what logs the result.
+
+Every environment has a quota of episodes. Taking the first episodes to finish anywhere would favour short ones, and
+with them success; a quota also makes the result independent of timing and of the number of workers.
+
+Shapes: N environments, n of them still busy, H executed actions of a chunk, P predicted actions, A action size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from asyncflow.envs.base import ChunkResult, VecEnv
+from asyncflow.policies.base import Policy
+from asyncflow.seeding import derive_seed, policy_noise
+
+Z_95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found.
+
+    Attributes:
+        num_episodes: Episodes run to their end.
+        num_successes: Episodes that solved the task.
+        success_rate: Their quotient.
+        success_low: Lower end of its 95 % Wilson interval.
+        success_high: Upper end.
+        episode_length: Mean env steps of an episode.
+        episode_return: Mean undiscounted return of an episode.
+        wall_s: Seconds that the evaluation took.
+    """
+
+    num_episodes: int
+    num_successes: int
+    success_rate: float
+    success_low: float
+    success_high: float
+    episode_length: float
+    episode_return: float
+    wall_s: float
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return the logged part under its metric names."""
+        names = ("success_rate", "success_low", "success_high", "episode_length")
+        values = asdict(self)
+        return {f"eval/{name}": values[name] for name in names}
+
+
+@dataclass
+class _Tally:
+    """Sums over finished episodes."""
+
+    num_successes: int = 0
+    total_length: int = 0
+    total_return: float = 0.0
+
+    def add(self, result: ChunkResult) -> None:
+        """Count the episodes that ended with this chunk; the other rows are zero."""
+        self.num_successes += int(result.terminated.sum())
+        self.total_length += int(result.episode_length.sum())
+        self.total_return += float(result.episode_return.sum())
+
+
+@torch.no_grad()
+def evaluate(policy: Policy, vec_env: VecEnv, num_episodes: int, seed: int) -> EvalResult:
+    """Run episodes in deterministic mode; afterwards the environments stand in the middle of new ones.
+
+    Args:
+        policy: Acts in `eval` mode; neither its parameters nor its train/eval flag are touched.
+        vec_env: Environments of the evaluation's own, never a collector's.
+        num_episodes: How many, exactly; the first environments run one more where N does not divide it.
+        seed: The run's seed. Start states and noise are keyed apart from those of training.
+
+    Raises:
+        EnvError: A simulator failed.
+    """
+    start = time.perf_counter()
+    seed = derive_seed(seed, "evaluation")
+    remaining = episode_quotas(num_episodes, vec_env.num_envs)
+    obs = vec_env.reset(seed)
+    tally = _Tally()
+    decision = 0
+    while remaining.any():
+        busy = remaining.nonzero().flatten().tolist()
+        noise = policy_noise(seed, busy, decision, policy.noise_size)
+        for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise)):
+            rows = slice(env_ids.start, env_ids.stop)
+            obs[rows] = result.obs
+            remaining[rows] -= (result.terminated | result.truncated).long()
+            tally.add(result)
+        decision += 1  # an environment is busy until its quota is done, so this is each one's own count
+    return _summarise(tally, num_episodes, time.perf_counter() - start)
+
+
+def episode_quotas(num_episodes: int, num_envs: int) -> Tensor:
+    """Return how many episodes each environment runs, [N] int64; they differ by at most one."""
+    quotas = torch.full((num_envs,), num_episodes // num_envs)
+    quotas[: num_episodes % num_envs] += 1
+    return quotas
+
+
+def _decide(policy: Policy, obs: TensorDict, noise: Tensor) -> Tensor:
+    """Return the actions to execute, [n, H, A] on CPU."""
+    device = next(policy.parameters()).device
+    decided = policy.sample_actions(obs.to(device), "eval", noise.to(device))
+    actions: Tensor = decided["actions"]
+    return actions[:, : policy.n_action_steps].clamp(-1, 1).float().cpu()
+
+
+def _step(vec_env: VecEnv, env_ids: list[int], actions: Tensor) -> list[tuple[range, ChunkResult]]:
+    """Step some environments at once and wait for all of them; actions are [n, H, A]."""
+    runs = contiguous_runs(env_ids)
+    parts = actions.split([len(run) for run in runs])
+    for run, part in zip(runs, parts, strict=True):
+        vec_env.step_async(part, run)
+    return [(run, vec_env.step_wait(run)) for run in runs]
+
+
+def contiguous_runs(ids: list[int]) -> list[range]:
+    """Return the fewest ranges that cover rising ids, which is how a VecEnv addresses environments."""
+    runs: list[range] = []
+    for index in ids:
+        if runs and runs[-1].stop == index:
+            runs[-1] = range(runs[-1].start, index + 1)
+        else:
+            runs.append(range(index, index + 1))
+    return runs
+
+
+def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a success rate (Wilson, "Probable inference", JASA 22, 1927, equation 4)."""
+    rate = num_successes / num_trials
+    shrink = 1 + Z_95**2 / num_trials
+    centre = (rate + Z_95**2 / (2 * num_trials)) / shrink
+    half = Z_95 * math.sqrt(rate * (1 - rate) / num_trials + Z_95**2 / (4 * num_trials**2)) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _summarise(tally: _Tally, num_episodes: int, wall_s: float) -> EvalResult:
+    low, high = wilson_interval(tally.num_successes, num_episodes)
+    return EvalResult(
+        num_episodes=num_episodes,
+        num_successes=tally.num_successes,
+        success_rate=tally.num_successes / num_episodes,
+        success_low=low,
+        success_high=high,
+        episode_length=tally.total_length / num_episodes,
+        episode_return=tally.total_return / num_episodes,
+        wall_s=wall_s,
+    )

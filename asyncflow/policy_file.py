@@ -1,0 +1,182 @@
+"""One policy in one safetensors file: its tensors, how to build it, and the environment it was made for.
+
+Owns the file's format, its atomic writing and the ways to name it on a command line. It must not know how a policy
+is trained, and never reads pickled code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import asyncflow
+from asyncflow.config import PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.errors import CheckpointError
+
+FORMAT = "asyncflow-policy"
+FORMAT_VERSION = 1
+FILE_NAME = "policy.safetensors"
+ASSETS = Path(__file__).parent / "assets"
+MAX_REPORTED_TENSORS = 4
+
+
+@dataclass(frozen=True)
+class PolicyFile:
+    """A policy file's content.
+
+    Attributes:
+        tensors: The policy's state, by the names of `state_dict`.
+        policy_config: What builds a policy that these tensors fit.
+        env_spec: The environment that the policy was made for.
+    """
+
+    tensors: dict[str, Tensor]
+    policy_config: PolicyConfig
+    env_spec: EnvSpec
+
+
+def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig, env_spec: EnvSpec) -> None:
+    """Write a policy file, replacing an old one in a single step: a reader sees the old file or the new one."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+    header = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "asyncflow": asyncflow.__version__,
+        "policy": policy_config.model_dump(),
+        "env": asdict(env_spec),
+    }
+    metadata = {"format": FORMAT, "asyncflow": json.dumps(header, sort_keys=True)}
+    write_atomically(Path(path), save(tensors, metadata=metadata))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old content or the new one, never a part; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+        publish_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_file(temporary: Path, path: Path) -> None:
+    """Give a finished file of the same folder its final name, once its bytes are on the disk."""
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)  # the name itself is data of the folder
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_policy_file(path: str | Path) -> PolicyFile:
+    """Read a policy file.
+
+    Raises:
+        CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow.
+    """
+    path = Path(path)
+    header = _read_header(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: truncated or damaged: {_one_line(error)}") from None
+    try:
+        env = header["env"] | {
+            "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
+            "obs_keys": tuple(header["env"]["obs_keys"]),
+        }
+        return PolicyFile(tensors, PolicyConfig.model_validate(header["policy"]), EnvSpec(**env))
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return asyncflow's part of a safetensors header; the tensors are not touched."""
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            metadata = json.loads(file.read(min(size, path.stat().st_size))).get("__metadata__", {})
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
+    except (struct.error, ValueError, AttributeError):
+        raise CheckpointError(f"{path}: not a safetensors file, or truncated") from None
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a safetensors file without asyncflow's metadata; expected format {FORMAT!r}")
+    header: dict[str, Any] = json.loads(metadata["asyncflow"])
+    if header["version"] != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {header['version']}, this asyncflow reads {FORMAT_VERSION}")
+    return header
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """Return the policy file that a name means.
+
+    Args:
+        name: A .safetensors file, a checkpoint folder, a run folder (its last checkpoint), or shipped weights.
+
+    Raises:
+        CheckpointError: Nothing of that name exists.
+    """
+    path = Path(name).expanduser()
+    candidates = [path, path / FILE_NAME, path / "checkpoints" / "last" / FILE_NAME, ASSETS / f"{name}.safetensors"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(
+        f"checkpoint {name}: not found; give a run folder, a checkpoint folder, a .safetensors file, "
+        f"or shipped weights: {', '.join(shipped_weights())}"
+    )
+
+
+def shipped_weights() -> list[str]:
+    """Return the names of the weights that come with asyncflow."""
+    return sorted(path.stem for path in ASSETS.glob("*.safetensors"))
+
+
+def load_into(policy: nn.Module, file: PolicyFile) -> None:
+    """Copy a file's tensors into a policy.
+
+    Raises:
+        CheckpointError: Names or shapes differ; the message names the tensors and both shapes.
+    """
+    problems = _find_mismatches(policy.state_dict(), file.tensors)
+    if problems:
+        rest = len(problems) - MAX_REPORTED_TENSORS
+        more = f" and {rest} more" if rest > 0 else ""
+        shown = "; ".join(problems[:MAX_REPORTED_TENSORS])
+        raise CheckpointError(f"the checkpoint does not fit the policy (policy vs checkpoint): {shown}{more}")
+    policy.load_state_dict(file.tensors)
+
+
+def _find_mismatches(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    return [
+        f"{name} {_shape(expected.get(name))} vs {_shape(found.get(name))}"
+        for name in sorted(expected.keys() | found.keys())
+        if _shape(expected.get(name)) != _shape(found.get(name))
+    ]
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else str(list(tensor.shape))

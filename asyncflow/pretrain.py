@@ -1,0 +1,241 @@
+"""Behaviour cloning: a flow policy from a robomimic dataset, by flow matching.
+
+Owns the reading of datasets, the cutting of chunks and the supervised loop. It must not know where demonstrations
+come from, nor about reinforcement learning; the critic and the learned noise stay as they were initialised.
+
+Shapes: B chunks in a batch, M chunks in the dataset, L steps of one demonstration, P predicted actions (horizon),
+A action size, D state size.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from asyncflow.config import EnvConfig, PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.errors import ConfigError
+from asyncflow.policies import FlowPolicy, make_policy
+from asyncflow.policy_file import save_policy
+from asyncflow.seeding import derive_seed
+
+NUM_REPORTS = 10
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """How a policy is trained on demonstrations.
+
+    Attributes:
+        num_steps: Optimiser steps.
+        batch_size: Chunks in a batch, B, drawn with replacement.
+        learning_rate: Adam step size.
+        seed: Seed of the initial weights, the batches, the noise and the times.
+    """
+
+    num_steps: int = 1000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "learning_rate"):
+            if getattr(self, name) <= 0:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)}: must be positive")
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What pre-training did.
+
+    Attributes:
+        path: The policy file.
+        num_demos: Demonstrations used.
+        num_chunks: Chunks cut from them, one a step.
+        first_loss: Mean flow matching loss of the first tenth of the steps.
+        final_loss: Mean loss of the last tenth.
+        wall_s: Seconds it took.
+    """
+
+    path: Path
+    num_demos: int
+    num_chunks: int
+    first_loss: float
+    final_loss: float
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """A dataset in memory.
+
+    Attributes:
+        env_meta: robomimic's description of the environment.
+        obs_keys: The observations that `states` concatenates.
+        states: One [L, D] float32 tensor a demonstration.
+        actions: One [L, A] float32 tensor a demonstration.
+    """
+
+    env_meta: dict[str, Any]
+    obs_keys: tuple[str, ...]
+    states: list[Tensor]
+    actions: list[Tensor]
+
+
+def pretrain(
+    dataset: str | Path,
+    out: str | Path,
+    policy_config: PolicyConfig,
+    env_config: EnvConfig,
+    options: PretrainOptions,
+) -> PretrainResult:
+    """Train a flow policy on a robomimic dataset and write it as a policy file.
+
+    Args:
+        dataset: HDF5 file in robomimic's layout.
+        out: The policy file to write.
+        policy_config: What to build; `checkpoint` is ignored.
+        env_config: Supplies `obs_keys` and `horizon`; the task itself is the dataset's.
+        options: Length, batch and seed.
+
+    Raises:
+        ConfigError: The dataset cannot be used, or the policy is not a flow policy; the message is one line.
+    """
+    start = time.perf_counter()
+    demos = read_dataset(dataset, env_config)
+    states, chunks = cut_chunks(demos, policy_config.horizon)
+    spec = _make_spec(demos, env_config)
+    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed)
+    if not isinstance(policy, FlowPolicy):
+        raise ConfigError(f"policy.kind = {policy_config.kind}: only `flow` can be pre-trained")
+    fit_normalizers(policy, demos)
+    losses = train_flow(policy, states, chunks, options)
+    save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
+    tenth = max(1, len(losses) // 10)
+    return PretrainResult(
+        path=Path(out),
+        num_demos=len(demos.states),
+        num_chunks=len(states),
+        first_loss=losses[:tenth].mean().item(),
+        final_loss=losses[-tenth:].mean().item(),
+        wall_s=time.perf_counter() - start,
+    )
+
+
+def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
+    """Load the low-dimensional observations and actions of every demonstration.
+
+    Raises:
+        ConfigError: A missing file, not HDF5, not robomimic's layout, missing observations, or no demonstrations.
+    """
+    path = Path(dataset)
+    if not path.is_file():
+        raise ConfigError(f"--dataset {path}: no such file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError:
+        raise ConfigError(f"--dataset {path}: not an HDF5 file") from None
+    with file:
+        env_meta = _read_env_meta(file, path)
+        names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
+        if not names:
+            raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
+        obs_keys = tuple(env_config.obs_keys or default_obs_keys(env_meta))
+        groups = [file["data"][name] for name in names]
+        for group in groups:
+            _check_obs_keys(group, obs_keys, path)
+        states = [torch.cat([_read(group["obs"][key]) for key in obs_keys], dim=1) for group in groups]
+        return Demonstrations(env_meta, obs_keys, states, [_read(group["actions"]) for group in groups])
+
+
+def _read_env_meta(file: h5py.File, path: Path) -> dict[str, Any]:
+    if "data" not in file or "env_args" not in file["data"].attrs:
+        raise ConfigError(f"--dataset {path}: no attribute `env_args` on group `data`; not a robomimic dataset")
+    try:
+        env_meta: dict[str, Any] = json.loads(file["data"].attrs["env_args"])
+    except ValueError:
+        raise ConfigError(f"--dataset {path}: attribute `env_args` is not JSON") from None
+    return env_meta
+
+
+def _check_obs_keys(group: h5py.Group, obs_keys: tuple[str, ...], path: Path) -> None:
+    available = sorted(group["obs"]) if "obs" in group else []
+    missing = [key for key in obs_keys if key not in available]
+    if missing:
+        raise ConfigError(
+            f"--dataset {path}: {group.name} lacks the observations {', '.join(missing)}; "
+            f"available: {', '.join(available) or 'none'} (env.obs_keys)"
+        )
+
+
+def _read(dataset: h5py.Dataset) -> Tensor:
+    """Return a dataset as [L, size] float32."""
+    return torch.from_numpy(dataset[()]).float().flatten(1)
+
+
+def cut_chunks(demos: Demonstrations, horizon: int) -> tuple[Tensor, Tensor]:
+    """Return [M, D] states and the [M, P, A] actions that follow; the last action repeats past an episode's end."""
+    chunks = []
+    for actions in demos.actions:
+        steps = torch.arange(len(actions))[:, None] + torch.arange(horizon)
+        chunks.append(actions[steps.clamp(max=len(actions) - 1)])
+    return torch.cat(demos.states), torch.cat(chunks)
+
+
+def fit_normalizers(policy: FlowPolicy, demos: Demonstrations) -> None:
+    """Map the demonstrations' range of every dimension to [-1, 1]."""
+    for normalizer, rows in ((policy.obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
+        values = torch.cat(rows)
+        normalizer.set_range(values.amin(0), values.amax(0))
+
+
+def train_flow(policy: FlowPolicy, states: Tensor, chunks: Tensor, options: PretrainOptions) -> Tensor:
+    """Minimise the flow matching loss with Adam and return it for every step, [num_steps].
+
+    Args:
+        policy: Trained in place, on the CPU; only its velocity network has a gradient.
+        states: [M, D].
+        chunks: [M, P, A].
+        options: Length, batch and seed.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(options.seed, "pretrain"))
+    optimizer = torch.optim.Adam(policy.actor_parameters(), lr=options.learning_rate)
+    losses = torch.empty(options.num_steps)
+    for step in range(options.num_steps):
+        rows = torch.randint(len(states), (options.batch_size,), generator=generator)
+        noise = torch.randn((options.batch_size, *chunks.shape[1:]), generator=generator)
+        times = torch.rand(options.batch_size, generator=generator)
+        obs = TensorDict({"state": states[rows]}, batch_size=[options.batch_size])
+        loss = policy.flow_matching_loss(obs, chunks[rows], noise, times)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses[step] = loss.detach()
+    return losses
+
+
+def default_obs_keys(env_meta: dict[str, Any]) -> tuple[str, ...]:
+    robots = env_meta.get("env_kwargs", {}).get("robots", ["Panda"])
+    robots = [robots] if isinstance(robots, str) else robots
+    proprio = [f"robot{i}_{k}" for i in range(len(robots)) for k in ("eef_pos", "eef_quat", "gripper_qpos")]
+    return (*proprio, "object")
+
+
+def _make_spec(demos: Demonstrations, env_config: EnvConfig) -> EnvSpec:
+    return EnvSpec(
+        obs_shapes={"state": (demos.states[0].shape[1],)},
+        action_dim=demos.actions[0].shape[1],
+        horizon=env_config.horizon or 400,
+        env_meta=demos.env_meta,
+        obs_keys=demos.obs_keys,
+    )
