@@ -1,0 +1,256 @@
+"""What a run shows: a start card, a block per update, an end card; plain lines where the output is no terminal.
+
+Owns wording and layout. It must not know how a run is trained. Metrics appear under the last part of their glossary
+name, and nothing needs colour to be understood.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from asyncflow import __version__
+from asyncflow.config import Config, describe_keys
+from asyncflow.metrics import GLOSSARY
+
+if TYPE_CHECKING:
+    from asyncflow.envs.base import EnvSpec
+
+# The middle line explains asynchrony: who was busy, and how stale the data was.
+_BLOCK = {
+    "rollout": ("rollout/success_rate", "rollout/episode_return", "rollout/episode_length"),
+    "async": ("async/collector_busy", "async/trainer_busy", "staleness/policy_lag_mean"),
+    "train": ("train/approx_kl", "train/clip_fraction", "train/explained_variance"),
+    "speed": ("throughput/env_steps_per_s", "time/collect_s", "time/update_s"),
+}
+_LINE = (
+    "rollout/success_rate",
+    "rollout/episode_length",
+    "async/collector_busy",
+    "async/trainer_busy",
+    "staleness/policy_lag_mean",
+    "throughput/env_steps_per_s",
+    "train/approx_kl",
+    "train/explained_variance",
+)
+_SUMMARY = ("updates", "env_steps", "wall_s", *_BLOCK["rollout"][:1], *_BLOCK["async"])
+_BYTES_PER_UNIT = 1000
+
+
+class Evaluation(Protocol):
+    """The part of an evaluation's result that is shown."""
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes run."""
+
+    @property
+    def num_successes(self) -> int:
+        """Episodes that solved the task."""
+
+    @property
+    def success_rate(self) -> float:
+        """Their quotient."""
+
+    @property
+    def success_low(self) -> float:
+        """Lower end of its 95 % interval."""
+
+    @property
+    def success_high(self) -> float:
+        """Upper end."""
+
+    @property
+    def episode_length(self) -> float:
+        """Mean env steps of an episode."""
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds it took."""
+
+
+class ConsoleReporter:
+    """Tells whoever watches how a run goes. Main thread only."""
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        """Write to `file`, standard output by default."""
+        self._file = file or sys.stdout
+        self._is_terminal = self._file.isatty()
+        self._console = Console(file=self._file, highlight=False)
+        self._config: Config | None = None
+
+    def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str, env_spec: EnvSpec) -> None:
+        """Show what is about to run and what differs from the defaults."""
+        self._config = config
+        rows = {
+            "run folder": str(run_dir),
+            "task": f"{config.env.task}, {config.env.num_envs} environments, horizon {env_spec.horizon} env steps",
+            "mode": _describe_mode(config),
+            "policy": f"{config.policy.kind} from {config.policy.checkpoint or 'scratch'}, on {device}",
+            "ring": f"{format_bytes(ring_bytes)} for {config.buffer.buffer_size} decisions a rollout",
+            "length": _describe_length(config),
+        }
+        changed = [f"{key}={_plain(value)}" for key, value, default in differences(config) if value != default]
+        self._card(f"asyncflow {__version__}", rows | {"not default": " ".join(changed) or "nothing"})
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Show one finished update; `row` holds metrics by their glossary names."""
+        if not self._is_terminal:
+            self._print(" ".join([*self._progress(row), *(_named(name, row) for name in _LINE if name in row)]))
+            return
+        self._console.print(Text("  ".join(self._progress(row)), style="bold"))
+        for label, names in _BLOCK.items():
+            first, second, third = (_named(name, row) for name in names)
+            self._print(f"  {label:<8}{first:<23}{second:<22}{third}")
+
+    def evaluation(self, updates: int, result: Evaluation) -> None:
+        """Show an evaluation made after `updates` updates."""
+        if not self._is_terminal:
+            self._print(f"evaluation after update {updates}: {describe_evaluation(result)}")
+            return
+        rate = _describe_rate(result.success_rate, result.success_low, result.success_high)
+        self._print(f"  eval    success_rate {rate}, {result.num_episodes} episodes")
+
+    def end(self, run_dir: Path, checkpoint: Path, row: Mapping[str, float], is_stopped: bool) -> None:
+        """Show how the run ended and the command that comes next."""
+        rows = {_short(name): format_metric(name, row[name]) for name in _SUMMARY if name in row}
+        if "eval/success_rate" in row:
+            interval = (row["eval/success_low"], row["eval/success_high"])
+            rows["evaluation"] = _describe_rate(row["eval/success_rate"], *interval)
+        rows |= {"checkpoint": str(checkpoint), "curves": f"tensorboard --logdir {run_dir}"}
+        self._card("stopped, and saved" if is_stopped else "finished", rows)
+        self._print(f"next: asyncflow eval {checkpoint} --num-episodes 200")  # outside the card, to be copied
+
+    def notice(self, text: str) -> None:
+        """Show one line."""
+        self._print(text)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Show a table; tab-separated lines where the output is no terminal."""
+        if not self._is_terminal:
+            for row in [columns, *rows]:
+                self._print("\t".join(row))
+            return
+        table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
+        self._console.print(table)
+
+    def _progress(self, row: Mapping[str, float]) -> list[str]:
+        """Return the words that say how far the run is."""
+        updates, env_steps = int(row.get("updates", 0)), int(row.get("env_steps", 0))
+        limit = self._config.trainer.total_updates if self._config else None
+        words = [f"update {updates}" + (f"/{limit}" if limit else ""), f"env_steps {env_steps}"]
+        share = progress_share(self._config, updates, env_steps) if self._config else 0.0
+        if share and "wall_s" in row:
+            eta_s = row["wall_s"] * max(0.0, 1 - share) / share
+            words += [f"wall_s {row['wall_s']:.0f}", f"eta {format_duration(eta_s)}"]
+        return words
+
+    def _card(self, title: str, rows: Mapping[str, str]) -> None:
+        if not self._is_terminal:
+            self._print(title)
+            for name, value in rows.items():
+                self._print(f"  {name}: {value}")
+            return
+        grid = Table.grid(padding=(0, 2))
+        for name, value in rows.items():
+            grid.add_row(name, Text(value, overflow="fold"))
+        self._console.print(Panel(grid, title=title, title_align="left"))
+
+    def _print(self, line: str) -> None:
+        # Not rich's print: it wraps lines, and a pipe needs every line at once.
+        print(line, file=self._file, flush=True)
+
+
+def differences(config: Config) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, value, default) of every key."""
+    found = []
+    for key, _, default, _ in describe_keys():
+        section, leaf = key.split(".")
+        found.append((key, getattr(getattr(config, section), leaf), default))
+    return found
+
+
+def progress_share(config: Config, updates: int, env_steps: int) -> float:
+    """Return how much of a run is done, 0 to 1, by the limit that is nearer."""
+    trainer = config.trainer
+    by_updates = updates / trainer.total_updates if trainer.total_updates else 0.0
+    by_env_steps = env_steps / trainer.total_env_steps if trainer.total_env_steps else 0.0
+    return min(1.0, max(by_updates, by_env_steps))
+
+
+def format_metric(name: str, value: float) -> str:
+    """Return a metric's value as it is shown, by its glossary unit; `-` where it is not finite."""
+    if not math.isfinite(value):
+        return "-"
+    unit = GLOSSARY[name].unit
+    if unit == "fraction":
+        return f"{100 * value:.1f}%"
+    if unit == "bytes":
+        return format_bytes(value)
+    if unit in ("s", "1/s"):
+        return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+    return f"{int(value)}" if float(value).is_integer() else f"{value:.3g}"
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes with three digits and a unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < _BYTES_PER_UNIT:
+            return f"{count:.3g} {unit}"
+        count /= _BYTES_PER_UNIT
+    return f"{count:.3g} TB"
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def describe_evaluation(result: Evaluation) -> str:
+    """Return an evaluation in a line that ends with the number of episodes."""
+    rate = _describe_rate(result.success_rate, result.success_low, result.success_high)
+    return (
+        f"success_rate {rate}, episode_length {result.episode_length:.1f}, "
+        f"wall_s {result.wall_s:.1f}, {result.num_successes} of exactly {result.num_episodes} episodes"
+    )
+
+
+def _describe_rate(rate: float, low: float, high: float) -> str:
+    return f"{100 * rate:.1f}% (95% interval {100 * low:.1f}% to {100 * high:.1f}%)"
+
+
+def _named(name: str, row: Mapping[str, float]) -> str:
+    return f"{_short(name)} {format_metric(name, row.get(name, math.nan))}"
+
+
+def _short(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _plain(value: Any) -> str:
+    """Return a value without spaces, as an override on the command line takes it."""
+    return str("null" if value is None else value).replace(" ", "")
+
+
+def _describe_mode(config: Config) -> str:
+    how = {"vla": "collects in a thread while training", "standard": "collects, then trains"}
+    kind = config.trainer.buffer_type
+    return f"{kind}: {how[kind]}, lag at most {config.max_policy_lag} ({config.buffer.lag_mode})"
+
+
+def _describe_length(config: Config) -> str:
+    limits = {"updates": config.trainer.total_updates, "env_steps": config.trainer.total_env_steps}
+    return " or ".join(f"{limit} {name}" for name, limit in limits.items() if limit)
