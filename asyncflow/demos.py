@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.config import EnvConfig
+from asyncflow.envs.robomimic import RobomimicEnv
+from asyncflow.envs.tasks import resolve_task
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.policy_file import publish_file
 from asyncflow.seeding import derive_seed
@@ -53,6 +55,37 @@ class Simulator(Protocol):
         """Free the simulator."""
 
 
+class RobomimicSimulator:
+    """A `Simulator` around `RobomimicEnv`, with every low-dimensional observation that robomimic offers."""
+
+    def __init__(self, env_config: EnvConfig, seed: int) -> None:
+        """Construct the simulator; `seed` decides what it keeps for good, such as the cube's size."""
+        self._env = RobomimicEnv(resolve_task(env_config), seed)
+        self.env_meta = self._env.spec.env_meta
+
+    def reset(self, seed: int) -> Obs:
+        """Start an episode."""
+        self._env.reset(seed)
+        return self._env.observe_all()
+
+    def step(self, action: Array) -> tuple[Obs, float, bool]:
+        """Execute one action."""
+        reward, is_success = self._env.step(action)
+        return self._env.observe_all(), reward, is_success
+
+    def model(self) -> str:
+        """Return the scene's XML."""
+        return str(self._env.env.env.sim.model.get_xml())
+
+    def state(self) -> Array:
+        """Return the flattened simulator state."""
+        return np.array(self._env.env.env.sim.get_state().flatten())
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self._env.close()
+
+
 class Expert(Protocol):
     """Decides on one action at a time; one instance an episode."""
 
@@ -83,11 +116,12 @@ class LiftExpert:
         return action
 
     def _target(self, gripper: Array, cube: Array) -> Array:
-        if self._phase == "hover":
-            return cube + [0.0, 0.0, self.hover_height]
-        if self._phase == "lift":
-            return gripper + [0.0, 0.0, 2 * self.full_action]
-        return cube
+        up = np.array([0.0, 0.0, 1.0])
+        targets: dict[str, Array] = {
+            "hover": cube + self.hover_height * up,
+            "lift": gripper + 2 * self.full_action * up,
+        }
+        return targets.get(self._phase, cube)
 
     def _advance(self, gripper: Array, cube: Array) -> None:
         """Enter the next phase once this one's aim is reached."""
@@ -163,7 +197,7 @@ def collect_demos(
     env_config: EnvConfig,
     out: str | Path,
     options: DemoOptions,
-    make_simulator: Callable[[EnvConfig], Simulator] | None = None,
+    make_simulator: Callable[[EnvConfig, int], Simulator] = RobomimicSimulator,
 ) -> DemoResult:
     """Record demonstrations and write the dataset in one step; failed attempts are repeated with another seed.
 
@@ -171,7 +205,7 @@ def collect_demos(
         env_config: The task and how it is simulated.
         out: The HDF5 file to write.
         options: How many, and how noisy.
-        make_simulator: Builds the environment; None means robomimic's.
+        make_simulator: Builds the environment from its configuration and a seed.
 
     Raises:
         ConfigError: The task has no scripted expert, or the file exists and `overwrite` is false.
@@ -179,10 +213,10 @@ def collect_demos(
     """
     start = time.perf_counter()
     out = Path(out)
-    make_expert = _find_expert(env_config.task)
+    make_expert = _find_expert(env_config)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"--out {out}: the file exists; choose another name or pass --overwrite")
-    simulator = (make_simulator or make_robomimic_simulator)(env_config)
+    simulator = make_simulator(env_config, derive_seed(options.seed, "simulator", 0))
     try:
         demos, num_failures = _collect(simulator, make_expert, options)
     finally:
@@ -192,15 +226,14 @@ def collect_demos(
     return DemoResult(out, len(demos), num_failures, num_steps, time.perf_counter() - start)
 
 
-def _find_expert(task: str) -> Callable[[], Expert]:
+def _find_expert(env_config: EnvConfig) -> Callable[[], Expert]:
+    task = resolve_task(env_config).task.env_name if env_config.env_meta else env_config.task
     if task not in EXPERTS:
-        raise ConfigError(f"--task {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
+        raise ConfigError(f"env.task = {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
     return EXPERTS[task]
 
 
-def _collect(
-    simulator: Simulator, make_expert: Callable[[], Expert], options: DemoOptions
-) -> tuple[list[_Demo], int]:
+def _collect(simulator: Simulator, make_expert: Callable[[], Expert], options: DemoOptions) -> tuple[list[_Demo], int]:
     """Return successful demonstrations and the number of failed attempts."""
     demos: list[_Demo] = []
     num_failures = 0

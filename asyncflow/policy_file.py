@@ -28,6 +28,9 @@ FORMAT_VERSION = 1
 FILE_NAME = "policy.safetensors"
 ASSETS = Path(__file__).parent / "assets"
 MAX_REPORTED_TENSORS = 4
+# Exploration, which a configuration may change between pre-training and fine-tuning.
+LEARNED_NOISE = "sampler.noise_logit"
+NOISE_LEVEL = "sampler.noise_level"
 
 
 @dataclass(frozen=True)
@@ -156,18 +159,35 @@ def shipped_weights() -> list[str]:
 
 
 def load_into(policy: nn.Module, file: PolicyFile) -> None:
-    """Copy a file's tensors into a policy.
+    """Copy a file's tensors into a policy; the noise it explores with stays its own where the two differ in kind.
 
     Raises:
         CheckpointError: Names or shapes differ; the message names the tensors and both shapes.
     """
-    problems = _find_mismatches(policy.state_dict(), file.tensors)
+    own = policy.state_dict()
+    tensors = _adapt_exploration(own, file.tensors)
+    problems = _find_mismatches(own, tensors)
     if problems:
         rest = len(problems) - MAX_REPORTED_TENSORS
         more = f" and {rest} more" if rest > 0 else ""
         shown = "; ".join(problems[:MAX_REPORTED_TENSORS])
         raise CheckpointError(f"the checkpoint does not fit the policy (policy vs checkpoint): {shown}{more}")
-    policy.load_state_dict(file.tensors)
+    policy.load_state_dict(tensors)
+
+
+def _adapt_exploration(own: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors to load when `policy.noise_method`, `learn_noise` or `noise_level` may have been changed.
+
+    One set of weights serves every noise method, and the noise level is a value of the configuration.
+    """
+    tensors = dict(stored)
+    if LEARNED_NOISE in own:
+        tensors.setdefault(LEARNED_NOISE, own[LEARNED_NOISE])
+    else:
+        tensors.pop(LEARNED_NOISE, None)
+    if NOISE_LEVEL in own and NOISE_LEVEL in stored:
+        tensors[NOISE_LEVEL] = own[NOISE_LEVEL]
+    return tensors
 
 
 def _find_mismatches(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:

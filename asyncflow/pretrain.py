@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,11 @@ from torch import Tensor
 
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.tasks import TASKS, Task
 from asyncflow.errors import ConfigError
 from asyncflow.policies import FlowPolicy, make_policy
 from asyncflow.policy_file import save_policy
 from asyncflow.seeding import derive_seed
-
-NUM_REPORTS = 10
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,14 @@ class Demonstrations:
 
     Attributes:
         env_meta: robomimic's description of the environment.
+        horizon: Env steps until an episode of its task is truncated.
         obs_keys: The observations that `states` concatenates.
         states: One [L, D] float32 tensor a demonstration.
         actions: One [L, A] float32 tensor a demonstration.
     """
 
     env_meta: dict[str, Any]
+    horizon: int
     obs_keys: tuple[str, ...]
     states: list[Tensor]
     actions: list[Tensor]
@@ -114,7 +114,7 @@ def pretrain(
     start = time.perf_counter()
     demos = read_dataset(dataset, env_config)
     states, chunks = cut_chunks(demos, policy_config.horizon)
-    spec = _make_spec(demos, env_config)
+    spec = _make_spec(demos)
     policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed)
     if not isinstance(policy, FlowPolicy):
         raise ConfigError(f"policy.kind = {policy_config.kind}: only `flow` can be pre-trained")
@@ -129,6 +129,16 @@ def pretrain(
         first_loss=losses[:tenth].mean().item(),
         final_loss=losses[-tenth:].mean().item(),
         wall_s=time.perf_counter() - start,
+    )
+
+
+def _make_spec(demos: Demonstrations) -> EnvSpec:
+    return EnvSpec(
+        obs_shapes={"state": (demos.states[0].shape[1],)},
+        action_dim=demos.actions[0].shape[1],
+        horizon=demos.horizon,
+        env_meta=demos.env_meta,
+        obs_keys=demos.obs_keys,
     )
 
 
@@ -150,12 +160,25 @@ def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
         names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
         if not names:
             raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
-        obs_keys = tuple(env_config.obs_keys or default_obs_keys(env_meta))
+        task = _find_task(env_meta, env_config, path)
+        obs_keys = tuple(env_config.obs_keys or task.obs_keys)
         groups = [file["data"][name] for name in names]
         for group in groups:
             _check_obs_keys(group, obs_keys, path)
         states = [torch.cat([_read(group["obs"][key]) for key in obs_keys], dim=1) for group in groups]
-        return Demonstrations(env_meta, obs_keys, states, [_read(group["actions"]) for group in groups])
+        actions = [_read(group["actions"]) for group in groups]
+        return Demonstrations(env_meta, env_config.horizon or task.horizon, obs_keys, states, actions)
+
+
+def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:
+    """Return the dataset's task, or one made of the configuration's keys where asyncflow does not know it."""
+    name = env_meta.get("env_name")
+    for task in TASKS.values():
+        if task.env_name == name:
+            return task
+    if env_config.horizon is None or env_config.obs_keys is None:
+        raise ConfigError(f"--dataset {path}: asyncflow does not know {name}; set env.horizon and env.obs_keys")
+    return Task(str(name), env_config.horizon, "described by a dataset", tuple(env_config.obs_keys))
 
 
 def _read_env_meta(file: h5py.File, path: Path) -> dict[str, Any]:
@@ -218,24 +241,7 @@ def train_flow(policy: FlowPolicy, states: Tensor, chunks: Tensor, options: Pret
         obs = TensorDict({"state": states[rows]}, batch_size=[options.batch_size])
         loss = policy.flow_matching_loss(obs, chunks[rows], noise, times)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses[step] = loss.detach()
     return losses
-
-
-def default_obs_keys(env_meta: dict[str, Any]) -> tuple[str, ...]:
-    robots = env_meta.get("env_kwargs", {}).get("robots", ["Panda"])
-    robots = [robots] if isinstance(robots, str) else robots
-    proprio = [f"robot{i}_{k}" for i in range(len(robots)) for k in ("eef_pos", "eef_quat", "gripper_qpos")]
-    return (*proprio, "object")
-
-
-def _make_spec(demos: Demonstrations, env_config: EnvConfig) -> EnvSpec:
-    return EnvSpec(
-        obs_shapes={"state": (demos.states[0].shape[1],)},
-        action_dim=demos.actions[0].shape[1],
-        horizon=env_config.horizon or 400,
-        env_meta=demos.env_meta,
-        obs_keys=demos.obs_keys,
-    )
