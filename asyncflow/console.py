@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
@@ -21,9 +21,6 @@ from rich.text import Text
 from asyncflow import __version__
 from asyncflow.config import Config, describe_keys
 from asyncflow.metrics import GLOSSARY
-
-if TYPE_CHECKING:
-    from asyncflow.envs.base import EnvSpec
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
 _BLOCK = {
@@ -88,18 +85,18 @@ class ConsoleReporter:
         self._console = Console(file=self._file, highlight=False)
         self._config: Config | None = None
 
-    def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str, env_spec: EnvSpec) -> None:
+    def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
         """Show what is about to run and what differs from the defaults."""
         self._config = config
         rows = {
             "run folder": str(run_dir),
-            "task": f"{config.env.task}, {config.env.num_envs} environments, horizon {env_spec.horizon} env steps",
+            "task": f"{config.env.task}, {config.env.num_envs} environments",
             "mode": _describe_mode(config),
             "policy": f"{config.policy.kind} from {config.policy.checkpoint or 'scratch'}, on {device}",
             "ring": f"{format_bytes(ring_bytes)} for {config.buffer.buffer_size} decisions a rollout",
             "length": _describe_length(config),
         }
-        changed = [f"{key}={_plain(value)}" for key, value, default in differences(config) if value != default]
+        changed = [f"{key}={plain(value)}" for key, value, default in differences(config) if value != default]
         self._card(f"asyncflow {__version__}", rows | {"not default": " ".join(changed) or "nothing"})
 
     def update(self, row: Mapping[str, float]) -> None:
@@ -240,8 +237,8 @@ def _short(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _plain(value: Any) -> str:
-    """Return a value without spaces, as an override on the command line takes it."""
+def plain(value: Any) -> str:
+    """Return a value as an override on the command line takes it."""
     return str("null" if value is None else value).replace(" ", "")
 
 

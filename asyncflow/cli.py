@@ -1,0 +1,319 @@
+"""The command line; the only place that exits.
+
+Owns commands, flags, signals and exit codes: 0, 1 after a crash, 2 for a user's mistake, 130 after Ctrl-C or SIGTERM.
+Everything slow (torch, simulators, pydantic) is imported inside the command that needs it, so that `--help` is fast.
+"""
+# ruff: noqa: PLC0415  see above
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from asyncflow import __version__
+from asyncflow.errors import AsyncflowError, ConfigError
+
+if TYPE_CHECKING:
+    from asyncflow.config import Config
+    from asyncflow.trainer import Trainer
+
+EXIT_CRASH, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, which some versions of typer carry inside
+_CONFIG_KEYS = {
+    "task": "env.task",
+    "buffer_type": "trainer.buffer_type",
+    "device": "trainer.device",
+    "seed": "trainer.seed",
+    "num_envs": "env.num_envs",
+    "num_workers": "env.num_workers",
+    "checkpoint": "policy.checkpoint",
+    "out": "logging.out",
+    "logger": "logging.logger",
+}
+
+app = typer.Typer(
+    help="Asynchronous PPO fine-tuning of flow-matching robot policies in robosuite.",
+    epilog="Start with: asyncflow train --task Toy",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Preset = Annotated[
+    str | None, typer.Option("--config", metavar="NAME|FILE", help="Preset or YAML file; the task's own by default.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of `asyncflow config`, such as algorithm.clip_coef=0.02."),
+]
+Checkpoint = Annotated[str, typer.Argument(help="Run folder, checkpoint folder, .safetensors file or shipped weights.")]
+
+
+def _flag(meaning: str, kind: Any = str, default: Any = None, metavar: str | None = None) -> inspect.Parameter:
+    option = typer.Option(help=meaning, metavar=metavar)
+    annotation = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter("flag", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flags(**flags: inspect.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Turn the `**flags` of a command into the flags given; typer reads a command's signature."""
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        added = [flag.replace(name=name) for name, flag in flags.items()]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in [*own, *added]}
+        return command
+
+    return decorate
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"asyncflow {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_flags(
+    task=_flag("Task; `asyncflow tasks` lists them.", metavar="NAME"),
+    buffer_type=_flag("vla: collect while training; standard: collect, then train.", metavar="vla|standard"),
+    device=_flag("Where to train and infer.", metavar="auto|cpu|cuda|cuda:N"),
+    seed=_flag("Seed of the whole run.", int),
+    num_envs=_flag("Environments collected from.", int),
+    checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", metavar="PATH|NAME"),
+    out=_flag("Run folder; must not hold a run.", metavar="FOLDER"),
+    logger=_flag("Curves beside metrics.jsonl.", metavar="tensorboard|none"),
+)
+def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
+    """Fine-tune a policy with PPO."""
+    resolved = _load(config, overrides, flags)
+    from asyncflow.console import ConsoleReporter
+
+    with _quiet_imports():
+        from asyncflow.trainer import train as run_training
+
+    trainer = run_training(resolved, ConsoleReporter(), _stop_on_signals)
+    return EXIT_INTERRUPTED if trainer.is_stopping else 0
+
+
+@app.command("eval")
+@_flags(
+    num_episodes=_flag("Episodes to run.", int, 200),
+    seed=_flag("Seed of start states and noise.", int),
+    num_envs=_flag("Environments stepped at once.", int),
+    num_workers=_flag("Simulator processes; one per core if not given.", int),
+    device=_flag("Where to infer.", metavar="auto|cpu|cuda|cuda:N"),
+)
+def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
+    """Measure how often a policy succeeds, with a 95 % interval."""
+    num_episodes = flags.pop("num_episodes")
+    if num_episodes < 1:
+        raise ConfigError(f"--num-episodes {num_episodes}: must be at least 1")
+    config = _load("lift", None, flags)
+    from asyncflow.console import describe_evaluation
+
+    with _quiet_imports():
+        from asyncflow.evaluate_checkpoint import evaluate_checkpoint
+
+    typer.echo(describe_evaluation(evaluate_checkpoint(checkpoint, config, num_episodes)))
+    return 0
+
+
+@app.command()
+@_flags(
+    task=_flag("Task with a scripted expert.", str, "Lift", "NAME"),
+    out=_flag("HDF5 file to write; demos/TASK.hdf5 by default.", metavar="FILE"),
+    num_demos=_flag("Successful demonstrations.", int, 10),
+    seed=_flag("Seed of start states and noise.", int, 0),
+    action_noise=_flag("Standard deviation of the noise on actions.", float, 0.15),
+    overwrite=_flag("Replace an existing file.", bool, False),
+)
+def demos(**flags: Any) -> int:
+    """Write scripted, noised demonstrations in robomimic's layout."""
+    task, out = flags.pop("task"), flags.pop("out")
+    from asyncflow.config import load_config
+
+    with _quiet_imports():
+        from asyncflow.demos import DemoOptions, collect_demos
+
+    env_config = load_config(None, {"env.task": task}).env
+    result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags))
+    typer.echo(
+        f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
+        f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
+    )
+    typer.echo(f"next: asyncflow pretrain --dataset {result.path}")
+    return 0
+
+
+@app.command()
+@_flags(
+    dataset=_flag("robomimic HDF5 file, such as `asyncflow demos` writes.", metavar="FILE"),
+    out=_flag("Policy file to write; DATASET.safetensors by default.", metavar="FILE"),
+    num_steps=_flag("Optimiser steps.", int, 1000),
+    batch_size=_flag("Chunks in a batch.", int, 256),
+    learning_rate=_flag("Adam step size.", float, 1e-3),
+    seed=_flag("Seed of weights, batches and noise.", int, 0),
+)
+def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
+    """Train a flow policy on demonstrations by flow matching."""
+    dataset, out = flags.pop("dataset"), flags.pop("out")
+    if dataset is None:
+        raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
+    resolved = _load(config, overrides, {})
+    with _quiet_imports():
+        from asyncflow.pretrain import PretrainOptions, pretrain
+
+    out = out or f"{os.path.splitext(dataset)[0]}.safetensors"
+    result = pretrain(dataset, out, resolved.policy, resolved.env, PretrainOptions(**flags))
+    typer.echo(
+        f"{result.path}: {result.num_chunks} chunks of {result.num_demos} demonstrations, "
+        f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}, {result.wall_s:.1f} s"
+    )
+    typer.echo(f"next: asyncflow train --checkpoint {result.path}")
+    return 0
+
+
+@app.command()
+def tasks() -> int:
+    """List the tasks."""
+    from asyncflow.console import ConsoleReporter
+    from asyncflow.envs.tasks import TASKS, TOY
+
+    rows = [[TOY, "-", "reach a goal in the plane, in pure torch"]]
+    rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
+    ConsoleReporter().table(["task", "horizon", "what the robot has to do"], rows)
+    return 0
+
+
+@app.command()
+def config(overrides: Overrides = None, config: Preset = None) -> int:
+    """Show every key: its value in a run, its default and its meaning."""
+    resolved = _load(config, overrides, {})
+    from asyncflow.config import describe_keys
+    from asyncflow.console import ConsoleReporter, differences, plain
+
+    meanings = [meaning for _, _, _, meaning in describe_keys()]
+    rows = [
+        [key, plain(value), plain(default), meaning]
+        for (key, value, default), meaning in zip(differences(resolved), meanings, strict=True)
+    ]
+    ConsoleReporter().table(["key", "value", "default", "meaning"], rows)
+    return 0
+
+
+def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
+    """Return the configuration that a command line means; overrides win over flags, both over the preset."""
+    from asyncflow.config import load_config, parse_overrides
+
+    values = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
+    values |= parse_overrides(overrides or [])
+    return load_config(preset or _choose_preset(values), values)
+
+
+def _choose_preset(values: dict[str, Any]) -> str | None:
+    """Return the preset of the task that was asked for; the lift preset's weights fit no other task.
+
+    Raises:
+        ConfigError: The task does not exist, or has neither a preset nor weights to start from.
+    """
+    from asyncflow.config import preset_names
+    from asyncflow.envs.tasks import find_task, task_names
+
+    task = values.get("env.task", "Lift")
+    if not isinstance(task, str):
+        return None  # the validation will say what is wrong with it
+    if task in task_names() and task.lower() in preset_names():
+        return task.lower()
+    find_task(task)
+    if "policy.checkpoint" not in values:
+        raise ConfigError(
+            f"env.task = {task!r}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "
+            "one), --config, or policy.checkpoint=null to start from scratch"
+        )
+    return None
+
+
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """Drop the warnings that simulators and their dependencies emit while they are imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _stop_on_signals(trainer: Trainer) -> None:
+    """Let the first Ctrl-C or SIGTERM end the run after a save, and the second end it at once."""
+
+    def stop(*_: object) -> None:
+        _raise_on_signals()
+        os.write(2, b"stopping: finishing the update and saving; once more to quit at once\n")  # safe in a handler
+        trainer.request_stop()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _raise_on_signals() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _complain(message: str) -> int:
+    """Print a user's mistake in one line."""
+    print(f"asyncflow: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _explain_usage(error: Any) -> str:
+    possibilities = getattr(error, "possibilities", None)
+    hint = f"; did you mean {' or '.join(possibilities)}?" if possibilities else ""
+    return f"{error.message if possibilities else error.format_message()}{hint}"
+
+
+def _crash(error: Exception) -> int:
+    traceback.print_exc()
+    kind = "" if isinstance(error, AsyncflowError) else f"{type(error).__name__}: "
+    print(f"asyncflow: crashed: {kind}{' '.join(str(error).split())[:300]}", file=sys.stderr)
+    return EXIT_CRASH
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        return app(arguments or ["--help"], prog_name="asyncflow", standalone_mode=False) or 0
+    except ConfigError as error:
+        return _complain(str(error))
+    except _UsageError as error:
+        return _complain(_explain_usage(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("asyncflow: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # of `asyncflow config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_CRASH
+    except Exception as error:
+        return _crash(error)
+
+
+def main() -> NoReturn:
+    """Entry point of the `asyncflow` command."""
+    _raise_on_signals()
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""Evaluates a policy file in the environment that it carries, whatever preset it was trained with.
+
+Owns the way from a file to an evaluation. It must not know about runs or training.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from asyncflow.config import Config, EnvConfig
+from asyncflow.device import resolve_device
+from asyncflow.envs import make_vec_env
+from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.tasks import TOY
+from asyncflow.evaluate import EvalResult, evaluate
+from asyncflow.policies import make_policy
+from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.seeding import derive_seed
+
+
+def evaluate_checkpoint(checkpoint: str, config: Config, num_episodes: int) -> EvalResult:
+    """Run exactly `num_episodes` episodes; the same ones as the evaluations of a run with this seed.
+
+    Args:
+        checkpoint: A run, a checkpoint folder, a policy file or shipped weights.
+        config: Supplies the seed, the device, the number of environments and of workers; the rest is the file's.
+        num_episodes: Episodes to run.
+
+    Raises:
+        ConfigError: The checkpoint or the device does not exist.
+        EnvError: A simulator failed.
+    """
+    file = load_policy_file(resolve_checkpoint(checkpoint))
+    device = resolve_device(config.trainer.device)
+    torch.set_num_threads(config.trainer.num_threads)
+    policy = make_policy(file.policy_config, file.env_spec.obs_shapes, file.env_spec.action_dim, config.trainer.seed)
+    load_into(policy, file)
+    num_envs = min(config.env.num_envs, num_episodes)
+    env = _rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs)
+    try:
+        return evaluate(policy.to(device), env, num_episodes, config.trainer.seed)
+    finally:
+        env.close()
+
+
+def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int) -> VecEnv:
+    """Build the environment that a policy file describes, with its own controller, observations and horizon."""
+    seed = derive_seed(config.trainer.seed, "evaluation")
+    if not spec.env_meta:
+        return make_vec_env(EnvConfig(task=TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "env_meta.json"
+        path.write_text(json.dumps(spec.env_meta))
+        changes = {"env_meta": str(path), "horizon": spec.horizon, "obs_keys": list(spec.obs_keys)}
+        return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
