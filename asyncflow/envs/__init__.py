@@ -1,0 +1,43 @@
+"""Environments: the contract (`base`), the tasks (`tasks`), simulators in processes (`workers`, `robomimic`), a toy.
+
+Importing this package loads neither torch nor a simulator; the modules that need them are imported when an
+environment is built.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from asyncflow.envs.tasks import TOY, resolve_task, task_names
+
+if TYPE_CHECKING:
+    from asyncflow.config import EnvConfig
+    from asyncflow.envs.base import VecEnv
+
+__all__ = ["make_vec_env", "task_names"]
+
+
+def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int) -> VecEnv:
+    """Build the environments of `config.task`; waits until every simulator is constructed.
+
+    Args:
+        config: What is simulated. Its `num_envs` is not read: evaluation asks for a number of its own.
+        chunk_length: Actions of a chunk, H.
+        num_envs: Environments, N.
+        seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
+
+    Raises:
+        ConfigError: An unknown task, or an `env.env_meta` that cannot be used; the message is one line.
+        EnvError: A simulator could not be constructed.
+    """
+    if config.task == TOY:
+        from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
+
+        return ToyVecEnv(num_envs, chunk_length, config.horizon)
+    settings = resolve_task(config)
+
+    from asyncflow.envs.robomimic import RobomimicEnv  # noqa: PLC0415
+    from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
+
+    return WorkerVecEnv(partial(RobomimicEnv, settings), config, num_envs, chunk_length, seed)

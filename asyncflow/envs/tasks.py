@@ -1,0 +1,152 @@
+"""The tasks that asyncflow knows by name, and environment descriptions read from files.
+
+Owns names, horizons and default observations. It must import neither torch nor a simulator: `asyncflow tasks` and
+the check of a configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asyncflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asyncflow.config import EnvConfig
+
+TOY = "Toy"
+_ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+_SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A simulated task.
+
+    Attributes:
+        env_name: robosuite's name of the environment.
+        horizon: Env steps until an episode is truncated.
+        summary: What the robot has to do.
+        obs_keys: robomimic's names of what `state` concatenates.
+        robots: robosuite's names of the arms.
+        env_kwargs: Further arguments of `robosuite.make`.
+    """
+
+    env_name: str
+    horizon: int
+    summary: str
+    obs_keys: tuple[str, ...] = (*_ARM_KEYS, "object")
+    robots: tuple[str, ...] = ("Panda",)
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+TASKS: dict[str, Task] = {
+    "Lift": Task("Lift", 400, "lift a cube from the table"),
+    "Can": Task("PickPlaceCan", 400, "move a can into its bin"),
+    "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg"),
+    "Stack": Task("Stack", 400, "put the red cube onto the green one"),
+    "Door": Task("Door", 400, "turn the handle and open the door"),
+    "ToolHang": Task("ToolHang", 700, "assemble a frame and hang a tool on it"),
+    "Transport": Task(
+        "TwoArmTransport",
+        700,
+        "two arms hand a hammer over",
+        obs_keys=(*_ARM_KEYS, *_SECOND_ARM_KEYS, "object"),
+        robots=("Panda", "Panda"),
+        env_kwargs={"env_configuration": "opposed"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SimulatorSettings:
+    """Everything that a simulator is built from, apart from its seed.
+
+    Attributes:
+        task: The task, or a description of one that the table lacks, from `env_meta`.
+        horizon: Env steps until an episode is truncated.
+        obs_keys: robomimic's names of what `state` concatenates.
+        env_meta: robomimic's description; None means one built from the task.
+    """
+
+    task: Task
+    horizon: int
+    obs_keys: tuple[str, ...]
+    env_meta: dict[str, Any] | None = None
+
+
+def task_names() -> list[str]:
+    """Return every name that `env.task` accepts."""
+    return [TOY, *TASKS]
+
+
+def find_task(name: str) -> Task:
+    """Return a simulated task by its name.
+
+    Raises:
+        ConfigError: There is none of this name; the message names the nearest and all of them.
+    """
+    if name in TASKS:
+        return TASKS[name]
+    by_folded = {known.casefold(): known for known in task_names()}
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(by_folded[match] for match in near)}?" if near else ";"
+    raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
+
+
+def resolve_task(config: EnvConfig) -> SimulatorSettings:
+    """Return what `env` describes, with the task's horizon and observations where the configuration has none.
+
+    Raises:
+        ConfigError: An unknown task; an `env.env_meta` that cannot be used, or one of an environment that the table
+            lacks without `env.horizon`.
+    """
+    if config.env_meta is None:
+        env_meta, task = None, find_task(config.task)
+    else:
+        env_meta = load_env_meta(config.env_meta)
+        task = _task_of_meta(env_meta, config)
+    obs_keys = task.obs_keys if config.obs_keys is None else tuple(config.obs_keys)
+    return SimulatorSettings(task, config.horizon or task.horizon, obs_keys, env_meta)
+
+
+def _task_of_meta(env_meta: dict[str, Any], config: EnvConfig) -> Task:
+    name = env_meta["env_name"]
+    for task in TASKS.values():
+        if task.env_name == name:
+            return task
+    if config.horizon is None:
+        raise ConfigError(f"env.horizon = null: {config.env_meta} describes {name}, whose horizon is not known; set it")
+    return Task(name, config.horizon, "described by env.env_meta")
+
+
+def load_env_meta(path: str | Path) -> dict[str, Any]:
+    """Read robomimic's description of an environment from a JSON file or a robomimic HDF5 dataset.
+
+    Raises:
+        ConfigError: The file is missing, is neither of the two, or describes no robosuite environment; one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"env.env_meta = {path}: no such file; expected a JSON file or a robomimic HDF5 dataset")
+    text = _read_env_args(path) if path.suffix in {".hdf5", ".h5"} else path.read_text(errors="replace")
+    try:
+        env_meta = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"env.env_meta = {path}: not valid JSON: {error}") from None
+    if not isinstance(env_meta, dict) or not {"env_name", "type", "env_kwargs"} <= env_meta.keys():
+        raise ConfigError(f"env.env_meta = {path}: expected a mapping with env_name, type and env_kwargs")
+    return env_meta
+
+
+def _read_env_args(path: Path) -> str:
+    import h5py  # noqa: PLC0415  half a second that `asyncflow tasks` need not wait for
+
+    try:
+        with h5py.File(path, "r") as file:
+            return str(file["data"].attrs["env_args"])
+    except (OSError, KeyError):
+        raise ConfigError(f"env.env_meta = {path}: not a robomimic dataset: no data.attrs['env_args']") from None

@@ -1,0 +1,137 @@
+"""A task without a simulator: reach a goal in the plane. For tests, examples and the `toy` preset.
+
+Owns the toy's dynamics, vectorised over environments. It follows the same contract as the simulators, chunks and
+seeds included.
+
+Shapes: N environments, n of them addressed by one call, H executed actions of a chunk.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
+from asyncflow.envs.chunks import check_actions
+from asyncflow.errors import EnvError
+from asyncflow.seeding import derive_seed
+
+STEP_SIZE = 0.1
+GOAL_RADIUS = 0.1
+DEFAULT_HORIZON = 40
+
+
+class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
+    """Move by 0.1 times the action, [2]; an episode ends with reward 1 within 0.1 of the goal.
+
+    The `state`, [4], is the position and the goal. Chunks are executed by `step_async` itself: nothing waits.
+    """
+
+    def __init__(self, num_envs: int, chunk_length: int, horizon: int | None = None) -> None:
+        """Allocate the state of N environments.
+
+        Args:
+            num_envs: Environments, N.
+            chunk_length: Actions of a chunk, H.
+            horizon: Env steps until an episode is truncated; None means 40.
+        """
+        self.num_envs = num_envs
+        self.spec = EnvSpec(obs_shapes={"state": (4,)}, action_dim=2, horizon=horizon or DEFAULT_HORIZON)
+        self._chunk_length = chunk_length
+        self._seed = 0
+        self._state = torch.zeros(num_envs, 4)
+        self._episode = torch.zeros(num_envs, dtype=torch.int64)
+        self._length = torch.zeros(num_envs, dtype=torch.int64)
+        self._return = torch.zeros(num_envs)
+        self._results: dict[range, ChunkResult] = {}
+
+    def reset(self, seed: int) -> TensorDict:
+        """Start episode 0 of every environment and return its observations, [N]."""
+        if self._results:
+            raise EnvError(f"reset while chunks are under way in {list(self._results)}")
+        self._seed = seed
+        self._episode.fill_(-1)
+        self._begin_episodes(torch.arange(self.num_envs))
+        return _as_obs(self._state.clone())
+
+    def step_async(self, actions: Tensor, env_ids: range) -> None:
+        """Execute one chunk, [n, H, 2] in [-1, 1], in each of `env_ids`.
+
+        Raises:
+            EnvError: Wrong shape, an action that is not finite, or a chunk is under way in one of `env_ids`.
+        """
+        check_actions(actions, (len(env_ids), self._chunk_length, 2), env_ids, self._results)
+        self._results[env_ids] = self._execute(actions.clamp(-1.0, 1.0), torch.tensor(env_ids))
+
+    def step_wait(self, env_ids: range) -> ChunkResult:
+        """Return the chunk started by `step_async(..., env_ids)`; waits for nothing.
+
+        Raises:
+            EnvError: There is no such chunk.
+        """
+        if env_ids not in self._results:
+            raise EnvError(f"step_wait({env_ids}): no chunk is under way there")
+        return self._results.pop(env_ids)
+
+    def close(self) -> None:
+        """Forget chunks under way."""
+        self._results.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _execute(self, actions: Tensor, rows: Tensor) -> ChunkResult:
+        state, length = self._state[rows], self._length[rows]
+        terminated, truncated = torch.zeros(2, len(rows), dtype=torch.bool)
+        executed, rewards = torch.zeros_like(length), torch.zeros(actions.shape[:2])
+        for step, action in enumerate(actions.unbind(1)):
+            is_open = ~(terminated | truncated)
+            state[:, :2] += STEP_SIZE * action * is_open[:, None]
+            executed += is_open
+            reached = is_open & _is_at_goal(state)
+            terminated |= reached
+            truncated |= is_open & ~reached & (length + executed >= self.spec.horizon)
+            rewards[:, step] = reached.float()
+        self._state[rows] = state
+        self._length[rows] += executed
+        self._return[rows] += rewards.sum(1)
+        episode_return, episode_length = self._end_episodes(rows, terminated | truncated)
+        return ChunkResult(
+            obs=_as_obs(self._state[rows]),
+            final_obs=_as_obs(state),
+            rewards=rewards,
+            executed=executed,
+            terminated=terminated,
+            truncated=truncated,
+            episode_return=episode_return,
+            episode_length=episode_length,
+        )
+
+    def _end_episodes(self, rows: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the return and the length of the episodes that ended, zero elsewhere, and begin new ones."""
+        episode_return, episode_length = self._return[rows] * ended, self._length[rows] * ended
+        self._begin_episodes(rows[ended])
+        return episode_return, episode_length
+
+    def _begin_episodes(self, rows: Tensor) -> None:
+        self._episode[rows] += 1
+        self._length[rows], self._return[rows] = 0, 0.0
+        for env in rows.tolist():
+            rng = np.random.default_rng(derive_seed(self._seed, "episode", env, int(self._episode[env])))
+            self._state[env] = torch.from_numpy(rng.uniform(-1.0, 1.0, 4))
+
+
+def _is_at_goal(state: Tensor) -> Tensor:
+    offset = (state[:, :2] - state[:, 2:]).square()
+    return offset[:, 0] + offset[:, 1] < GOAL_RADIUS**2
+
+
+def _as_obs(state: Tensor) -> TensorDict:
+    return TensorDict({"state": state}, batch_size=state.shape[:1])
