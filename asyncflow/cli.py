@@ -58,9 +58,22 @@ Checkpoint = Annotated[str, typer.Argument(help="Run folder, checkpoint folder, 
 
 
 def _flag(meaning: str, kind: Any = str, default: Any = None, metavar: str | None = None) -> inspect.Parameter:
-    option = typer.Option(help=meaning, metavar=metavar)
+    parser = _number_parser(kind) if kind in (int, float) else None
+    option = typer.Option(help=meaning, metavar=metavar or ("NUMBER" if parser else None), parser=parser)
     annotation = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter("flag", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _number_parser(kind: type[int] | type[float]) -> Callable[[Any], float]:
+    """Return a parser whose complaint, unlike every typer's, names the value."""
+
+    def parse(value: Any) -> float:
+        try:
+            return kind(value)
+        except ValueError:
+            raise typer.BadParameter(f"{value!r} is not {'a whole' if kind is int else 'a'} number") from None
+
+    return parse
 
 
 def _flags(**flags: inspect.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:

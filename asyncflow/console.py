@@ -138,6 +138,7 @@ class ConsoleReporter:
                 self._print("\t".join(row))
             return
         table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        table.columns[0].no_wrap = True
         for row in rows:
             table.add_row(*(Text(cell, overflow="fold") for cell in row))
         self._console.print(table)

@@ -1,0 +1,65 @@
+# `make train` and `make test` set up .venv on a fresh machine; a second call installs nothing.
+
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+# The first Python of a supported version that can make virtual environments; `make PYTHON=... test` overrides it.
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do \
+	$$candidate -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$candidate && break; done)
+
+# egl_probe, which robomimic needs, does not build with CMake 4 otherwise.
+export CMAKE_POLICY_VERSION_MINIMUM := 3.5
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test check format format-check lint types docs clean distclean
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+train: $(STAMP) ## Set up, then fine-tune the shipped Lift policy asynchronously; ARGS="..." adds flags and overrides.
+	$(BIN)/asyncflow train --buffer-type vla $(ARGS)
+
+test: $(STAMP) ## Set up, then run the tests; ARGS="..." goes to pytest.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: format-check lint types test ## Everything that a change must pass.
+
+format: $(STAMP) ## Format the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: $(STAMP) ## Check the format.
+	$(BIN)/ruff format --check .
+
+lint: $(STAMP) ## Check the style.
+	$(BIN)/ruff check .
+
+types: $(STAMP) ## Check the types.
+	$(BIN)/mypy
+
+docs: $(STAMP) ## Write the pages that are made from the code.
+	$(BIN)/python -c "from asyncflow.metrics import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
+
+install: $(STAMP) ## Set up .venv.
+
+$(STAMP): pyproject.toml
+	@[ -x $(BIN)/python ] || [ -n "$(PYTHON)" ] || \
+		{ echo "asyncflow needs Python 3.10 to 3.12 with the venv module; found none"; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || \
+		{ echo "asyncflow needs Python 3.10 to 3.12 with the venv module; $(PYTHON) is not one"; exit 1; }
+	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo "asyncflow needs a C compiler; found no cc"; exit 1; }
+	@command -v cmake >/dev/null || { echo "asyncflow needs CMake to build egl_probe; found no cmake"; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean: ## Remove caches and build outputs.
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find asyncflow tests tools -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well.
+	rm -rf $(VENV)
