@@ -1,0 +1,149 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from asyncflow import policy_file
+from asyncflow.config import PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.errors import CheckpointError
+from asyncflow.policies import Policy, make_policy
+from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint, save_policy, shipped_weights
+
+SPEC = EnvSpec(
+    {"state": (4,)}, 2, 40, {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}, ("object",)
+)
+CONFIG = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8])
+
+
+def make(config: PolicyConfig = CONFIG, seed: int = 0) -> Policy:
+    return make_policy(config, SPEC.obs_shapes, SPEC.action_dim, seed)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    save_policy(path, make(), CONFIG, SPEC)
+    return path
+
+
+def test_file_gives_back_what_was_saved(saved):
+    file = load_policy_file(saved)
+    assert (file.policy_config, file.env_spec) == (CONFIG, SPEC)
+    expected = make().state_dict()
+    assert file.tensors.keys() == expected.keys()
+    assert all(torch.equal(file.tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_loading_makes_another_policy_decide_alike(saved):
+    policy, other = make(), make(seed=1)
+    load_into(other, load_policy_file(saved))
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
+
+
+def test_same_policy_gives_same_bytes(saved, tmp_path):
+    save_policy(tmp_path / "again.safetensors", make(), CONFIG, SPEC)
+    assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_interrupted_write_leaves_the_old_file_and_no_other(saved, monkeypatch):
+    old = saved.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_policy(saved, make(seed=1), CONFIG, SPEC)
+    assert saved.read_bytes() == old
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_bytes_are_flushed_before_the_name_changes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *_: calls.append("replace"))
+    save_policy(tmp_path / "policy.safetensors", make(), CONFIG, SPEC)
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_mismatch_names_tensor_and_both_shapes(saved):
+    wider = make(CONFIG.model_copy(update={"critic_hidden_sizes": [16]}))
+    with pytest.raises(CheckpointError, match=r"critic\.0\.bias \[16\] vs \[8\]"):
+        load_into(wider, load_policy_file(saved))
+
+
+def test_mismatch_changes_no_parameter(saved):
+    wider = make(CONFIG.model_copy(update={"critic_hidden_sizes": [16]}), seed=1)
+    before = {name: tensor.clone() for name, tensor in wider.state_dict().items()}
+    with pytest.raises(CheckpointError):
+        load_into(wider, load_policy_file(saved))
+    assert all(torch.equal(before[name], tensor) for name, tensor in wider.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["flow_sde", "flow_cps"])
+def test_weights_serve_every_noise_method(saved, method):
+    config = CONFIG.model_copy(update={"noise_method": method, "learn_noise": False, "noise_level": 0.25})
+    policy = make(config, seed=1)
+    load_into(policy, load_policy_file(saved))
+    assert policy.state_dict()["sampler.noise_level"] == 0.25
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -20])
+def test_truncated_file_is_refused_in_one_line(saved, keep):
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated") as error:
+        load_policy_file(saved)
+    assert "\n" not in str(error.value)
+
+
+def test_garbage_is_refused(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(b"\x80\x02garbage that a pickle might start with")
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_policy_file(path)
+
+
+def test_foreign_safetensors_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="without asyncflow's metadata"):
+        load_policy_file(path)
+
+
+def test_newer_format_is_refused(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    header = {"format": policy_file.FORMAT, "asyncflow": json.dumps({"version": 99})}
+    save_file({"weight": torch.zeros(2)}, path, metadata=header)
+    with pytest.raises(CheckpointError, match="format version 99"):
+        load_policy_file(path)
+
+
+def test_checkpoint_may_be_named_by_file_folder_or_run(tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "update_000010"
+    save_policy(folder / "policy.safetensors", make(), CONFIG, SPEC)
+    (folder.parent / "last").symlink_to(folder.name)
+    names = [folder / "policy.safetensors", folder, tmp_path / "run"]
+    found = {resolve_checkpoint(str(name)).resolve() for name in names}
+    assert found == {(folder / "policy.safetensors").resolve()}
+
+
+def test_shipped_weights_are_found_by_name():
+    path = resolve_checkpoint("lift_flow")
+    assert load_policy_file(path).env_spec.env_meta["env_name"] == "Lift"
+
+
+def test_shipped_weights_fit_the_default_policy():
+    file = load_policy_file(resolve_checkpoint("lift_flow"))
+    load_into(make_policy(PolicyConfig(), file.env_spec.obs_shapes, file.env_spec.action_dim, seed=0), file)
+
+
+def test_shipped_weights_are_small():
+    assert all(resolve_checkpoint(name).stat().st_size < 1_000_000 for name in shipped_weights())
+
+
+def test_missing_checkpoint_names_the_shipped_weights():
+    with pytest.raises(CheckpointError, match=r"checkpoint lift_flaw: not found.*lift_flow"):
+        resolve_checkpoint("lift_flaw")
