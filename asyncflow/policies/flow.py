@@ -24,8 +24,11 @@ NUM_TIME_FEATURES = 32
 
 
 def time_features(time: Tensor) -> Tensor:
-    """Return sines and cosines of `time`, `[..., E]`, with periods from 4 down to 0.05, geometrically spaced."""
-    periods = torch.logspace(math.log10(4), math.log10(0.05), NUM_TIME_FEATURES // 2, device=time.device)
+    """Return sines and cosines of `time`, `[..., E]`, with periods from 4 down to 0.25, geometrically spaced.
+
+    Shorter periods tell no more steps apart and make the velocity of a small network rough in time.
+    """
+    periods = torch.logspace(math.log10(4), math.log10(0.25), NUM_TIME_FEATURES // 2, device=time.device)
     angle = time[..., None] * (2 * math.pi / periods)
     return torch.cat([angle.sin(), angle.cos()], -1)
 

@@ -63,7 +63,7 @@ def step_weights(method: str, grid: StepGrid, noise_level: Tensor) -> tuple[Tens
     """Return `w0, w1, std` of `mean = w0 x0 + w1 x1`, with `x0 = x - v t` and `x1 = x + v (1 - t)`.
 
     pi_RL (arXiv:2510.25889), flow_sde: `sigma^2 = a^2 t / (1 - t)`, `w1 = (t - d) - sigma^2 d / (2 t)`,
-    `std = sqrt(d) sigma`. Coefficient-preserving sampling, flow_cps: `w1 = (t - d) cos(pi a / 2)`,
+    `std = sqrt(d) sigma`. Coefficients-preserving sampling (arXiv:2509.05952), flow_cps: `w1 = (t - d) cos(pi a / 2)`,
     `std = (t - d) sin(pi a / 2)`. flow_noise: the mean of an Euler step and `std = a`. ode: no noise.
 
     Args:
@@ -111,7 +111,7 @@ def uniform_index(normal: Tensor, size: int) -> Tensor:
 
 
 class FlowSampler(nn.Module):
-    """Denoises, and evaluates the log-prob of a stored chain.
+    """Denoises, and evaluates the log-prob of a stored chain (its stochastic steps, without the initial noise's prior).
 
     Attributes:
         noise_size: K + 1 chunks (initial noise, then every step's), and the number that picks `single_step`'s step.
