@@ -52,13 +52,13 @@ def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig
     """Write a policy file, replacing an old one in a single step: a reader sees the old file or the new one."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
     header = {
-        "format": FORMAT,
         "version": FORMAT_VERSION,
         "asyncflow": asyncflow.__version__,
         "policy": policy_config.model_dump(),
         "env": asdict(env_spec),
     }
-    metadata = {"format": FORMAT, "asyncflow": json.dumps(header, sort_keys=True)}
+    # One key: safetensors writes several in an order of its own, which differs between runs.
+    metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), save(tensors, metadata=metadata))
 
 
@@ -121,9 +121,9 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
     except (struct.error, ValueError, AttributeError):
         raise CheckpointError(f"{path}: not a safetensors file, or truncated") from None
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a safetensors file without asyncflow's metadata; expected format {FORMAT!r}")
-    header: dict[str, Any] = json.loads(metadata["asyncflow"])
+    if FORMAT not in metadata:
+        raise CheckpointError(f"{path}: a safetensors file without asyncflow's metadata (key {FORMAT!r})")
+    header: dict[str, Any] = json.loads(metadata[FORMAT])
     if header["version"] != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {header['version']}, this asyncflow reads {FORMAT_VERSION}")
     return header

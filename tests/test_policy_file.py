@@ -115,8 +115,7 @@ def test_foreign_safetensors_is_refused(tmp_path):
 
 def test_newer_format_is_refused(tmp_path):
     path = tmp_path / "policy.safetensors"
-    header = {"format": policy_file.FORMAT, "asyncflow": json.dumps({"version": 99})}
-    save_file({"weight": torch.zeros(2)}, path, metadata=header)
+    save_file({"weight": torch.zeros(2)}, path, metadata={policy_file.FORMAT: json.dumps({"version": 99})})
     with pytest.raises(CheckpointError, match="format version 99"):
         load_policy_file(path)
 

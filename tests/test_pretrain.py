@@ -1,0 +1,153 @@
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from asyncflow.config import EnvConfig, PolicyConfig
+from asyncflow.errors import ConfigError
+from asyncflow.policies import make_policy
+from asyncflow.policy_file import load_into, load_policy_file
+from asyncflow.pretrain import Demonstrations, PretrainOptions, cut_chunks, pretrain, read_dataset
+
+CONFIG = PolicyConfig(hidden_sizes=[32], critic_hidden_sizes=[8], horizon=2, n_action_steps=2)
+META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
+KEYS = {"robot0_eef_pos": 3, "robot0_eef_quat": 4, "robot0_gripper_qpos": 2, "object": 10}
+DEFAULT_ENV = EnvConfig()
+OPTIONS = PretrainOptions(num_steps=20, batch_size=16)
+
+
+def write(path, lengths=(5, 7), meta=META, keys=KEYS):
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        if meta is not None:
+            data.attrs["env_args"] = json.dumps(meta)
+        for index, length in enumerate(lengths):
+            for key, size in keys.items():
+                data[f"demo_{index}/obs/{key}"] = rng.normal(size=(length, size))
+            data[f"demo_{index}/actions"] = rng.uniform(-1, 1, (length, 7))
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return write(tmp_path / "demos.hdf5")
+
+
+def run(dataset, out, options=OPTIONS, env=DEFAULT_ENV):
+    return pretrain(dataset, out, CONFIG, env, options)
+
+
+def test_chunk_repeats_the_last_action_past_the_episodes_end():
+    actions = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0], [5.0]])]
+    demos = Demonstrations({}, 40, ("x",), [torch.zeros(3, 1), torch.zeros(2, 1)], actions)
+    _, chunks = cut_chunks(demos, horizon=3)
+    assert chunks.squeeze(-1).tolist() == [[1, 2, 3], [2, 3, 3], [3, 3, 3], [4, 5, 5], [5, 5, 5]]
+
+
+def test_states_concatenate_the_observations_in_the_given_order(dataset):
+    demos = read_dataset(dataset, EnvConfig(obs_keys=["object", "robot0_eef_pos"]))
+    with h5py.File(dataset) as file:
+        group = file["data/demo_1/obs"]
+        expected = np.concatenate([group["object"][()], group["robot0_eef_pos"][()]], axis=1)
+    np.testing.assert_allclose(demos.states[1].numpy(), expected, rtol=1e-6)
+
+
+def test_demonstrations_are_read_in_numerical_order(tmp_path):
+    demos = read_dataset(write(tmp_path / "demos.hdf5", lengths=range(1, 13)), EnvConfig())
+    assert [len(states) for states in demos.states] == list(range(1, 13))
+
+
+def test_normalisers_map_the_datas_range_to_one(dataset, tmp_path):
+    run(dataset, tmp_path / "policy.safetensors")
+    file = load_policy_file(tmp_path / "policy.safetensors")
+    policy = make_policy(CONFIG, file.env_spec.obs_shapes, file.env_spec.action_dim, seed=0)
+    load_into(policy, file)
+    demos = read_dataset(dataset, EnvConfig())
+    for normalizer, rows in ((policy.obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
+        values = normalizer.normalize(torch.cat(rows))
+        torch.testing.assert_close(values.amin(0), -torch.ones(values.shape[1]))
+        torch.testing.assert_close(values.amax(0), torch.ones(values.shape[1]))
+
+
+def test_loss_falls(dataset, tmp_path):
+    result = run(dataset, tmp_path / "policy.safetensors", PretrainOptions(num_steps=200, batch_size=64))
+    assert result.final_loss < 0.8 * result.first_loss
+
+
+def test_same_seed_gives_the_same_file(dataset, tmp_path):
+    for name in ("a", "b"):
+        run(dataset, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_global_generator_has_no_influence(dataset, tmp_path):
+    run(dataset, tmp_path / "a")
+    torch.manual_seed(123)
+    run(dataset, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_critic_stays_as_initialised(dataset, tmp_path):
+    run(dataset, tmp_path / "policy.safetensors")
+    file = load_policy_file(tmp_path / "policy.safetensors")
+    fresh = make_policy(CONFIG, file.env_spec.obs_shapes, file.env_spec.action_dim, OPTIONS.seed)
+    assert all(torch.equal(tensor, file.tensors[f"critic.{n}"]) for n, tensor in fresh.critic.state_dict().items())
+
+
+def test_file_describes_the_datasets_environment(dataset, tmp_path):
+    run(dataset, tmp_path / "policy.safetensors", env=EnvConfig(task="Can", horizon=120))
+    spec = load_policy_file(tmp_path / "policy.safetensors").env_spec
+    assert (spec.env_meta, spec.obs_keys) == (META, tuple(KEYS))
+    assert (spec.obs_shapes, spec.action_dim, spec.horizon) == ({"state": (19,)}, 7, 120)
+
+
+def test_gaussian_policy_is_refused(dataset, tmp_path):
+    with pytest.raises(ConfigError, match=r"policy\.kind = gaussian"):
+        pretrain(dataset, tmp_path / "out", CONFIG.model_copy(update={"kind": "gaussian"}), EnvConfig(), OPTIONS)
+
+
+def refused(path, env=DEFAULT_ENV):
+    with pytest.raises(ConfigError) as error:
+        read_dataset(path, env)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_file_is_refused(tmp_path):
+    assert "no such file" in refused(tmp_path / "demos.hdf5")
+
+
+def test_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "demos.hdf5"
+    path.write_text("not HDF5")
+    assert "not an HDF5 file" in refused(path)
+
+
+def test_dataset_without_env_args_is_refused(tmp_path):
+    assert "env_args" in refused(write(tmp_path / "demos.hdf5", meta=None))
+
+
+def test_dataset_without_demonstrations_is_refused(tmp_path):
+    assert "no demonstrations" in refused(write(tmp_path / "demos.hdf5", lengths=()))
+
+
+def test_missing_observations_are_named_with_those_available(tmp_path):
+    path = write(tmp_path / "demos.hdf5", keys={"robot0_eef_pos": 3, "agentview_image": 2})
+    message = refused(path)
+    assert "lacks the observations robot0_eef_quat, robot0_gripper_qpos, object" in message
+    assert "available: agentview_image, robot0_eef_pos" in message
+
+
+def test_unknown_environment_needs_horizon_and_observations(tmp_path):
+    path = write(tmp_path / "demos.hdf5", meta=META | {"env_name": "Wipe"})
+    assert "set env.horizon and env.obs_keys" in refused(path)
+    assert read_dataset(path, EnvConfig(horizon=50, obs_keys=["object"])).horizon == 50
+
+
+@pytest.mark.parametrize("name", ["num_steps", "batch_size", "learning_rate"])
+def test_impossible_options_name_their_flag(name):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} 0"):
+        PretrainOptions(**{name: 0})
