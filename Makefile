@@ -53,6 +53,9 @@ $(STAMP): pyproject.toml
 		{ echo "asyncflow needs Python 3.10 to 3.12 with the venv module; $(PYTHON) is not one"; exit 1; }
 	@command -v cc >/dev/null || command -v gcc >/dev/null || { echo "asyncflow needs a C compiler; found no cc"; exit 1; }
 	@command -v cmake >/dev/null || { echo "asyncflow needs CMake to build egl_probe; found no cmake"; exit 1; }
+	@python=$$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)); \
+		[ -f "$$($$python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || \
+		{ echo "asyncflow needs Python's headers to build evdev; $$python has no Python.h (python3-dev)"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -107,7 +107,7 @@ class ConsoleReporter:
         self._console.print(Text("  ".join(self._progress(row)), style="bold"))
         for label, names in _BLOCK.items():
             first, second, third = (_named(name, row) for name in names)
-            self._print(f"  {label:<8}{first:<23}{second:<22}{third}")
+            self._print(f"  {label:<8}{first:<22}{second:<21}{third}")
 
     def evaluation(self, updates: int, result: Evaluation) -> None:
         """Show an evaluation made after `updates` updates."""
@@ -198,7 +198,8 @@ def format_metric(name: str, value: float) -> str:
         return format_bytes(value)
     if unit in ("s", "1/s"):
         return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
-    return f"{int(value)}" if float(value).is_integer() else f"{value:.3g}"
+    text = f"{int(value)}" if float(value).is_integer() else f"{value:.3g}"
+    return text.replace("e+0", "e").replace("e-0", "e-")
 
 
 def format_bytes(count: float) -> str:

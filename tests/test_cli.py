@@ -1,0 +1,192 @@
+"""The command line, in a process of its own as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from asyncflow import cli
+
+RunCli = Callable[..., CompletedProcess[str]]
+PROBE = "import sys; sys.argv = ['asyncflow', '--help']; from asyncflow.cli import run; run(['--help']); "
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
+    """Return `run_cli` within this process, which has paid for importing torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> CompletedProcess[str]:
+        code = cli.run(list(arguments))
+        return CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
+
+
+def refusal(result: CompletedProcess[str]) -> str:
+    """Return the one line with which a user's mistake is refused."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("asyncflow: error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_help_imports_nothing_slow() -> None:
+    probe = PROBE + "print([name for name in ('torch', 'numpy', 'pydantic', 'yaml', 'h5py') if name in sys.modules])"
+    command = [sys.executable, "-c", probe]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1] == "[]"
+
+
+def test_help_answers_within_three_tenths_of_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "asyncflow", "--help"], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.3  # the fastest: other programs may be running
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "demos", "pretrain", "tasks", "config"])
+def test_every_command_has_help(run_cli: RunCli, command: str) -> None:
+    result = run_cli(command, "--help")
+    assert result.returncode == 0
+    assert f"asyncflow {command}" in result.stdout
+
+
+def test_nothing_at_all_shows_the_help(run_cli: RunCli) -> None:
+    result = run_cli()
+    assert result.returncode == 0
+    assert "pretrain" in result.stdout
+
+
+def test_version(run_cli: RunCli) -> None:
+    assert run_cli("--version").stdout.startswith("asyncflow 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train", "--nun-envs", "3"], ["--nun-envs", "--num-envs"]),
+        (["train", "--num-envs", "x"], ["--num-envs", "'x'"]),
+        (["train", "--num-envs", "7"], ["buffer.buffer_size = 960", "env.num_envs = 7"]),
+        (["train", "--buffer-type", "vlaa"], ["trainer.buffer_type", "'vlaa'", "'vla' or 'standard'"]),
+        (["train", "algorithm.clip_coeff=1"], ["algorithm.clip_coeff", "algorithm.clip_coef?"]),
+        (["train", "foo"], ["'foo'", "section.key=value"]),
+        (["train", "--config", "lfit"], ["lfit", "lift"]),
+        (["train", "--task", "Lfit"], ["'Lfit'", "did you mean Lift"]),
+        (["train", "--task", "Can"], ["'Can'", "--checkpoint"]),
+        (["eval"], ["checkpoint"]),
+        (["eval", "lift_flow", "--num-episodes", "0"], ["--num-episodes 0"]),
+        (["pretrain"], ["--dataset"]),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_refused_in_one_line(run_cli: RunCli, arguments: list[str], named: list[str]) -> None:
+    line = refusal(run_cli(*arguments))
+    assert [words for words in named if words not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--task", "Toy", "--device", "cuda:99"], ["trainer.device = 'cuda:99'", "available: auto, cpu"]),
+        (["train", "--task", "Toy", "--device", "tpu"], ["trainer.device = 'tpu'", "cuda:N"]),
+        (["train", "--task", "Toy", "--checkpoint", "nowhere"], ["nowhere", "not found"]),
+        (["eval", "nowhere"], ["nowhere", "not found"]),
+        (["demos", "--task", "Can"], ["Can", "Lift"]),
+        (["pretrain", "--dataset", "nowhere.hdf5"], ["nowhere.hdf5"]),
+    ],
+    ids=" ".join,
+)
+def test_what_does_not_exist_is_refused_and_leaves_nothing(
+    run_here: RunCli, tmp_path: Path, arguments: list[str], named: list[str]
+) -> None:
+    line = refusal(run_here(*arguments))
+    assert [words for words in named if words not in line] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_lists_tasks_and_horizons(run_cli: RunCli) -> None:
+    lines = run_cli("tasks").stdout.splitlines()
+    assert any(line.startswith("Lift\t400\t") for line in lines)
+    assert any(line.startswith("Toy\t") for line in lines)
+
+
+def test_config_shows_value_default_and_meaning_of_every_key(run_cli: RunCli) -> None:
+    lines = run_cli("config", "algorithm.gamma=0.5").stdout.splitlines()
+    assert lines[0] == "key\tvalue\tdefault\tmeaning"
+    assert "algorithm.gamma\t0.5\t0.995\tDiscount per env step." in lines
+    assert "env.horizon\t120\tnull" in "\n".join(lines)
+
+
+def test_config_of_a_task_takes_the_tasks_preset(run_cli: RunCli) -> None:
+    assert "policy.kind\tgaussian" in run_cli("config", "env.task=Toy").stdout
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m asyncflow config | head -1"
+    assert "Traceback" not in subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stderr
+
+
+def test_a_crash_shows_its_traceback_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def crash(*_: object) -> None:
+        raise RuntimeError("lost\nthe plot")
+
+    monkeypatch.setattr(cli, "_load", crash)
+    assert cli.run(["config"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1] == "asyncflow: crashed: RuntimeError: lost the plot"
+
+
+def toy_run(out: Path, *more: str) -> list[str]:
+    """Return the arguments of a short run on the toy task."""
+    return ["train", "--task", "Toy", "--device", "cpu", "--logger", "none", "--out", str(out), *more]
+
+
+@pytest.mark.parametrize("buffer_type", ["vla", "standard"])
+def test_a_toy_run_trains_and_says_what_comes_next(
+    run_cli: RunCli, run_here: RunCli, tmp_path: Path, buffer_type: str
+) -> None:
+    out = tmp_path / "run"
+    short = ["trainer.total_updates=3", "trainer.eval_interval=0"]
+    result = run_cli(*toy_run(out, "--buffer-type", buffer_type, *short))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("update ")] == ["1/3", "2/3", "3/3"]
+    assert lines[-1].startswith("next: asyncflow eval ")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["updates"] for row in rows] == [1, 2, 3]
+    evaluation = run_here(*lines[-1].split()[2:])
+    assert evaluation.stdout.endswith("exactly 200 episodes\n"), evaluation.stderr
+    assert "already holds a run" in refusal(run_here(*toy_run(out)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_is_saved(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    endless = toy_run(out, "trainer.total_updates=100000", "trainer.eval_interval=0")
+    command = [sys.executable, "-m", "asyncflow", *endless]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    ) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("update 2"):
+            assert process.poll() is None
+        process.send_signal(number)
+        said, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130, complaints
+    assert "stopped, and saved" in said
+    assert "Traceback" not in complaints
+    assert list((out / "checkpoints" / "last").glob("*.safetensors"))
