@@ -38,9 +38,6 @@ class Simulator(Protocol):
     def observe(self) -> NDArray[Any]:
         """Return the `state` observation after the last step or reset, [D]."""
 
-    def close(self) -> None:
-        """Free the simulator's memory."""
-
 
 @dataclass(frozen=True)
 class ChunkBoard:
@@ -101,7 +98,7 @@ class EpisodeRunner:
         """Take over a simulator.
 
         Args:
-            simulator: Closed by `close`.
+            simulator: Used by nobody else from now on.
             env: Index of the environment, which keys its seeds and is its row.
             board: Memory shared with the parent.
         """
@@ -140,10 +137,6 @@ class EpisodeRunner:
         row["executed"][...], row["terminated"][...] = executed, terminated
         row["truncated"][...] = self._length >= horizon and not terminated
         self._observe(has_ended=terminated or self._length >= horizon)
-
-    def close(self) -> None:
-        """Close the simulator."""
-        self._simulator.close()
 
     def _observe(self, has_ended: bool) -> None:
         row, size = self._row, self._size

@@ -81,6 +81,11 @@ class RobomimicEnv:
         obs: dict[str, NDArray[Any]] = self.env.get_observation(self._raw_obs)
         return obs
 
+    def simulator_state(self) -> NDArray[np.float64]:
+        """Return MuJoCo's state as one vector, as robomimic's datasets store it; `get_state` would write XML files."""
+        state: NDArray[np.float64] = self.env.env.sim.get_state().flatten()
+        return state
+
     def close(self) -> None:
         """Free the simulator's memory; may be called twice."""
         if self.env is not None:
@@ -111,8 +116,7 @@ def build_env_meta(task: Task) -> dict[str, Any]:
 
 def _create(env_meta: dict[str, Any], seed: int, obs_keys: tuple[str, ...]) -> Any:
     _register_mujoco_py()
-    from robomimic.utils import env_utils  # noqa: PLC0415
-    from robomimic.utils import obs_utils  # noqa: PLC0415
+    from robomimic.utils import env_utils, obs_utils  # noqa: PLC0415
 
     # Process-wide in robomimic: every simulator of a process has the same observations.
     obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": list(obs_keys), "rgb": []}})

@@ -1,0 +1,100 @@
+"""Chunks in one simulator: where they stop, what they leave behind, and which seeds episodes start from."""
+
+import numpy as np
+import pytest
+import torch
+from fake_simulator import HORIZON, SUCCEED, FakeSimulator
+
+from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, check_actions
+from asyncflow.errors import EnvError
+from asyncflow.seeding import derive_seed
+
+H = 4
+
+
+@pytest.fixture
+def board() -> ChunkBoard:
+    return ChunkBoard.allocate(3, H)
+
+
+@pytest.fixture
+def runner(board: ChunkBoard) -> EpisodeRunner:
+    runner = EpisodeRunner(FakeSimulator(0), 2, board)
+    runner.reset(7)
+    return runner
+
+
+def first_draw(episode: int) -> float:
+    return float(np.float32(np.random.default_rng(derive_seed(7, "episode", 2, episode)).uniform()))
+
+
+def test_a_chunk_stops_at_success_and_its_later_rewards_are_zero(board, runner):
+    board.rewards.fill_(torch.nan)
+    board.actions[2, 1, SUCCEED] = 1.0
+    runner.execute()
+    assert board.executed[2] == 2
+    assert board.rewards[2].tolist() == [0.25, 0.25, 0.0, 0.0]
+    assert board.terminated[2]
+    assert not board.truncated[2]
+
+
+def test_the_final_observation_is_of_the_old_episode_and_the_next_one_of_the_new(board, runner):
+    board.actions[2, 1, SUCCEED] = 1.0
+    runner.execute()
+    assert board.final_obs[2, [0, 2]].tolist() == [first_draw(0), 2.0]
+    assert board.obs[2, [0, 2]].tolist() == [first_draw(1), 0.0]
+
+
+def test_without_an_end_both_observations_are_equal_and_no_episode_is_reported(board, runner):
+    runner.execute()
+    assert torch.equal(board.final_obs[2, :4], board.obs[2, :4])
+    assert not board.terminated[2]
+    assert not board.truncated[2]
+    assert board.episode_return[2] == board.episode_length[2] == 0
+
+
+def test_an_episode_is_truncated_at_the_horizon_within_a_chunk(board, runner):
+    executed = []
+    for _ in range(3):
+        runner.execute()
+        executed.append(int(board.executed[2]))
+    assert executed == [4, 4, 2]
+    assert board.truncated[2]
+    assert not board.terminated[2]
+    assert board.episode_length[2] == HORIZON
+    assert board.episode_return[2] == 0.25 * HORIZON
+
+
+def test_success_on_the_last_step_is_a_termination_and_no_truncation(board, runner):
+    for _ in range(2):
+        runner.execute()
+    board.actions[2, 1, SUCCEED] = 1.0
+    runner.execute()
+    assert board.terminated[2]
+    assert not board.truncated[2]
+
+
+def test_success_comes_from_the_simulator_and_not_from_a_positive_reward(board, runner):
+    runner.execute()
+    assert (board.rewards[2] > 0).all()
+    assert not board.terminated[2]
+
+
+def test_resetting_again_starts_the_same_first_episode(board, runner):
+    for _ in range(4):
+        runner.execute()
+    runner.reset(7)
+    assert board.obs[2, 0] == first_draw(0)
+
+
+@pytest.mark.parametrize(
+    ("actions", "pending", "complaint"),
+    [
+        (torch.zeros(2, H, 3), [], "shape"),
+        (torch.full((2, H, 4), torch.nan), [], "not finite"),
+        (torch.zeros(2, H, 4), [range(1, 6, 2)], r"environments \[1\]"),
+    ],
+)
+def test_a_chunk_that_cannot_be_executed_is_refused(actions, pending, complaint):
+    with pytest.raises(EnvError, match=complaint):
+        check_actions(actions, (2, H, 4), range(2), pending)

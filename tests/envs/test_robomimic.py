@@ -1,0 +1,161 @@
+"""Real simulators: they build, they are quiet, they ask for success, and an episode depends on its seeds alone."""
+
+import gc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from asyncflow.config import EnvConfig
+from asyncflow.envs import make_vec_env
+from asyncflow.envs.robomimic import RobomimicEnv
+from asyncflow.envs.tasks import TASKS, resolve_task
+from asyncflow.errors import EnvError
+from asyncflow.seeding import derive_seed
+
+pytestmark = pytest.mark.sim
+STEPS = 120
+
+
+def build(task: str = "Lift", seed: int = 3, **overrides) -> RobomimicEnv:
+    return RobomimicEnv(resolve_task(EnvConfig(task=task, **overrides)), seed)
+
+
+@pytest.fixture(scope="module")
+def lift() -> Iterator[RobomimicEnv]:
+    env = build()
+    yield env
+    env.close()
+
+
+def grasp(env: RobomimicEnv, step: int) -> np.ndarray:
+    """Go down to the cube, close the gripper, lift: an action that meets contacts and solves the task."""
+    offset = env.observe_all()["object"][7:10]  # gripper to cube, whose sign robosuite changed between versions
+    cube, gripper = env.observe_all()["object"][:3], env.observe_all()["robot0_eef_pos"]
+    assert np.allclose(np.abs(offset), np.abs(cube - gripper), atol=0.02)
+    action = np.zeros(7, np.float32)
+    action[:3] = np.clip(10 * (cube - gripper), -1, 1) if step < 40 else [0, 0, 1]
+    action[6] = 1.0 if step > 30 else -1.0
+    return action
+
+
+def play(env: RobomimicEnv, episode_seed: int, action_seed: int | None = 0) -> tuple[np.ndarray, list[bool]]:
+    """Return everything observable and the simulator's own state after each step, and the successes."""
+    rng = np.random.default_rng(action_seed)
+    env.reset(episode_seed)
+    seen, solved = [everything(env)], []
+    for step in range(STEPS):
+        random = rng.uniform(-1, 1, env.spec.action_dim).astype(np.float32)
+        _, success = env.step(grasp(env, step) if action_seed is None else random)
+        seen.append(everything(env))
+        solved.append(success)
+    return np.stack(seen), solved
+
+
+def everything(env: RobomimicEnv) -> np.ndarray:
+    obs = env.observe_all()
+    return np.concatenate([env.simulator_state(), *(np.ravel(obs[key]) for key in sorted(obs))])
+
+
+def test_an_episode_is_the_same_bit_for_bit_whatever_was_simulated_before(lift):
+    first, _ = play(lift, 5)
+    _, solved = play(lift, 6, action_seed=None)
+    assert any(solved)  # the gripper held the cube, so contacts and controllers left their mark
+    again, _ = play(lift, 5)
+    assert np.array_equal(first, again)
+
+
+def test_an_episode_is_the_same_bit_for_bit_on_a_fresh_simulator(lift):
+    fresh = build()
+    for action_seed in (None, 1):
+        assert np.array_equal(play(lift, 8, action_seed)[0], play(fresh, 8, action_seed)[0])
+    fresh.close()
+
+
+def test_another_episode_seed_places_the_cube_elsewhere(lift):
+    lift.reset(1)
+    one = lift.observe()
+    lift.reset(2)
+    assert not np.array_equal(one, lift.observe())
+
+
+def test_the_constructors_seed_decides_the_size_of_the_cube(lift):
+    def cube_size(env: RobomimicEnv) -> list[float]:
+        return list(env.env.env.cube.size)
+
+    same, other = build(seed=3), build(seed=4)
+    assert cube_size(lift) == cube_size(same) != cube_size(other)
+
+
+def test_success_is_the_simulators_and_its_reward_is_sparse(lift):
+    lift.reset(6)
+    for step in range(STEPS):
+        reward, success = lift.step(grasp(lift, step))
+        assert reward == float(success)
+        if success:
+            return
+    pytest.fail("the scripted grasp did not lift the cube")
+
+
+def test_the_state_is_the_documented_concatenation(lift):
+    lift.reset(0)
+    obs = lift.observe_all()
+    keys = ["robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object"]
+    assert lift.spec.obs_shapes == {"state": (19,)}
+    assert np.array_equal(lift.observe(), np.concatenate([obs[key] for key in keys]).astype(np.float32))
+
+
+def test_actions_outside_the_limits_are_clipped(lift):
+    seen = []
+    for scale in (1.0, 50.0):
+        lift.reset(0)
+        lift.step(scale * np.ones(7))
+        seen.append(lift.observe())
+    assert np.array_equal(*seen)
+
+
+def test_an_observation_that_the_simulator_lacks_is_named():
+    with pytest.raises(EnvError, match="has no cube_colour; it has object"):
+        build(obs_keys=["object", "cube_colour"])
+
+
+def test_construction_and_reset_print_nothing(capfd):
+    build().reset(0)
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_every_task_builds_and_steps(task):
+    env = build(task)
+    env.reset(0)
+    reward, success = env.step(np.zeros(env.spec.action_dim))
+    assert (reward, success) == (0.0, False)
+    assert np.isfinite(env.observe()).all()
+    env.close()
+
+
+def test_make_vec_env_runs_the_same_episodes_as_a_simulator_by_itself():
+    config = EnvConfig(task="Lift", horizon=6, num_workers=2)
+    vec_env = make_vec_env(config, chunk_length=4, num_envs=2, seed=9)
+    try:
+        import torch  # noqa: PLC0415
+
+        first = vec_env.reset(5)["state"]
+        actions = torch.full((2, 4, vec_env.spec.action_dim), 0.3)
+        results = []
+        for _ in range(2):
+            vec_env.step_async(actions, range(2))
+            results.append(vec_env.step_wait(range(2)))
+    finally:
+        vec_env.close()
+    assert results[1].executed.tolist() == [2, 2]
+    assert results[1].truncated.all()
+    alone = build(seed=derive_seed(9, "simulator", 1))
+    alone.reset(derive_seed(5, "episode", 1, 0))
+    assert np.array_equal(alone.observe(), first[1].numpy())
+    for _ in range(6):
+        alone.step(actions[1, 0].numpy())
+    assert np.array_equal(alone.observe(), results[1].final_obs["state"][1].numpy())
+    alone.reset(derive_seed(5, "episode", 1, 1))
+    assert np.array_equal(alone.observe(), results[1].obs["state"][1].numpy())

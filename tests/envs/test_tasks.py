@@ -1,0 +1,70 @@
+"""Tasks by name, and environment descriptions from files; every mistake is one line."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import pytest
+
+from asyncflow.config import EnvConfig
+from asyncflow.envs.tasks import load_env_meta, resolve_task, task_names
+from asyncflow.errors import ConfigError
+
+META = {"env_name": "Lift", "type": 1, "env_version": "1.5.2", "env_kwargs": {"robots": ["Panda"]}}
+
+
+def test_the_task_table_is_read_without_torch_or_a_simulator():
+    code = "import sys, asyncflow.envs; print({'torch', 'robosuite', 'numpy'} & set(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("name", "near"), [("lift", "Lift"), ("Lfit", "Lift"), ("Toolhang", "ToolHang")])
+def test_an_unknown_task_is_one_line_with_the_nearest_and_all_names(name, near):
+    with pytest.raises(ConfigError) as error:
+        resolve_task(EnvConfig(task=name))
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"did you mean {near}" in message
+    assert all(known in message for known in task_names())
+
+
+def test_the_configuration_wins_over_the_tasks_defaults():
+    settings = resolve_task(EnvConfig(task="ToolHang", obs_keys=["object"]))
+    assert (settings.horizon, settings.obs_keys) == (700, ("object",))
+    assert resolve_task(EnvConfig(task="ToolHang", horizon=30)).horizon == 30
+
+
+def test_env_meta_is_read_from_json_and_from_a_dataset_alike(tmp_path):
+    text = json.dumps(META)
+    (tmp_path / "meta.json").write_text(text)
+    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
+        file.create_group("data").attrs["env_args"] = text
+    assert load_env_meta(tmp_path / "meta.json") == load_env_meta(tmp_path / "demo.hdf5") == META
+
+
+def test_env_meta_brings_its_own_tasks_horizon(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(META | {"env_name": "ToolHang"}))
+    assert resolve_task(EnvConfig(env_meta=str(path))).horizon == 700
+
+
+def test_env_meta_of_a_task_without_a_known_horizon_asks_for_one(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(META | {"env_name": "Knead"}))
+    with pytest.raises(ConfigError, match=r"env\.horizon = null: .*Knead"):
+        resolve_task(EnvConfig(env_meta=str(path)))
+    assert resolve_task(EnvConfig(env_meta=str(path), horizon=50)).task.env_name == "Knead"
+
+
+def test_env_meta_that_cannot_be_used_is_one_line(tmp_path):
+    (tmp_path / "broken.json").write_text('{"env_name":\n')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "text.hdf5").write_text("no dataset")
+    h5py.File(tmp_path / "empty.hdf5", "w").close()
+    reasons = {"none.json": "no such file", "broken.json": "not valid JSON", "list.json": "expected a mapping"}
+    for name, reason in (reasons | {"text.hdf5": "env_args", "empty.hdf5": "env_args"}).items():
+        with pytest.raises(ConfigError, match=reason) as error:
+            load_env_meta(tmp_path / name)
+        assert "\n" not in str(error.value)
