@@ -297,8 +297,11 @@ def _complain(message: str) -> int:
 
 def _explain_usage(error: Any) -> str:
     possibilities = getattr(error, "possibilities", None)
-    hint = f"; did you mean {' or '.join(possibilities)}?" if possibilities else ""
-    return f"{error.message if possibilities else error.format_message()}{hint}"
+    if "Did you mean" in error.message:
+        return str(error.message)
+    if not possibilities:
+        return str(error.format_message())
+    return f"{error.message.rstrip('.')}; did you mean {' or '.join(possibilities)}?"
 
 
 def _crash(error: Exception) -> int:
