@@ -18,19 +18,16 @@ from pathlib import Path
 
 import torch
 
-from asyncflow.config import EnvConfig, PolicyConfig
+from asyncflow.config import EnvConfig, PolicyConfig, load_config
 from asyncflow.demos import DemoOptions, collect_demos
-from asyncflow.envs import make_vec_env
-from asyncflow.evaluate import EvalResult, evaluate
-from asyncflow.policies import make_policy
-from asyncflow.policy_file import ASSETS, load_into, load_policy_file
+from asyncflow.evaluate import EvalResult
+from asyncflow.evaluate_checkpoint import evaluate_checkpoint
+from asyncflow.policy_file import ASSETS
 from asyncflow.pretrain import PretrainOptions, pretrain
 
 ENV = EnvConfig(task="Lift", horizon=120)
-DEMOS = DemoOptions(num_demos=20, seed=0, action_noise=0.3)
-PRETRAIN = PretrainOptions(num_steps=150, batch_size=256, learning_rate=1e-3, seed=0)
-NUM_ENVS = 8
-EVAL_SEED = 0
+DEMOS = DemoOptions(num_demos=20, seed=0, action_noise=0.2)
+PRETRAIN = PretrainOptions(num_steps=100, batch_size=256, learning_rate=1e-3, seed=0)
 
 
 def main() -> None:
@@ -56,15 +53,8 @@ def make_weights(out: Path) -> None:
 
 
 def measure(path: Path, num_episodes: int) -> EvalResult:
-    """Evaluate a policy file."""
-    file = load_policy_file(path)
-    policy = make_policy(file.policy_config, file.env_spec.obs_shapes, file.env_spec.action_dim, seed=0)
-    load_into(policy, file)
-    vec_env = make_vec_env(ENV, policy.n_action_steps, NUM_ENVS, EVAL_SEED)
-    try:
-        return evaluate(policy, vec_env, num_episodes, EVAL_SEED)
-    finally:
-        vec_env.close()
+    """Evaluate a policy file as `asyncflow eval --config lift` does."""
+    return evaluate_checkpoint(str(path), load_config("lift"), num_episodes)
 
 
 def _report(stage: str, values: dict[str, object]) -> None:
