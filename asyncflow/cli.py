@@ -320,7 +320,6 @@ def run(arguments: list[str]) -> int:
     except _UsageError as error:
         return _complain(_explain_usage(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("asyncflow: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # of `asyncflow config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
