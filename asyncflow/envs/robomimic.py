@@ -121,9 +121,24 @@ def _create(env_meta: dict[str, Any], seed: int, obs_keys: tuple[str, ...]) -> A
     # Process-wide in robomimic: every simulator of a process has the same observations.
     obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": list(obs_keys), "rgb": []}})
     seeded = deepcopy(env_meta)
+    controller = seeded["env_kwargs"].get("controller_configs")
+    if isinstance(controller, dict) and "body_parts" not in controller:
+        seeded["env_kwargs"]["controller_configs"] = _convert_controller(controller)
     # A soft reset takes 1 ms instead of 100 and still draws everything anew but the objects' sizes.
     seeded["env_kwargs"] |= {"seed": seed, "hard_reset": False}
     return env_utils.create_env_from_metadata(seeded)
+
+
+def _convert_controller(arm: dict[str, Any]) -> dict[str, Any]:
+    """Return the composite controller that equals an arm controller of robosuite 1.4, as older datasets hold it.
+
+    robosuite's own conversion drops the damping, whether actions are deltas, and the frame that they refer to.
+    """
+    renamed = {"damping": "damping_ratio", "damping_limits": "damping_ratio_limits"}
+    part = {renamed.get(key, key): value for key, value in arm.items() if key != "control_delta"}
+    part["input_type"] = "delta" if arm.get("control_delta", True) else "absolute"
+    part |= {"input_ref_frame": "world", "gripper": {"type": "GRIP"}}
+    return {"type": "BASIC", "body_parts": {"right": part}}
 
 
 def _register_mujoco_py() -> None:

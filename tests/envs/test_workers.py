@@ -135,7 +135,7 @@ def test_a_worker_that_dies_in_a_chunk_is_named_with_its_exit_code(doomed):
 
 
 def test_a_worker_killed_between_chunks_is_an_error_at_the_next_wait(doomed):
-    process = multiprocessing.active_children()[-1]
+    process = max(multiprocessing.active_children(), key=lambda child: child.pid)  # the newest
     process.kill()
     process.join()
     doomed.step_async(torch.zeros(2, H, 4), range(2))
