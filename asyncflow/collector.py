@@ -206,6 +206,10 @@ class Collector(ABC):
     """Where the trainer gets its rollouts from. The trainer never asks which kind it has."""
 
     @abstractmethod
+    def start(self) -> None:
+        """Begin to collect, if rollouts are collected ahead; called by the trainer, once."""
+
+    @abstractmethod
     def next_rollout(self) -> Rollout:
         """Return the next rollout; called by the trainer, which releases it to the buffer.
 
@@ -233,6 +237,9 @@ class InlineCollector(Collector):
     def __init__(self, writer: RolloutWriter, channel: Channel) -> None:
         self._writer, self._buffer, self._clock = writer, channel.buffer, channel.clock
 
+    def start(self) -> None:
+        """Nothing is collected ahead."""
+
     def next_rollout(self) -> Rollout:
         """Collect one; waits for the simulators only."""
         try:
@@ -256,12 +263,15 @@ class ThreadedCollector(Collector):
     """Collects in a thread of its own, as far ahead as the ring has slots (`vla`)."""
 
     def __init__(self, writer: RolloutWriter, channel: Channel, num_rollouts: int | None = None) -> None:
-        """Start the thread, which ends by itself after `num_rollouts`."""
+        """Make the thread, which ends by itself after `num_rollouts`."""
         self._writer = writer
         self._buffer, self._publisher, self._clock = channel.buffer, channel.publisher, channel.clock
         self._num_rollouts = num_rollouts
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="asyncflow-collector", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def next_rollout(self) -> Rollout:
@@ -281,7 +291,8 @@ class ThreadedCollector(Collector):
         """Wake the thread, and wait until the decision under way is finished and the thread has left."""
         self._buffer.close()
         self._publisher.close()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         """Collect until the buffer is closed or the run's last rollout is written. The collector thread's life."""

@@ -138,7 +138,7 @@ class TrainerConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of the whole run.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(1, ge=1, description="CPU threads of one torch operation.")
-    total_updates: int | None = Field(None, ge=1, description="Updates to train; null: no limit.")
+    total_updates: int | None = Field(20, ge=1, description="Updates to train; null: no limit.")
     total_env_steps: int | None = Field(None, ge=1, description="Env steps to train on; null: no limit.")
     save_interval: int = Field(10, ge=1, description="Updates between checkpoints.")
     eval_interval: int = Field(10, ge=0, description="Updates between evaluations; 0: none.")
@@ -166,7 +166,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     buffer: BufferConfig = BufferConfig()
     collector: CollectorConfig = CollectorConfig()
-    trainer: TrainerConfig = TrainerConfig(total_updates=20)
+    trainer: TrainerConfig = TrainerConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -334,6 +334,7 @@ def _explain(error: ValidationError) -> str:
 def _suggest(key: str) -> str:
     known = [name for name, *_ in describe_keys()] + list(Config.model_fields)
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1)]
+    leaf = key.rsplit(".", 1)[-1]
+    near = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
     return f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"

@@ -178,7 +178,7 @@ class PPO:
 
     def _prepare(self, rollout: Rollout, version: int) -> TensorDict:
         """Return the flat batch [T*N] with proximal log-probs, behavior weights, advantages and returns."""
-        batch = rollout.data.clone()
+        batch: TensorDict = rollout.data.clone()
         piece = batch.numel() // self.config.num_minibatches
         with torch.no_grad():
             self._add_advantages(batch, rollout, piece)

@@ -163,6 +163,7 @@ class Trainer:
         """
         row: dict[str, float] = {}
         self._evaluate_if_due({})
+        self.parts.collector.start()
         while not self.is_finished:
             try:
                 with self._watch.measure("wait_data_s"):

@@ -1,0 +1,113 @@
+"""Versions, leases and torn weights."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from asyncflow.weights import PublisherClosed, WeightPublisher, changing_tensors, make_acting_copy
+
+
+class Constant(nn.Module):
+    """A policy whose every changing number is its version."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1000))
+        self.frozen = nn.Parameter(torch.ones(10), requires_grad=False)
+        self.register_buffer("noise_level", torch.zeros(3))
+
+    def fill(self, version):
+        with torch.no_grad():
+            for tensor in changing_tensors(self):
+                tensor.fill_(version)
+
+
+def test_an_older_version_is_still_there_within_the_lag():
+    policy = Constant()
+    publisher = WeightPublisher(policy, max_policy_lag=2)
+    for version in (1, 2):
+        policy.fill(version)
+        publisher.publish(version)
+    for version in (0, 1, 2):
+        with publisher.lease(version) as (taken, tensors):
+            assert taken == version
+            assert all((tensor == version).all() for tensor in tensors)
+
+
+def test_a_lease_keeps_its_weights_while_the_policy_is_stepped():
+    policy = Constant()
+    publisher = WeightPublisher(policy, 1)
+    with publisher.lease(0) as (_, tensors):
+        policy.fill(7)
+        assert all((tensor == 0).all() for tensor in tensors)
+
+
+def test_the_trainer_waits_for_a_lease_before_it_overwrites():
+    policy = Constant()
+    publisher = WeightPublisher(policy, 0)
+    policy.fill(1)
+    published = threading.Event()
+    thread = threading.Thread(target=lambda: (publisher.publish(1), published.set()), daemon=True)
+    with publisher.lease(0) as (_, tensors):
+        thread.start()
+        assert not published.wait(0.05)
+        assert all((tensor == 0).all() for tensor in tensors)
+    thread.join(5)
+    assert publisher.newest == 1
+
+
+def test_a_lease_waits_for_its_version_and_close_wakes_it():
+    publisher = WeightPublisher(Constant(), 0)
+    errors = []
+
+    def lease():
+        try:
+            with publisher.lease(5):
+                pass
+        except PublisherClosed as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=lease, daemon=True)
+    thread.start()
+    publisher.close()
+    thread.join(5)
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 4])
+def test_no_lease_is_ever_torn(lag):
+    """A publisher and a reader race; every snapshot read is of one version and of the one asked for."""
+    policy = Constant()
+    publisher = WeightPublisher(policy, lag)
+    num_rollouts, seen, torn = 300, [], []
+    collected = threading.Semaphore(0)
+
+    def collect():
+        acting = make_acting_copy(policy)
+        for rollout in range(num_rollouts):
+            with publisher.lease(max(0, rollout - lag)) as (version, tensors):
+                torch._foreach_copy_(changing_tensors(acting), tensors)
+            values = {float(x) for t in changing_tensors(acting) for x in (t.min(), t.max())}
+            torn.extend(values - {float(version)})
+            seen.append(version)
+            collected.release()
+
+    collector = threading.Thread(target=collect, daemon=True)
+    collector.start()
+    for version in range(1, num_rollouts):
+        assert collected.acquire(timeout=10)  # rollout version - 1 is there, as before an update
+        policy.fill(version)
+        publisher.publish(version)
+    collector.join(10)
+    assert not torn
+    assert seen == [max(0, n - lag) for n in range(num_rollouts)]
+
+
+def test_the_acting_copy_shares_frozen_weights_only():
+    policy = Constant()
+    acting = make_acting_copy(policy)
+    assert acting.frozen is policy.frozen
+    assert acting.weight.data_ptr() != policy.weight.data_ptr()
+    assert acting.noise_level.data_ptr() != policy.noise_level.data_ptr()
