@@ -20,7 +20,14 @@ Mode = Literal["train", "eval"]
 
 
 class Normalizer(nn.Module):
-    """Maps [low, high] to [-1, 1] and back; fixed before training starts, saved with the policy."""
+    """Maps [low, high] to [-1, 1] and back; fixed before training starts, saved with the policy.
+
+    Demonstrations cover less than exploration does: a dimension that hardly moved in them (a quaternion's, which then
+    flips its sign) would otherwise arrive as hundreds. Hence the floor of the range and the limit of what is passed on.
+    """
+
+    MIN_HALF_RANGE = 0.05
+    LIMIT = 5.0
 
     offset: Tensor
     scale: Tensor
@@ -31,14 +38,14 @@ class Normalizer(nn.Module):
         self.register_buffer("scale", torch.ones(shape))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Fit the range; a constant dimension is only shifted."""
+        """Fit the range, in the original units; half of it counts as `MIN_HALF_RANGE` at least."""
         half = (high - low) / 2
         self.offset.copy_((high + low) / 2)
-        self.scale.copy_(torch.where(half > 1e-6, half, torch.ones_like(half)))
+        self.scale.copy_(half.clamp(min=self.MIN_HALF_RANGE))
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return `x` in normalised units."""
-        return (x - self.offset) / self.scale
+        """Return `x` in normalised units, within `LIMIT`."""
+        return ((x - self.offset) / self.scale).clamp(-self.LIMIT, self.LIMIT)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Return `x` in the original units."""

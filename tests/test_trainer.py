@@ -1,0 +1,207 @@
+"""The test that carries the project: both modes are the same function of configuration and seed, bit for bit."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from asyncflow.buffer import Rollout
+from asyncflow.config import load_config
+from asyncflow.errors import ConfigError
+from asyncflow.metrics import is_timing
+from asyncflow.ppo import PPO
+from asyncflow.trainer import Trainer, build_parts, train
+
+TOY = {
+    "env.num_envs": 4,
+    "buffer.buffer_size": 32,
+    "trainer.device": "cpu",
+    "trainer.total_updates": 6,
+    "trainer.eval_interval": 0,
+    "logging.logger": "none",
+}
+FLOW = {
+    "policy.kind": "flow",
+    "policy.log_prob": "joint_mean",
+    "policy.hidden_sizes": [32],
+    "algorithm.clip_coef": 0.05,
+}
+LIFT = {
+    "env.num_envs": 4,
+    "env.num_workers": 2,
+    "env.horizon": 10,
+    "buffer.buffer_size": 16,
+    "algorithm.num_minibatches": 2,
+    "algorithm.critic_warmup_updates": 0,
+    "trainer.device": "cpu",
+    "trainer.total_updates": 4,
+    "trainer.eval_interval": 0,
+    "logging.logger": "none",
+}
+
+
+class Silent:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.rows, self.ended = [], False
+
+    def start(self, config, run_dir, ring_bytes, device):
+        self.ring_bytes = ring_bytes
+
+    def update(self, row):
+        self.rows.append(row)
+
+    def evaluation(self, updates, result):
+        pass
+
+    def end(self, run_dir, checkpoint, row, is_stopped):
+        self.ended = True
+
+
+def run(tmp_path, monkeypatch, preset, changes):
+    """Train a run and return everything that must not depend on the mode."""
+    batches = []
+    prepare = PPO._prepare
+
+    def record(self: PPO, rollout: Rollout, version: int):
+        batch = prepare(self, rollout, version)
+        batches.append(batch.clone())
+        return batch
+
+    reporter = Silent()
+    out = str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+    with monkeypatch.context() as patch:
+        patch.setattr(PPO, "_prepare", record)
+        trainer = train(load_config(preset, changes | {"logging.out": out}), reporter)
+    state = trainer.parts.ppo.optimizer.state_dict()["state"]
+    tensors = [p.detach() for p in trainer.parts.policy.parameters()]
+    tensors += [value for index in sorted(state) for value in state[index].values()]
+    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in reporter.rows]
+    return tensors, batches, rows
+
+
+def assert_same(first, second):
+    tensors, batches, rows = zip(first, second, strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+    assert len(batches[0]) == len(batches[1])
+    for a, b in zip(*batches, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.flatten_keys().values(), b.flatten_keys().values(), strict=True))
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("policy", [{}, FLOW], ids=["gaussian", "flow"])
+def test_vla_equals_standard_on_the_toy(tmp_path, monkeypatch, lag, policy):
+    changes = TOY | policy | {"buffer.max_policy_lag": lag}
+    vla = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": "standard"})
+    assert_same(vla, standard)
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_vla_equals_standard_on_lift(tmp_path, monkeypatch, lag):
+    changes = LIFT | {"buffer.max_policy_lag": lag}
+    vla = run(tmp_path, monkeypatch, "lift", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, monkeypatch, "lift", changes | {"trainer.buffer_type": "standard"})
+    assert_same(vla, standard)
+
+
+def test_the_lag_changes_the_run(tmp_path, monkeypatch):
+    """Otherwise the equality above would prove nothing."""
+    runs = [run(tmp_path, monkeypatch, "toy", TOY | {"buffer.max_policy_lag": lag}) for lag in (0, 2)]
+    assert not torch.equal(runs[0][0][0], runs[1][0][0])
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2, 4])
+def test_fixed_lag_is_exact(tmp_path, monkeypatch, lag):
+    changes = TOY | {"buffer.max_policy_lag": lag, "trainer.buffer_type": "vla"}
+    _, _, rows = run(tmp_path, monkeypatch, "toy", changes)
+    assert [row["staleness/policy_lag_max"] for row in rows] == [min(update, lag) for update in range(6)]
+
+
+def test_bounded_lag_stays_within_its_bound(tmp_path, monkeypatch):
+    changes = TOY | {"buffer.max_policy_lag": 2, "buffer.lag_mode": "bounded", "trainer.total_updates": 30}
+    _, _, rows = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": "vla"})
+    assert max(row["staleness/policy_lag_max"] for row in rows) <= 2
+
+
+def test_overwriting_trains_only_whole_rollouts_and_the_books_balance(tmp_path, monkeypatch):
+    changes = TOY | {"buffer.lag_mode": "bounded", "buffer.on_full": "overwrite", "trainer.buffer_type": "vla"}
+    _, batches, rows = run(tmp_path, monkeypatch, "toy", changes | {"algorithm.emulated_latency_s": 0.002})
+    assert rows[-1]["buffer/trained"] == rows[-1]["decisions"] == 6 * 32
+    assert all(batch["valid"].all() for batch in batches)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_give_the_same_transitions(tmp_path, monkeypatch, groups):
+    """To float tolerance: a matrix product of another height may round differently."""
+    reference = run(tmp_path, monkeypatch, "toy", TOY | FLOW | {"trainer.total_updates": 1})
+    changes = TOY | FLOW | {"trainer.total_updates": 1, "collector.num_env_groups": groups}
+    other = run(tmp_path, monkeypatch, "toy", changes)
+    torch.testing.assert_close(other[1][0]["chains"], reference[1][0]["chains"], atol=1e-4, rtol=1e-4)
+    assert torch.equal(other[1][0]["executed"], reference[1][0]["executed"])
+
+
+def test_steps_are_counted_fresh(tmp_path, monkeypatch):
+    """A predecessor trained the same full buffer again and again and reported 14 times its speed."""
+    _, batches, rows = run(tmp_path, monkeypatch, "toy", TOY | {"trainer.buffer_type": "vla"})
+    assert [row["decisions"] for row in rows] == [32 * n for n in range(1, 7)]
+    assert rows[-1]["env_steps"] == sum(int(batch["executed"].sum()) for batch in batches)
+    distinct = {batch["obs", "state"].sum().item() for batch in batches}
+    assert len(distinct) == len(batches)
+
+
+def test_evaluation_does_not_disturb_training(tmp_path, monkeypatch):
+    """Evaluation has simulators of its own, so a run with it equals one without."""
+    plain = run(tmp_path, monkeypatch, "toy", TOY)
+    evaluated = run(tmp_path, monkeypatch, "toy", TOY | {"trainer.eval_interval": 2, "trainer.eval_episodes": 5})
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], evaluated[0], strict=True))
+
+
+def test_env_steps_end_a_run_too(tmp_path, monkeypatch):
+    changes = TOY | {"trainer.total_updates": None, "trainer.total_env_steps": 100}
+    for buffer_type in ("vla", "standard"):
+        _, _, rows = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": buffer_type})
+        assert rows[-2]["env_steps"] < 100 <= rows[-1]["env_steps"]
+
+
+def test_nothing_is_left_running(tmp_path, monkeypatch):
+    run(tmp_path, monkeypatch, "toy", TOY | {"trainer.buffer_type": "vla"})
+    assert [t.name for t in threading.enumerate() if "asyncflow" in t.name] == []
+
+
+def test_a_stop_ends_with_a_checkpoint(tmp_path):
+    config = load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "trainer.total_updates": 10_000})
+    parts = build_parts(config)
+    reporter = Silent()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    trainer = Trainer(config, parts, tmp_path / "run", reporter)
+    reporter.update = lambda row: trainer.request_stop() if row["updates"] == 3 else None
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["updates"] == 3
+    assert reporter.ended
+
+
+def test_a_run_folder_is_never_written_over(tmp_path):
+    changes = TOY | {"logging.out": str(tmp_path / "run"), "trainer.total_updates": 1}
+    train(load_config("toy", changes), Silent())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(load_config("toy", changes), Silent())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_holds_what_reproduces_it(tmp_path):
+    train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "logging.logger": "tensorboard"}), Silent())
+    names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
+    assert {"config", "versions", "metrics", "checkpoints", "events"} <= names
+    assert len(Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
