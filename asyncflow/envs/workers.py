@@ -36,6 +36,10 @@ SimulatorFactory = Callable[[int], Simulator]
 
 _START_TIMEOUT_S = 300.0  # importing robosuite and compiling its numba functions, on a busy machine
 _JOIN_TIMEOUT_S = 2.0
+_PARENTS_SIGNALS = {
+    signal.SIGINT,
+    signal.SIGTERM,
+}  # Ctrl-C and `timeout` reach the whole group; the parent handles them
 _NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -211,12 +215,11 @@ class _Worker:
         raise EnvError(f"{self._name} died with exit code {self._process.exitcode}")
 
     def stop(self, deadline: float) -> None:
-        """Wait for the process until the deadline, then end it, politely first."""
+        """Wait for the process until the deadline, then kill it."""
         self._process.join(max(0.0, deadline - time.monotonic()))
-        for end in (self._process.terminate, self._process.kill):
-            if self._process.is_alive():
-                end()
-                self._process.join(_JOIN_TIMEOUT_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(_JOIN_TIMEOUT_S)
         self._process.close()
 
 
@@ -227,7 +230,8 @@ def _serve(
 
     The simulators' memory goes with the process; closing them and the interpreter first would take seconds.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in _PARENTS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     runners: dict[int, EpisodeRunner] = {}
     try:
@@ -258,10 +262,10 @@ def _answer(connection: Connection, runners: dict[int, EpisodeRunner], command: 
 
 @contextlib.contextmanager
 def _worker_environment() -> Iterator[None]:
-    """Set what a worker inherits: one thread per numeric library, and SIGINT blocked until the worker ignores it."""
+    """Set what a worker inherits: one thread per numeric library, and signals blocked until the worker ignores them."""
     saved = {name: os.environ.get(name) for name in _NUM_THREADS}
-    resource_tracker.ensure_running()  # started later, it would unblock SIGINT again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # started later, it would unblock them again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
     os.environ.update(dict.fromkeys(_NUM_THREADS, "1"))
     try:
         yield
