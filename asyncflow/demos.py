@@ -23,7 +23,7 @@ from asyncflow.config import EnvConfig
 from asyncflow.envs.robomimic import RobomimicEnv
 from asyncflow.envs.tasks import resolve_task
 from asyncflow.errors import ConfigError, EnvError
-from asyncflow.policy_file import publish_file
+from asyncflow.policy_file import check_output, publish_file
 from asyncflow.seeding import derive_seed
 
 Array = NDArray[np.float64]
@@ -214,6 +214,7 @@ def collect_demos(
     start = time.perf_counter()
     out = Path(out)
     make_expert = _find_expert(env_config)
+    check_output(out)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"--out {out}: the file exists; choose another name or pass --overwrite")
     simulator = make_simulator(env_config, derive_seed(options.seed, "simulator", 0))

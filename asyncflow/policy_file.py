@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import asyncflow
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import CheckpointError
+from asyncflow.errors import CheckpointError, ConfigError
 
 FORMAT = "asyncflow-policy"
 FORMAT_VERSION = 1
@@ -60,6 +60,19 @@ def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig
     # One key: safetensors writes several in an order of its own, which differs between runs.
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), save(tensors, metadata=metadata))
+
+
+def check_output(path: Path) -> None:
+    """Find out, before any work is done for it, whether a file can be written.
+
+    Raises:
+        ConfigError: The path is a folder, or lies where nothing can be written.
+    """
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: is a folder; give a file name")
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise ConfigError(f"--out {path}: cannot write in {ancestor}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import TASKS, Task
 from asyncflow.errors import ConfigError
 from asyncflow.policies import FlowPolicy, make_policy
-from asyncflow.policy_file import save_policy
+from asyncflow.policy_file import check_output, save_policy
 from asyncflow.seeding import derive_seed
 
 
@@ -109,9 +109,10 @@ def pretrain(
         options: Length, batch and seed.
 
     Raises:
-        ConfigError: The dataset cannot be used, or the policy is not a flow policy; the message is one line.
+        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy is not a flow policy.
     """
     start = time.perf_counter()
+    check_output(Path(out))
     demos = read_dataset(dataset, env_config)
     states, chunks = cut_chunks(demos, policy_config.horizon)
     spec = _make_spec(demos)

@@ -8,9 +8,16 @@ from safetensors.torch import save_file
 from asyncflow import policy_file
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import CheckpointError
+from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import Policy, make_policy
-from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint, save_policy, shipped_weights
+from asyncflow.policy_file import (
+    check_output,
+    load_into,
+    load_policy_file,
+    resolve_checkpoint,
+    save_policy,
+    shipped_weights,
+)
 
 SPEC = EnvSpec(
     {"state": (4,)}, 2, 40, {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}, ("object",)
@@ -146,3 +153,11 @@ def test_shipped_weights_are_small():
 def test_missing_checkpoint_names_the_shipped_weights():
     with pytest.raises(CheckpointError, match=r"checkpoint lift_flaw: not found.*lift_flow"):
         resolve_checkpoint("lift_flaw")
+
+
+@pytest.mark.parametrize("name", ["folder", "file/below"])
+def test_an_impossible_output_is_refused_before_any_work(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out"):
+        check_output(tmp_path / name)
