@@ -190,7 +190,9 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
-    resolved = _load(config, overrides, {})
+    from asyncflow.config import load_config, parse_overrides
+
+    resolved = load_config(config, parse_overrides(overrides or []))  # no task's preset: the dataset names its task
     with _quiet_imports():
         from asyncflow.pretrain import PretrainOptions, pretrain
 

@@ -107,7 +107,7 @@ class ConsoleReporter:
         self._console.print(Text("  ".join(self._progress(row)), style="bold"))
         for label, names in _BLOCK.items():
             first, second, third = (_named(name, row) for name in names)
-            self._print(f"  {label:<8}{first:<22}{second:<21}{third}")
+            self._print(f"  {label:<8}{first:<21} {second:<20} {third}")
 
     def evaluation(self, updates: int, result: Evaluation) -> None:
         """Show an evaluation made after `updates` updates."""

@@ -100,6 +100,7 @@ class LiftExpert:
     tolerance = 0.015  # metres at which hovering and descending are done
     gain = 1.2
     full_action = 0.05  # metres that an action of 1 asks for
+    max_action = 0.4  # of the full speed, so that a chunk executed open-loop does not overshoot
     closing_steps = 6
 
     def __init__(self) -> None:
@@ -111,7 +112,8 @@ class LiftExpert:
         gripper, cube = obs["robot0_eef_pos"], obs["object"][:3]
         self._advance(gripper, cube)
         action = np.zeros(7)
-        action[:3] = self.gain * (self._target(gripper, cube) - gripper) / self.full_action
+        move = self.gain * (self._target(gripper, cube) - gripper) / self.full_action
+        action[:3] = move.clip(-self.max_action, self.max_action)
         action[6] = -1.0 if self._phase in ("hover", "descend") else 1.0
         return action
 

@@ -35,31 +35,42 @@ GLOSSARY: dict[str, Metric] = {
     "updates": Metric("count", "Finished PPO updates; the version of the weights."),
     "env_steps": Metric("env steps", "Executed simulator steps of all trained rollouts; the x axis of every curve."),
     "decisions": Metric("count", "Policy calls, one per environment, of all trained rollouts."),
-    "wall_s": Metric("s", "Time since the first rollout was begun, evaluations and checkpoints left out."),
+    "wall_s": Metric("s", "Time since the run was built, evaluations left out."),
     "rollout/success_rate": Metric("fraction", "Episodes ended in the rollout that solved the task.", _EPISODE),
     "rollout/episode_return": Metric("return", "Mean undiscounted return of those episodes.", _EPISODE),
     "rollout/episode_length": Metric("env steps", "Mean length of those episodes.", _EPISODE),
     "train/policy_loss": Metric("1", "Clipped policy objective, negated; mean over minibatches."),
-    "train/value_loss": Metric("1", "Mean squared error of the value function; mean over minibatches."),
+    "train/value_loss": Metric("1", "Half the mean squared error of the value function; mean over minibatches."),
     "train/entropy": Metric("nats", "Entropy of the decisions' distribution."),
-    "train/approx_kl": Metric("nats", "KL from the proximal policy to the trained one, in the last epoch."),
-    "train/prox_kl": Metric("nats", "KL from the proximal policy to the trained one, mean over epochs."),
-    "train/behavior_kl": Metric("nats", "KL from the policy that acted to the proximal one: how stale the data is."),
+    "train/approx_kl": Metric(
+        "nats", "KL from the policy that acted to the trained one, in the units of log_prob; mean over minibatches."
+    ),
+    "train/prox_kl": Metric(
+        "nats", "KL from the policy before the update to the trained one, likewise; target_kl bounds it."
+    ),
+    "train/behavior_kl": Metric(
+        "nats", "KL from the policy that acted to the one before the update, likewise: how stale the data is."
+    ),
     "train/clip_fraction": Metric("fraction", "Decisions whose ratio left the clip range."),
     "train/dual_clip_fraction": Metric("fraction", "Decisions bounded by the dual clip."),
-    "train/is_weight_mean": Metric("1", "Mean behavior weight, exp(proximal - behavior); 1 at lag 0."),
-    "train/is_weight_max": Metric("1", "Largest behavior weight before truncation."),
+    "train/is_weight_mean": Metric(
+        "1", "Mean behavior weight, exp(proximal - behavior), after truncation; 1 at lag 0."
+    ),
+    "train/is_weight_max": Metric("1", "Largest behavior weight, after truncation."),
     "train/is_weight_clipped_fraction": Metric("fraction", "Decisions whose behavior weight was truncated or masked."),
-    "train/explained_variance": Metric("1", "1 - Var(returns - values) / Var(returns); 1 is a perfect critic."),
+    "train/explained_variance": Metric(
+        "1", "1 - mean((returns - values)^2) / Var(returns) before the update; 1 is a perfect critic."
+    ),
     "train/grad_norm": Metric("1", "Gradient norm of the actor before clipping, mean over minibatches."),
     "train/critic_grad_norm": Metric("1", "Gradient norm of the critic before clipping, mean over minibatches."),
     "train/num_epochs": Metric("count", "Passes over the rollout; fewer than update_epochs if target_kl ended it."),
-    "train/noise_level": Metric("1", "The sampler's noise level after annealing.", "the policy has one"),
     "time/env_step_s": Metric("s", "The rollout's time in the simulators."),
     "time/inference_s": Metric("s", "The rollout's time in the policy."),
     "time/collect_s": Metric("s", "From the rollout's first decision to its last row, waiting for a slot left out."),
     "time/update_s": Metric("s", "The update's time, all epochs."),
-    "time/wait_data_s": Metric("s", "Time that the trainer waited for a full rollout."),
+    "time/wait_data_s": Metric(
+        "s", "Time that the trainer waited for a full rollout; collecting it, in a standard run."
+    ),
     "time/wait_slot_s": Metric("s", "Time that the collector waited for a free slot or its weights."),
     "time/publish_s": Metric("s", "Time to publish the weights, a wait for the old snapshot's readers included."),
     "throughput/env_steps_per_s": Metric("1/s", "Fresh env steps trained on, over the time since the last update."),
@@ -75,8 +86,8 @@ GLOSSARY: dict[str, Metric] = {
     "buffer/in_flight": Metric("count", "Decisions written and not yet trained on."),
     "buffer/dropped": Metric("count", "Decisions recycled before they were trained on (on_full: overwrite)."),
     "buffer/invalid": Metric("count", "Decisions that were collected and must not be trained on."),
-    "health/rss_bytes": Metric("bytes", "Resident memory of the main process."),
-    "health/gpu_bytes": Metric("bytes", "Largest CUDA memory held by torch so far.", "the device is CUDA"),
+    "health/rss_bytes": Metric("bytes", "Largest resident memory of the main process so far."),
+    "health/gpu_bytes": Metric("bytes", "Largest CUDA memory allocated by torch so far; 0 on a CPU."),
     "eval/success_rate": Metric("fraction", "Evaluation episodes that solved the task.", _EVALUATION),
     "eval/success_low": Metric("fraction", "Lower end of its 95 % interval.", _EVALUATION),
     "eval/success_high": Metric("fraction", "Upper end of its 95 % interval.", _EVALUATION),

@@ -153,7 +153,6 @@ class Trainer:
         self._meter = RateMeter(parts.channel.clock)
         self._eval_env: VecEnv | None = None
         self._best = -1.0
-        self._saved: Path | None = None
 
     def run(self) -> dict[str, float]:
         """Train to the end or until stopped, save, and return the last update's metrics.

@@ -18,12 +18,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from asyncflow.errors import AsyncflowError
 from asyncflow.streams import record_event, wait_event
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class PublisherClosed(Exception):
+class PublisherClosed(AsyncflowError):
     """The publisher was closed while a thread waited for a version."""
 
 

@@ -1,0 +1,59 @@
+"""Rates come from monotonic counters, and time spent elsewhere is left out, on a clock that the test sets."""
+
+import pytest
+
+from asyncflow import rates, timing
+from asyncflow.buffer import EpisodeStats, Rollout
+from asyncflow.rates import RateMeter, rollout_metrics
+from asyncflow.timing import OverlapClock
+
+
+@pytest.fixture
+def now(monkeypatch):
+    current = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: current[0])
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: current[0])
+    return current
+
+
+def test_rates_count_what_is_new_since_the_last_call(now):
+    meter = RateMeter(OverlapClock())
+    now[0] = 2.0
+    assert meter.measure(100, 20, 1)["throughput/env_steps_per_s"] == 50.0
+    now[0] = 6.0
+    row = meter.measure(140, 30, 2)
+    assert row["throughput/env_steps_per_s"] == 10.0
+    assert row["throughput/decisions_per_s"] == 2.5
+    assert row["wall_s"] == 6.0
+
+
+def test_an_evaluation_is_left_out_of_wall_time_rates_and_busy_shares(now):
+    clock = OverlapClock()
+    meter = RateMeter(clock)
+    with clock.busy("trainer"):
+        now[0] = 1.0
+    with meter.paused(), clock.busy("collector"):
+        now[0] = 11.0
+    now[0] = 12.0
+    row = meter.measure(20, 4, 1)
+    assert row["wall_s"] == 2.0
+    assert row["throughput/env_steps_per_s"] == 10.0
+    assert row["async/trainer_busy"] == 0.5
+    assert row["async/collector_busy"] == 0.0
+
+
+def rollout(episodes):
+    return Rollout(0, 0, 3, None, None, None, episodes, {"collect_s": 2.0})
+
+
+def test_success_is_what_the_environment_said_not_a_positive_return():
+    row = rollout_metrics(rollout(EpisodeStats([5.0, 1.0], [10, 20], [False, True])), 2, {"update_s": 1.0})
+    assert row["rollout/success_rate"] == 0.5
+    assert row["rollout/episode_return"] == 3.0
+    assert row["rollout/episode_length"] == 15.0
+    assert row["staleness/policy_lag_max"] == 2.0
+    assert (row["time/collect_s"], row["time/update_s"]) == (2.0, 1.0)
+
+
+def test_a_rollout_in_which_no_episode_ended_has_no_episode_statistics():
+    assert "rollout/success_rate" not in rollout_metrics(rollout(EpisodeStats()), 0, {})
