@@ -15,10 +15,10 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check format format-check lint types docs clean distclean
+.PHONY: help install train test check format format-check lint types docs bench-core bench-learning learning-page clean distclean
 
 help: ## List the targets.
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 train: $(STAMP) ## Set up, then fine-tune the shipped Lift policy asynchronously; ARGS="..." adds flags and overrides.
 	$(BIN)/asyncflow train --buffer-type vla $(ARGS)
@@ -43,6 +43,15 @@ types: $(STAMP) ## Check the types.
 
 docs: $(STAMP) ## Write the pages that are made from the code.
 	$(BIN)/python -c "from asyncflow.metrics import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
+
+bench-core: $(STAMP) ## Measure the core and write docs/benchmarks/core.md; needs a quiet machine.
+	$(BIN)/python tools/bench_core.py $(ARGS)
+
+bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, needs a quiet machine, can be resumed.
+	$(BIN)/python tools/bench_learning.py --out runs/learning $(ARGS)
+
+learning-page: $(STAMP) ## Write docs/benchmarks/learning.md and its picture from the tables of bench-learning.
+	$(BIN)/python tools/learning_page.py $(ARGS)
 
 install: $(STAMP) ## Set up .venv.
 

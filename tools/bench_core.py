@@ -1,0 +1,584 @@
+"""Measure what the core costs and what asynchrony gains, and write `docs/benchmarks/core.md`.
+
+    python tools/bench_core.py                                  # everything, on a quiet machine
+    python tools/bench_core.py --only growth overlap --task Toy
+
+Every claim is a ratio or a count within one run, so that the speed of the machine cancels; what is compared takes turns
+(A B B A), so that its drift cancels too. Every measurement has a process of its own. A missed target exits with 1.
+The page is written when all four parts ran on every task, or to the file that `--out` names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from asyncflow.buffer import BufferPlan, RolloutBuffer
+from asyncflow.checkpoint import describe_versions
+from asyncflow.collector import plan_ring
+from asyncflow.config import Config, EnvConfig, load_config
+from asyncflow.envs import make_vec_env
+from asyncflow.envs.base import VecEnv
+from asyncflow.envs.robomimic import build_env_meta, quiet
+from asyncflow.envs.tasks import TASKS
+from asyncflow.evaluate import EvalResult
+from asyncflow.policies import make_policy
+from asyncflow.policy_file import load_policy_file, resolve_checkpoint
+from asyncflow.seeding import derive_seed
+from asyncflow.trainer import Trainer, train
+
+REPOSITORY = Path(__file__).parent.parent
+PAGE = REPOSITORY / "docs" / "benchmarks" / "core.md"
+PARTS = ("workers", "ring", "growth", "overlap")
+NUM_ENVS, CHUNK_LENGTH, HORIZON = 16, 4, 120
+NUM_CHUNKS = 500  # drawn beforehand and repeated, so that drawing them takes no time
+MIN_WORKER_RATIO, MAX_ROW_US, MIN_SPEEDUP = 0.9, 100.0, 1.8
+MAX_GROWTH_BYTES = {"resident memory": 4096, "Python objects": 1024}  # per update; the former comes in pages of 4096
+NUM_BLOCKS, T_95 = 10, 2.306  # of a run's second half, for the fit; Student's t for two fewer
+NUM_WARMUP_UPDATES = 3  # critic warm-up, Adam's state, both lanes in step
+SMALL_LIFT_ROLLOUT = 96  # decisions: a second of simulation instead of nine
+
+WORKERS_NOTE = (
+    f"Workers: Lift, {NUM_ENVS} environments in {{cores}} processes, chunks of {CHUNK_LENGTH} random actions, warm-up "
+    f"left out: {{workers:.0f}} env steps/s. Bare: {{cores}} processes that only call `step` and, every {HORIZON} "
+    "steps, `reset` of `robosuite.make` with the arguments of robomimic's wrapper. With as many simulators, taken in "
+    "turn as the workers do: {bare:.0f} env steps/s; the difference is the machinery (messages, observations, success, "
+    "waiting for the slowest). With one simulator each: {single:.0f} env steps/s; the caches then hold one simulator "
+    f"instead of several, which nothing that collects from {NUM_ENVS} environments can have. Turns of {{block_s:g}} s: "
+    "workers, bare, single, and back."
+)
+GROWTH_NOTE = (
+    "{kind}, {task}, vla: {first:.2f} MiB after the first update, {added:+.0f} KiB until update {last}; the slope is "
+    "that of the second half, when allocators have filled their caches."
+)
+OVERLAP_NOTE = (
+    "Overlap, {task}: {policy_s:.4f} s emulated per decision and {minibatch_s:.4f} s per minibatch, so that a rollout "
+    "takes {collect_s:.2f} s and an update {update_s:.2f} s in `standard`. Decisions/s: {standard:.1f} standard, "
+    "{vla:.1f} vla; the ceiling, sum over larger, is {ceiling:.3f}, of which {share:.0f} % were reached. Fresh "
+    f"decisions only, no evaluation; the first {NUM_WARMUP_UPDATES} updates and the last are left out."
+)
+
+T = TypeVar("T")
+Turns = dict[str, Callable[[float], float]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table."""
+
+    what: str
+    measured: str
+    target: str
+    is_met: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part found, and how."""
+
+    findings: list[Finding]
+    notes: list[str]
+
+
+def isolated(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a fresh process: nothing that ran before has warmed it up or left memory to it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def with_range(values: list[float]) -> str:
+    """Return a mean and, of several values, the range."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ({min(values):.3f} to {max(values):.3f} in {len(values)} repeats)" if len(values) > 1 else mean
+
+
+# Workers against bare simulators.
+
+
+class BareProcesses:
+    """Processes that each step bare robosuite simulators, and nothing else, for as long as they are told."""
+
+    def __init__(self, num_processes: int, seed: int) -> None:
+        """Start them with as many simulators as a worker has; waits until all are constructed."""
+        context = get_context("spawn")
+        blocks = [
+            range(i * NUM_ENVS // num_processes, (i + 1) * NUM_ENVS // num_processes) for i in range(num_processes)
+        ]
+        self.num_simulators = len(blocks[0])
+        self._connections = []
+        for block in blocks:
+            connection, child = context.Pipe()
+            context.Process(target=serve_bare, args=(child, block, seed), daemon=True).start()
+            child.close()
+            self._connections.append(connection)
+        for connection in self._connections:
+            connection.recv()
+
+    def measure(self, num_simulators: int, duration_s: float) -> float:
+        """Step the first simulators of every process in turn; return env steps per second of all processes."""
+        for connection in self._connections:
+            connection.send((num_simulators, duration_s))
+        return float(sum(connection.recv() for connection in self._connections))
+
+    def close(self) -> None:
+        """Let the processes leave."""
+        for connection in self._connections:
+            connection.close()
+
+
+def serve_bare(connection: Connection, env_ids: range, seed: int) -> None:
+    """Run one process of `BareProcesses`."""
+    simulators = [make_bare(derive_seed(seed, "simulator", env)) for env in env_ids]
+    chunks = draw_chunks(seed, env_ids.start, simulators[0].action_dim)
+    connection.send("ready")
+    while True:
+        try:
+            num_simulators, duration_s = connection.recv()
+        except EOFError:
+            return
+        connection.send(step_bare(simulators[:num_simulators], chunks, duration_s))
+
+
+def make_bare(seed: int) -> Any:
+    """Return robosuite's Lift with the arguments that robomimic's wrapper passes."""
+    with quiet():
+        import robosuite  # noqa: PLC0415  seconds, and only these processes need it
+
+        off = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs", "camera_depths"), False)
+        arguments = build_env_meta(TASKS["Lift"])["env_kwargs"] | off | {"ignore_done": True, "use_object_obs": True}
+        return robosuite.make("Lift", **arguments, seed=seed, hard_reset=False)
+
+
+def draw_chunks(seed: int, index: int, action_dim: int, num_envs: int = 1) -> NDArray[np.float32]:
+    """Return random chunks, [NUM_CHUNKS, num_envs, H, A] in [-0.5, 0.5]."""
+    rng = np.random.default_rng(derive_seed(seed, "bench_actions", index))
+    return rng.uniform(-0.5, 0.5, (NUM_CHUNKS, num_envs, CHUNK_LENGTH, action_dim)).astype(np.float32)
+
+
+def step_bare(simulators: list[Any], chunks: NDArray[np.float32], duration_s: float) -> float:
+    """Execute a chunk in each simulator in turn, reset at the horizon; return env steps per second."""
+    num_steps, start = 0, time.perf_counter()
+    for simulator in simulators:
+        simulator.reset()
+    for turn, chunk in enumerate(itertools.cycle(chunks[:, 0])):
+        simulator = simulators[turn % len(simulators)]
+        if simulator.timestep >= HORIZON:
+            simulator.reset()
+        for action in chunk:
+            simulator.step(action)
+        num_steps += CHUNK_LENGTH
+        if time.perf_counter() - start >= duration_s:
+            break
+    return num_steps / (time.perf_counter() - start)
+
+
+def step_workers(env: VecEnv, chunks: torch.Tensor, duration_s: float) -> float:
+    """Execute chunks in all environments; return env steps per second."""
+    everyone, num_steps, start = range(env.num_envs), 0, time.perf_counter()
+    for chunk in itertools.cycle(chunks):
+        env.step_async(chunk, everyone)
+        num_steps += int(env.step_wait(everyone).executed.sum())
+        if time.perf_counter() - start >= duration_s:
+            break
+    return num_steps / (time.perf_counter() - start)
+
+
+def measure_workers(num_processes: int, repeats: int, block_s: float, seed: int) -> dict[str, list[float]]:
+    """Return env steps/s, two turns a repeat, of `workers`, of as many `bare` simulators, and of `single` ones."""
+    env = make_vec_env(EnvConfig(task="Lift", horizon=HORIZON, num_workers=num_processes), CHUNK_LENGTH, NUM_ENVS, seed)
+    bare = BareProcesses(num_processes, seed)
+    env.reset(seed)
+    chunks = torch.from_numpy(draw_chunks(seed, 0, env.spec.action_dim, NUM_ENVS))
+    turns: Turns = {
+        "workers": partial(step_workers, env, chunks),
+        "bare": partial(bare.measure, bare.num_simulators),
+        "single": partial(bare.measure, 1),
+    }
+    rates = take_turns(turns, repeats, block_s)
+    bare.close()
+    env.close()
+    return rates
+
+
+def take_turns(turns: Turns, repeats: int, block_s: float) -> dict[str, list[float]]:
+    """Return the rates of each, measured there and back in every repeat; a short turn of each first is warm-up."""
+    for turn in turns.values():
+        turn(block_s / 4)
+    rates: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(repeats):
+        there_and_back = [(name, turns[name](block_s)) for name in [*turns, *reversed(turns)]]
+        for name in turns:
+            rates[name].append(statistics.mean(rate for other, rate in there_and_back if other == name))
+    return rates
+
+
+def bench_workers(options: argparse.Namespace) -> Part:
+    """Compare the workers with bare robosuite processes."""
+    cores = count_cores()
+    rates = isolated(measure_workers, cores, options.repeats, options.block_s, options.seed)
+    means = {name: statistics.mean(values) for name, values in rates.items()}
+    findings = []
+    for name, meaning in (("bare", "as many simulators"), ("single", "one simulator each")):
+        ratios = [ours / theirs for ours, theirs in zip(rates["workers"], rates[name], strict=True)]
+        is_met = statistics.mean(ratios) >= MIN_WORKER_RATIO
+        what = f"workers' env steps/s over bare robosuite processes, {meaning}"
+        findings.append(Finding(what, with_range(ratios), f">= {MIN_WORKER_RATIO}", is_met))
+    note = WORKERS_NOTE.format(cores=cores, block_s=options.block_s, **means)
+    return Part(findings, [note])
+
+
+# The ring.
+
+
+def make_flow_row() -> tuple[BufferPlan, Any]:
+    """Return the ring of the default Lift run and one decision of its policy."""
+    config = load_config("lift")
+    spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint or "")).env_spec
+    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed)
+    plan = plan_ring(policy, spec, config.env.num_envs, config.num_steps, num_slots=2)
+    with torch.no_grad():
+        return plan, policy.sample_actions(plan.obs, "train", torch.zeros(plan.num_envs, policy.noise_size))
+
+
+def measure_row_writes(num_writes: int) -> tuple[NDArray[np.float64], int]:
+    """Return the microseconds of each write of one row and the row's bytes."""
+    torch.set_num_threads(1)
+    plan, decision = make_flow_row()
+    buffer, everyone = RolloutBuffer(plan, torch.device("cpu")), range(plan.num_envs)
+    outcome: Any = dict(plan.fields.exclude(*decision.keys()).items())  # as the collector makes it
+    microseconds = np.zeros(num_writes)
+    for index in range(num_writes):
+        slot, t = index // plan.num_steps % plan.num_slots, index % plan.num_steps
+        start = time.perf_counter_ns()
+        buffer.write_obs(slot, t, everyone, plan.obs)
+        buffer.write(slot, t, everyone, decision)
+        buffer.write(slot, t, everyone, outcome)
+        microseconds[index] = (time.perf_counter_ns() - start) / 1000
+    return microseconds, plan.obs.bytes() + plan.fields.bytes()
+
+
+def bench_ring(options: argparse.Namespace) -> Part:
+    """Time the writing of one decision of all environments."""
+    microseconds, num_bytes = isolated(measure_row_writes, options.num_writes)
+    median, high = np.median(microseconds), np.quantile(microseconds, 0.99)
+    what = "microseconds to write one row of the ring, median"
+    finding = Finding(what, f"{median:.1f} (99 %: {high:.1f})", f"< {MAX_ROW_US:g}", bool(median < MAX_ROW_US))
+    note = (
+        f"Ring: observation, decision and outcome of {NUM_ENVS} environments under the default flow policy, "
+        f"{num_bytes} bytes in all, {len(microseconds)} writes over every row of both slots, CPU."
+    )
+    return Part([finding], [note])
+
+
+# Runs of the loop, for the last two parts.
+
+
+@dataclass
+class Recorder:
+    """Watches a run as a `Reporter` does and takes notes after each update, into memory allocated beforehand."""
+
+    num_updates: int
+    measures: dict[str, Callable[[dict[str, float]], float]]
+    notes: dict[str, NDArray[np.float64]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.notes = {name: np.zeros(self.num_updates) for name in self.measures}
+
+    def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
+        """Nothing to do."""
+
+    def update(self, row: dict[str, float]) -> None:
+        """Measure."""
+        for name, measure in self.measures.items():
+            self.notes[name][int(row["updates"]) - 1] = measure(row)
+
+    def evaluation(self, updates: int, result: EvalResult) -> None:
+        """Nothing to do."""
+
+    def end(self, run_dir: Path, checkpoint: Path, row: dict[str, float], is_stopped: bool) -> None:
+        """Nothing to do."""
+
+
+@contextmanager
+def run_config(task: str, num_updates: int, changes: dict[str, Any]) -> Iterator[Config]:
+    """Yield the configuration of a run that neither evaluates nor keeps anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = {"buffer.buffer_size": SMALL_LIFT_ROLLOUT} if task == "Lift" else {}
+        quietly = {"trainer.eval_interval": 0, "trainer.save_interval": num_updates, "logging.logger": "none"}
+        length = {"trainer.total_updates": num_updates, "trainer.device": "cpu", "logging.out": folder}
+        yield load_config(task.lower(), size | quietly | length | changes)
+
+
+def resident_bytes(_: dict[str, float]) -> float:
+    """Return the current resident bytes of this process."""
+    return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def traced_bytes(_: dict[str, float]) -> float:
+    """Return the bytes of all living Python objects, arrays of numpy included, tensors not."""
+    gc.collect()
+    return float(tracemalloc.get_traced_memory()[0])
+
+
+def ring_addresses(trainer: Trainer) -> list[int]:
+    """Return where each field of the ring lies."""
+    return [field.data_ptr() for field in trainer.parts.channel.buffer._ring.values(True, True)]
+
+
+def record_memory(task: str, num_updates: int, seed: int, is_tracing: bool) -> tuple[NDArray[np.float64], bool]:
+    """Train asynchronously; return bytes after each update, [updates], and whether the ring stayed in its place."""
+    recorder = Recorder(num_updates, {"bytes": traced_bytes if is_tracing else resident_bytes})
+    before: list[int] = []
+    if is_tracing:
+        tracemalloc.start()
+    with run_config(task, num_updates, {"trainer.buffer_type": "vla", "trainer.seed": seed}) as config:
+        trainer = train(config, recorder, lambda built: before.extend(ring_addresses(built)))
+    return recorder.notes["bytes"], ring_addresses(trainer) == before
+
+
+def fit_growth(num_bytes: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the least-squares slope per update over a run's second half, and half of its 95 % interval.
+
+    Allocators fill their caches for a while and then in steps, so neighbours are not independent: the fit is of block
+    means. The last update is left out; the collector's thread has ended by then.
+    """
+    half = num_bytes[len(num_bytes) // 2 : -1]
+    blocks = np.array([block.mean() for block in np.array_split(half, NUM_BLOCKS)])
+    x = np.array([block.mean() for block in np.array_split(np.arange(len(half)), NUM_BLOCKS)])
+    (slope, _), covariance = np.polyfit(x, blocks, 1, cov=True)
+    return float(slope), T_95 * float(np.sqrt(covariance[0, 0]))
+
+
+def describe_growth(kind: str, task: str, num_bytes: NDArray[np.float64]) -> tuple[Finding, str]:
+    """Compare the growth per update with its limit, and say what all updates together added."""
+    slope, half = fit_growth(num_bytes)
+    measured = f"{slope:.0f} (95 %: {slope - half:.0f} to {slope + half:.0f})"
+    limit, added = MAX_GROWTH_BYTES[kind], (num_bytes[-2] - num_bytes[0]) / 1024
+    what = f"{kind}, bytes of growth per update, {task}"
+    first, last = num_bytes[0] / 2**20, len(num_bytes) - 1
+    note = GROWTH_NOTE.format(kind=kind.capitalize(), task=task, first=first, added=added, last=last)
+    return Finding(what, measured, f"< {limit}, whole interval", slope + half < limit), note
+
+
+def bench_growth(options: argparse.Namespace) -> Part:
+    """Watch the memory of long runs."""
+    part = Part([], [])
+    for task in options.task:
+        num_updates = max(options.growth_updates if task == "Toy" else options.growth_updates // 5, 3 * NUM_BLOCKS)
+        for kind, is_tracing in (("resident memory", False), ("Python objects", True)):
+            num_bytes, is_in_place = isolated(record_memory, task, num_updates, options.seed, is_tracing)
+            finding, note = describe_growth(kind, task, num_bytes)
+            part.findings.append(finding)
+            part.notes.append(note)
+        part.findings.append(Finding(f"ring in its place, {task}", "yes" if is_in_place else "no", "yes", is_in_place))
+    return part
+
+
+# Overlap.
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one run took, in its steady part."""
+
+    decisions_per_s: float
+    collect_s: float
+    update_s: float
+
+
+def time_run(task: str, num_updates: int, changes: dict[str, Any]) -> Timing:
+    """Train; the warm-up is left out, and the last update, during which nothing is collected any more."""
+    names = ("decisions", "time/collect_s", "time/update_s")
+    measures: dict[str, Callable[[dict[str, float]], float]] = {name: partial(read_metric, name) for name in names}
+    recorder = Recorder(num_updates, measures | {"now": lambda _: time.perf_counter()})
+    with run_config(task, num_updates, changes) as config:
+        train(config, recorder)
+    steady = {name: values[NUM_WARMUP_UPDATES - 1 : -1] for name, values in recorder.notes.items()}
+    rate = (steady["decisions"][-1] - steady["decisions"][0]) / (steady["now"][-1] - steady["now"][0])
+    collect_s, update_s = (float(steady[name][1:].mean()) for name in names[1:])
+    return Timing(float(rate), collect_s, update_s)
+
+
+def read_metric(name: str, row: dict[str, float]) -> float:
+    """Return one metric of an update."""
+    return row[name]
+
+
+def calibrate(task: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the latencies with which collecting and training take equally long, at least half of it emulated."""
+    base = {"trainer.buffer_type": "standard", "trainer.seed": options.seed}
+    plain = isolated(time_run, task, NUM_WARMUP_UPDATES + 4, base)
+    rollout_s = max(options.rollout_s, 2 * plain.collect_s, 2 * plain.update_s)
+    with run_config(task, 1, base) as config:
+        num_minibatches = config.algorithm.update_epochs * config.algorithm.num_minibatches
+        return {
+            "trainer.seed": options.seed,
+            "policy.emulated_latency_s": (rollout_s - plain.collect_s) / config.num_steps,
+            "algorithm.emulated_latency_s": (rollout_s - plain.update_s) / num_minibatches,
+        }
+
+
+def time_both(task: str, changes: dict[str, Any], options: argparse.Namespace) -> dict[str, list[Timing]]:
+    """Return the timings of both modes, one standard and one vla run a pair, in turns."""
+    timings: dict[str, list[Timing]] = {"standard": [], "vla": []}
+    for repeat in range(2 * options.overlap_repeats):
+        for mode in ("standard", "vla") if repeat % 2 == 0 else ("vla", "standard"):
+            run = changes | {"trainer.buffer_type": mode}
+            timings[mode].append(isolated(time_run, task, options.overlap_updates, run))
+    return timings
+
+
+def describe_overlap(task: str, timings: dict[str, list[Timing]], changes: dict[str, Any]) -> tuple[Finding, str]:
+    """Compare both modes with each other and with the ceiling that their lanes set."""
+    pairs = zip(timings["vla"], timings["standard"], strict=True)
+    ratios = [vla.decisions_per_s / standard.decisions_per_s for vla, standard in pairs]
+    rates = {mode: statistics.mean(run.decisions_per_s for run in runs) for mode, runs in timings.items()}
+    collect_s = statistics.mean(run.collect_s for run in timings["standard"])
+    update_s = statistics.mean(run.update_s for run in timings["standard"])
+    ceiling, speedup = (collect_s + update_s) / max(collect_s, update_s), statistics.mean(ratios)
+    note = OVERLAP_NOTE.format(
+        task=task,
+        policy_s=changes["policy.emulated_latency_s"],
+        minibatch_s=changes["algorithm.emulated_latency_s"],
+        collect_s=collect_s,
+        update_s=update_s,
+        ceiling=ceiling,
+        share=100 * speedup / ceiling,
+        **rates,
+    )
+    what = f"decisions/s of vla over standard, collecting and training equally long, {task}"
+    return Finding(what, with_range(ratios), f">= {MIN_SPEEDUP}", speedup >= MIN_SPEEDUP), note
+
+
+def bench_overlap(options: argparse.Namespace) -> Part:
+    """Compare both modes where collecting and training take equally long."""
+    part = Part([], [])
+    for task in options.task:
+        changes = calibrate(task, options)
+        finding, note = describe_overlap(task, time_both(task, changes, options), changes)
+        part.findings.append(finding)
+        part.notes.append(note)
+    return part
+
+
+# The page.
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe_machine() -> dict[str, str]:
+    """Return processor, cores and memory."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": str(count_cores()),
+        "memory": f"{memory / 2**30:.0f} GiB",
+    }
+
+
+def describe_software() -> dict[str, str]:
+    """Return versions and the commit; it counts as dirty if what is measured was changed, not if a page was."""
+    measured = ["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD", "--", "asyncflow", "configs", "tools"]
+    versions = describe_versions()
+    commit = versions.pop("git_commit").removesuffix("-dirty")
+    is_dirty = subprocess.run(measured, check=False).returncode != 0
+    return {"commit": f"{commit}-dirty" if is_dirty else commit, **versions}
+
+
+def describe_command() -> str:
+    """Return this process's command line without the folders of this machine."""
+    arguments = [Path(each).name if each.startswith("/") else each for each in sys.argv[1:]]
+    return shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *arguments])
+
+
+def describe_setting(machine: dict[str, str], software: dict[str, str]) -> str:
+    """Return hardware, commit and versions as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in software.items() if name != "commit")
+    return (
+        f"- Hardware: {machine['processor']}, {machine['cores']} cores, {machine['memory']}\n"
+        f"- Commit: `{software['commit']}`\n- Versions: {versions}\n"
+    )
+
+
+def to_markdown(parts: list[Part]) -> str:
+    """Return the page."""
+    rows = [
+        f"| {found.what} | {found.measured} | {found.target} | {'yes' if found.is_met else '**no**'} |"
+        for part in parts
+        for found in part.findings
+    ]
+    table = ["| what | measured | target | met |", "|---|---|---|---|", *rows]
+    notes = [f"- {note}" for part in parts for note in part.notes]
+    setting = describe_setting(describe_machine(), describe_software())
+    head = f"# The core\n\n{setting}- Command: `{describe_command()}`\n"
+    return "\n".join([head, *table, "", *notes, ""])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--task", nargs="+", choices=("Toy", "Lift"), default=["Toy", "Lift"], help="growth, overlap")
+    parser.add_argument("--repeats", type=int, default=4, help="workers: pairs of turns")
+    parser.add_argument("--block-s", type=float, default=8.0, help="workers: seconds of a turn")
+    parser.add_argument("--num-writes", type=int, default=10_000, help="ring: rows written")
+    parser.add_argument("--growth-updates", type=int, default=400, help="growth: updates of the toy; Lift: a fifth")
+    parser.add_argument("--overlap-updates", type=int, default=14, help="overlap: updates of a run")
+    parser.add_argument("--overlap-repeats", type=int, default=2, help="overlap: times standard, vla, vla, standard")
+    parser.add_argument("--rollout-s", type=float, default=0.75, help="overlap: seconds of a rollout, at least")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="page to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, print, write, and say which targets were missed."""
+    options = parse_arguments()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    benches = {"workers": bench_workers, "ring": bench_ring, "growth": bench_growth, "overlap": bench_overlap}
+    parts = []
+    for name in options.only:
+        print(f"measuring: {name}", file=sys.stderr, flush=True)
+        parts.append(benches[name](options))
+    page = to_markdown(parts)
+    print(page)
+    is_whole = set(options.only) == set(PARTS) and set(options.task) == {"Toy", "Lift"}
+    if options.out or is_whole:
+        (options.out or PAGE).parent.mkdir(parents=True, exist_ok=True)
+        (options.out or PAGE).write_text(page)
+    missed = [found.what for part in parts for found in part.findings if not found.is_met]
+    for what in missed:
+        print(f"missed: {what}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

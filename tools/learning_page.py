@@ -1,0 +1,347 @@
+"""Write `docs/benchmarks/learning.md` and `learning.png` from the tables of `bench_learning.py`.
+
+    python tools/learning_page.py
+
+Nothing is measured here and no number stands in this file but the targets: the page cannot say what the data do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bench_core import describe_setting
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from asyncflow.evaluate import wilson_interval
+
+PAGES = Path(__file__).parent.parent / "docs" / "benchmarks"
+MODES = ("standard", "vla")
+POOLED_TARGET, SEED_TARGET, MAX_ENV_STEPS = 0.95, 0.92, 100_000
+TARGET_SEEDS, TARGET_EPISODES = {0, 1, 2}, 200
+# Lag -> condition; at lag 0 both objectives are the same, and lag 1, decoupled, is what vla does.
+LAGS = {
+    "decoupled": {0: "standard", 1: "vla", 2: "decoupled_lag2", 4: "decoupled_lag4"},
+    "plain": {0: "standard", 1: "plain_lag1", 2: "plain_lag2", 4: "plain_lag4"},
+}
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = {"standard": "#0072B2", "vla": "#D55E00", "decoupled": "#D55E00", "plain": "#444444"}
+GREY = "#767676"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated checkpoint."""
+
+    updates: int
+    env_steps: int
+    wall_s: float
+    num_episodes: int
+    num_successes: int
+
+    @property
+    def success_rate(self) -> float:
+        """Fraction of episodes that solved the task."""
+        return self.num_successes / self.num_episodes
+
+
+Curve = list[Point]
+Curves = dict[str, dict[int, Curve]]  # condition -> seed -> points
+
+
+def read_curves(folder: Path) -> Curves:
+    """Return every curve of the folder, seeds rising."""
+    curves: Curves = defaultdict(dict)
+    for path in sorted(folder.glob("learning_*_seed*.csv")):
+        condition, seed = path.stem.removeprefix("learning_").rsplit("_seed", 1)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        curves[condition][int(seed)] = [read_point(row) for row in rows]
+    return dict(curves)
+
+
+def read_point(row: dict[str, str]) -> Point:
+    """Return a row of a table."""
+    counts = {name: int(row[name]) for name in ("updates", "env_steps", "num_episodes", "num_successes")}
+    return Point(wall_s=float(row["wall_s"]), **counts)
+
+
+def pool_final(seeds: dict[int, Curve]) -> tuple[int, int]:
+    """Return successes and episodes of the last checkpoints of all seeds."""
+    finals = [curve[-1] for curve in seeds.values()]
+    return sum(point.num_successes for point in finals), sum(point.num_episodes for point in finals)
+
+
+def difference_interval(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float, float]:
+    """Return the difference of two success rates and its 95 % interval, from (successes, episodes) of each.
+
+    Newcombe, "Interval estimation for the difference between independent proportions", Statistics in Medicine 17,
+    1998, method 10.
+    """
+    rates = [successes / episodes for successes, episodes in (first, second)]
+    (low_1, high_1), (low_2, high_2) = wilson_interval(*first), wilson_interval(*second)
+    difference = rates[0] - rates[1]
+    low = difference - math.hypot(rates[0] - low_1, high_2 - rates[1])
+    high = difference + math.hypot(high_1 - rates[0], rates[1] - low_2)
+    return difference, low, high
+
+
+# The page.
+
+
+def percent(rate: float) -> str:
+    """Return a rate in per cent."""
+    return f"{100 * rate:.1f} %"
+
+
+def describe_rate(successes: int, episodes: int) -> str:
+    """Return a rate with its 95 % interval."""
+    low, high = wilson_interval(successes, episodes)
+    return f"{percent(successes / episodes)} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def to_table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def judge(condition: str, seeds: dict[int, Curve]) -> str:
+    """Return a sentence on whether the targets are met."""
+    finals = {seed: curve[-1] for seed, curve in seeds.items()}
+    if not set(finals) >= TARGET_SEEDS or any(point.num_episodes < TARGET_EPISODES for point in finals.values()):
+        return f"`{condition}`: **not measured** on seeds 0, 1 and 2 with {TARGET_EPISODES} episodes each."
+    successes, episodes = pool_final(seeds)
+    worst = min(finals, key=lambda seed: finals[seed].success_rate)
+    steps = max(point.env_steps for point in finals.values())
+    is_met = (
+        successes / episodes >= POOLED_TARGET and finals[worst].success_rate >= SEED_TARGET and steps <= MAX_ENV_STEPS
+    )
+    return (
+        f"`{condition}`: **{'met' if is_met else 'missed'}**: pooled {percent(successes / episodes)}, worst seed "
+        f"({worst}) {percent(finals[worst].success_rate)}, {steps:,} env steps at most."
+    )
+
+
+def modes_table(curves: Curves) -> str:
+    """Return the final success of each mode and seed, and pooled."""
+    head = ["mode", "seed", "start", "final success (95 %)", "episodes", "env steps", "training, s", "speed-up"]
+    rows = []
+    for mode in (mode for mode in MODES if mode in curves):
+        for seed, curve in curves[mode].items():
+            rows.append([f"`{mode}`", str(seed), *describe_curve(curve), describe_speedup(curves, mode, [seed])])
+        successes, episodes = pool_final(curves[mode])
+        seconds = statistics.mean(curve[-1].wall_s for curve in curves[mode].values())
+        speedup = describe_speedup(curves, mode, list(curves[mode]))
+        pooled = [describe_rate(successes, episodes), str(episodes), "", f"{seconds:.0f} (mean)", speedup]
+        rows.append([f"**`{mode}`**", "**all**", "", *pooled])
+    return to_table(head, rows)
+
+
+def describe_curve(curve: Curve) -> list[str]:
+    """Return the cells of one run."""
+    first, final = curve[0], curve[-1]
+    start = percent(first.success_rate) if first.updates == 0 else "-"
+    rate = describe_rate(final.num_successes, final.num_episodes)
+    return [start, rate, str(final.num_episodes), f"{final.env_steps:,}", f"{final.wall_s:.0f}"]
+
+
+def describe_speedup(curves: Curves, mode: str, seeds: list[int]) -> str:
+    """Return the wall time of standard over that of vla for the same number of updates, averaged over seeds."""
+    common = [seed for seed in seeds if seed in curves.get("standard", {})]
+    if mode != "vla" or not common:
+        return ""
+    ratio = statistics.mean(curves["standard"][seed][-1].wall_s / curves["vla"][seed][-1].wall_s for seed in common)
+    return f"{ratio:.2f}"
+
+
+def lag_table(curves: Curves) -> str:
+    """Return final success by lag, decoupled against plain."""
+    head = ["lag", "decoupled: seeds", "pooled (95 %)", "plain: seeds", "pooled (95 %)", "decoupled - plain (95 %)"]
+    rows = []
+    for lag, name in LAGS["decoupled"].items():
+        decoupled, plain = curves.get(name), curves.get(LAGS["plain"][lag])
+        rows.append([str(lag), *describe_seeds(decoupled), *describe_seeds(plain), describe_gap(lag, decoupled, plain)])
+    return to_table(head, rows)
+
+
+def describe_seeds(seeds: dict[int, Curve] | None) -> list[str]:
+    """Return the rates of the seeds and their pooled rate."""
+    if not seeds:
+        return ["-", "-"]
+    rates = ", ".join(f"{100 * curve[-1].success_rate:.1f}" for curve in seeds.values())
+    return [rates, describe_rate(*pool_final(seeds))]
+
+
+def describe_gap(lag: int, decoupled: dict[int, Curve] | None, plain: dict[int, Curve] | None) -> str:
+    """Return the difference in points with its interval."""
+    if lag == 0:
+        return "the same run"
+    if not decoupled or not plain:
+        return "-"
+    gap, low, high = difference_interval(pool_final(decoupled), pool_final(plain))
+    return f"{100 * gap:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def write_page(path: Path, curves: Curves, meta: dict[str, Any]) -> None:
+    """Write the Markdown."""
+    commits = sorted(set(meta["commits"].values()))
+    setting = describe_setting(meta["machine"], {"commit": "`, `".join(commits), **meta["versions"]})
+    commands = "\n".join([*meta["commands"], "python tools/learning_page.py"])
+    verdicts = "\n".join(f"- {judge(mode, curves.get(mode, {}))}" for mode in MODES)
+    path.write_text(
+        PAGE.format(
+            setting=setting,
+            commands=commands,
+            verdicts=verdicts,
+            modes=modes_table(curves),
+            lags=lag_table(curves),
+            pooled=percent(POOLED_TARGET),
+            seed=percent(SEED_TARGET),
+            episodes=TARGET_EPISODES,
+            steps=f"{MAX_ENV_STEPS:,}",
+        )
+    )
+
+
+PAGE = """# Learning
+
+![Success over env steps and over wall time, and final success by policy lag](learning.png)
+
+Thin lines are seeds, thick ones their mean; bars are 95 % intervals over the pooled episodes of all seeds.
+
+{setting}
+```
+{commands}
+```
+The curves are in [`data/`](data), one table per condition and seed. Evaluations are deterministic, on start states
+that training never sees; training seconds leave them out. The first point of a curve are the weights that all runs
+start from.
+
+## Both modes
+Target: at the final step, after {steps} env steps at most, on seeds 0, 1 and 2 with {episodes} episodes each, at least
+{pooled} pooled and no seed under {seed}.
+
+{verdicts}
+
+{modes}
+
+Speed-up: training seconds of `standard` over those of `vla`, for the same number of updates on as many fresh
+decisions; below 1 `vla` is slower. Simulators, policy and training share the cores here, and the policy is small.
+
+## What stale data cost
+Lag is the number of updates between the version that acted and the version that is trained. A lag of 0 is `standard`,
+where both objectives are the same; a lag of 1 with the decoupled objective is `vla`; the others are synchronous
+runs with an artificial lag (`buffer.max_policy_lag`), which end as asynchronous ones do.
+
+{lags}
+
+Success in per cent. Intervals are Wilson's, and Newcombe's for differences, over pooled episodes. They say how exactly
+these policies were measured; how much another training seed would change is seen from the columns of seeds.
+"""
+
+
+# The picture.
+
+
+def mean_curve(seeds: dict[int, Curve], x: Callable[[Point], float]) -> tuple[list[float], list[float]]:
+    """Return the mean of x and of the success in per cent, over the seeds, at each number of updates all have."""
+    by_updates = [{point.updates: point for point in curve} for curve in seeds.values()]
+    common = sorted(set.intersection(*(set(points) for points in by_updates)))
+    points = [[points[updates] for points in by_updates] for updates in common]
+    xs = [statistics.mean(x(point) for point in each) for each in points]
+    return xs, [100 * statistics.mean(point.success_rate for point in each) for each in points]
+
+
+def draw_curves(axes: Axes, curves: Curves, x: Callable[[Point], float]) -> None:
+    """Draw both modes: seeds thin, means thick, a name at the end of each mean."""
+    for mode, style in zip(MODES, ("-", "--"), strict=True):
+        for curve in curves.get(mode, {}).values():
+            success = [100 * point.success_rate for point in curve]
+            axes.plot([x(point) for point in curve], success, style, color=COLOURS[mode], linewidth=0.7, alpha=0.45)
+        if mode in curves:
+            xs, ys = mean_curve(curves[mode], x)
+            axes.plot(xs, ys, style, color=COLOURS[mode], linewidth=2.4, marker="o", markersize=4)
+
+
+def draw_lags(axes: Axes, curves: Curves) -> None:
+    """Draw final success by lag with intervals, decoupled against plain."""
+    for objective, offset, marker in (("decoupled", -0.05, "o"), ("plain", 0.05, "s")):
+        rates = {lag: pool_final(curves[name]) for lag, name in LAGS[objective].items() if name in curves}
+        xs, ys = [lag + offset for lag in rates], [100 * k / n for k, n in rates.values()]
+        ends = [wilson_interval(k, n) for k, n in rates.values()]
+        errors = [
+            [y - 100 * low for y, (low, _) in zip(ys, ends, strict=True)],
+            [100 * high - y for y, (_, high) in zip(ys, ends, strict=True)],
+        ]
+        axes.errorbar(xs, ys, errors, color=COLOURS[objective], marker=marker, markersize=5, capsize=3, linewidth=1.8)
+
+
+def add_names(axes: Axes, names: dict[str, str], x: float, align: Literal["left", "right"]) -> None:
+    """Write what the lines are, in their colours, into a lower corner, which rising or falling curves leave free."""
+    for row, (name, text) in enumerate(reversed(names.items())):
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": align, "color": COLOURS[name], "fontweight": "bold"}
+        axes.text(x, 0.05 + 0.09 * row, text, **place)
+
+
+def add_target(axes: Axes) -> None:
+    """Draw the pooled target behind everything."""
+    axes.axhline(100 * POOLED_TARGET, color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    place: dict[str, Any] = {"va": "bottom", "color": GREY, "fontsize": 8}
+    axes.text(0.02, 100 * POOLED_TARGET + 0.5, "target", transform=axes.get_yaxis_transform(), **place)
+
+
+def draw_picture(path: Path, curves: Curves) -> None:
+    """Write the PNG: success over env steps, over wall time, and by lag."""
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+    }
+    with plt.rc_context(style):
+        figure, (steps, seconds, lags) = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
+        draw_curves(steps, curves, lambda point: point.env_steps / 1000)
+        draw_curves(seconds, curves, lambda point: point.wall_s)
+        draw_lags(lags, curves)
+        names = {"standard": "\u2014 standard", "vla": "- - vla"}
+        for axes in (steps, seconds):
+            add_names(axes, names, 0.97, "right")
+            add_target(axes)
+        add_names(lags, {"decoupled": "\u25cf decoupled", "plain": "\u25a0 plain PPO"}, 0.05, "left")
+        plt.setp([steps, seconds, lags], ylim=(None, 101))
+        steps.set(title="Success, %", xlabel="thousand env steps")
+        seconds.set(title="Success, %", xlabel="seconds of training")
+        lags.set(title="Final success, %", xlabel="policy lag, updates", xticks=[0, 1, 2, 3, 4], xlim=(-0.3, 4.3))
+        seconds.sharey(steps)
+        figure.savefig(path, dpi=200)
+        plt.close(figure)
+
+
+def main() -> None:
+    """Read, write, and print the verdicts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the tables")
+    parser.add_argument("--out", type=Path, default=PAGES, help="folder of the page and the picture")
+    options = parser.parse_args()
+    plt.switch_backend("Agg")
+    curves = read_curves(options.data)
+    if not curves:
+        raise SystemExit(f"{options.data} holds no learning_*_seed*.csv; tools/bench_learning.py writes them")
+    write_page(options.out / "learning.md", curves, json.loads((options.data / "learning_meta.json").read_text()))
+    draw_picture(options.out / "learning.png", curves)
+    for mode in MODES:
+        print(judge(mode, curves.get(mode, {})))
+
+
+if __name__ == "__main__":
+    main()
