@@ -156,6 +156,7 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     num_demos=_flag("Successful demonstrations.", int, 10),
     seed=_flag("Seed of start states and noise.", int, 0),
     action_noise=_flag("Standard deviation of the noise on actions.", float, 0.15),
+    grasp_offset=_flag("Metres by which the expert misjudges the object.", float, 0.0),
     overwrite=_flag("Replace an existing file.", bool, False),
 )
 def demos(**flags: Any) -> int:

@@ -103,13 +103,15 @@ class LiftExpert:
     max_action = 0.4  # of the full speed, so that a chunk executed open-loop does not overshoot
     closing_steps = 6
 
-    def __init__(self) -> None:
+    def __init__(self, grasp_offset: float = 0.0) -> None:
+        """Start an episode; the expert misjudges the cube's place by `grasp_offset` metres along x."""
+        self._offset = np.array([grasp_offset, 0.0, 0.0])
         self._phase = "hover"
         self._steps_closing = 0
 
     def act(self, obs: Obs) -> Array:
         """Return a proportional move towards the phase's target, [7]."""
-        gripper, cube = obs["robot0_eef_pos"], obs["object"][:3]
+        gripper, cube = obs["robot0_eef_pos"], obs["object"][:3] + self._offset
         self._advance(gripper, cube)
         action = np.zeros(7)
         move = self.gain * (self._target(gripper, cube) - gripper) / self.full_action
@@ -138,7 +140,7 @@ class LiftExpert:
                 self._phase = "lift"
 
 
-EXPERTS: dict[str, Callable[[], Expert]] = {"Lift": LiftExpert}
+EXPERTS: dict[str, Callable[[float], Expert]] = {"Lift": LiftExpert}
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,14 @@ class DemoOptions:
         num_demos: Successful demonstrations to write.
         seed: Seed of start states and noise.
         action_noise: Standard deviation of the normal noise on every action dimension.
+        grasp_offset: Metres along x by which the expert misjudges the object, as a badly calibrated camera would.
         overwrite: Replace an existing file.
     """
 
     num_demos: int = 10
     seed: int = 0
     action_noise: float = 0.15
+    grasp_offset: float = 0.0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -229,19 +233,21 @@ def collect_demos(
     return DemoResult(out, len(demos), num_failures, num_steps, time.perf_counter() - start)
 
 
-def _find_expert(env_config: EnvConfig) -> Callable[[], Expert]:
+def _find_expert(env_config: EnvConfig) -> Callable[[float], Expert]:
     task = resolve_task(env_config).task.env_name if env_config.env_meta else env_config.task
     if task not in EXPERTS:
         raise ConfigError(f"env.task = {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
     return EXPERTS[task]
 
 
-def _collect(simulator: Simulator, make_expert: Callable[[], Expert], options: DemoOptions) -> tuple[list[_Demo], int]:
+def _collect(
+    simulator: Simulator, make_expert: Callable[[float], Expert], options: DemoOptions
+) -> tuple[list[_Demo], int]:
     """Return successful demonstrations and the number of failed attempts."""
     demos: list[_Demo] = []
     num_failures = 0
     while len(demos) < options.num_demos:
-        demo = _record(simulator, make_expert(), options, attempt=len(demos) + num_failures)
+        demo = _record(simulator, make_expert(options.grasp_offset), options, attempt=len(demos) + num_failures)
         if demo.is_success:
             demos.append(demo)
             continue
@@ -249,7 +255,7 @@ def _collect(simulator: Simulator, make_expert: Callable[[], Expert], options: D
         if num_failures > MAX_FAILURES_PER_DEMO * options.num_demos:
             raise EnvError(
                 f"the scripted expert failed {num_failures} times and succeeded {len(demos)} times; "
-                f"lower --action-noise {options.action_noise}"
+                f"lower --action-noise {options.action_noise} or --grasp-offset {options.grasp_offset}"
             )
     return demos, num_failures
 

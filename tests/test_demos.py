@@ -182,3 +182,11 @@ def test_robomimic_reads_a_simulated_dataset(tmp_path):
     assert data[0]["obs"]["object"].shape == (4, 10)
     assert file_utils.get_env_metadata_from_dataset(str(path))["env_name"] == "Lift"
     assert file_utils.get_demos_for_filter_key(str(path), "train") == ["demo_0"]
+
+
+def test_a_miscalibrated_expert_aims_beside_the_object():
+    """That is how the shipped weights get a failure that training can put right."""
+    obs = {"robot0_eef_pos": np.zeros(3), "object": np.array([0.0, 0.0, -0.5])}
+    straight, beside = LiftExpert().act(obs), LiftExpert(grasp_offset=0.01).act(obs)
+    assert beside[0] - straight[0] == pytest.approx(1.2 * 0.01 / 0.05)
+    assert (beside[1:] == straight[1:]).all()
