@@ -41,7 +41,7 @@ def show(file: io.StringIO, row: dict[str, Any] | None = None, is_stopped: bool 
     """Return what a whole run of one update shows."""
     row = ROW if row is None else row
     reporter = ConsoleReporter(file)
-    reporter.start(load_config("lift"), RUN, 1_234_567, "cpu")
+    reporter.start(load_config("lift", {"trainer.total_updates": 20}), RUN, 1_234_567, "cpu")
     reporter.update(row)
     reporter.evaluation(5, RESULT)
     reporter.end(RUN, RUN / "checkpoints/last", row, is_stopped)
@@ -96,7 +96,7 @@ def test_the_start_card_says_what_differs_from_the_defaults() -> None:
     text = show(io.StringIO())
     assert "env.horizon=120" in text
     assert "policy.checkpoint=lift_flow" in text
-    assert "clip_coef" not in text
+    assert "gae_lambda" not in text
     assert "1.23 MB" in text
     assert str(RUN) in text
 
