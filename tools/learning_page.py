@@ -11,7 +11,9 @@ import argparse
 import csv
 import json
 import math
+import shlex
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from asyncflow.evaluate import wilson_interval
 
 PAGES = Path(__file__).parent.parent / "docs" / "benchmarks"
 MODES = ("standard", "vla")
-POOLED_TARGET, SEED_TARGET, MAX_ENV_STEPS = 0.95, 0.92, 100_000
+TARGET_TASK, POOLED_TARGET, SEED_TARGET, MAX_ENV_STEPS = "Lift", 0.95, 0.92, 100_000
 TARGET_SEEDS, TARGET_EPISODES = {0, 1, 2}, 200
 # Lag -> condition; at lag 0 both objectives are the same, and lag 1, decoupled, is what vla does.
 LAGS = {
@@ -192,28 +194,34 @@ def describe_gap(lag: int, decoupled: dict[int, Curve] | None, plain: dict[int, 
     return f"{100 * gap:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def write_page(path: Path, curves: Curves, meta: dict[str, Any]) -> None:
+def write_page(options: argparse.Namespace, curves: Curves, meta: dict[str, Any]) -> None:
     """Write the Markdown."""
     commits = sorted(set(meta["commits"].values()))
     setting = describe_setting(meta["machine"], {"commit": "`, `".join(commits), **meta["versions"]})
-    commands = "\n".join([*meta["commands"], "python tools/learning_page.py"])
-    verdicts = "\n".join(f"- {judge(mode, curves.get(mode, {}))}" for mode in MODES)
-    path.write_text(
+    command = shlex.join(["python", "tools/learning_page.py", *sys.argv[1:]])
+    (options.out / "learning.md").write_text(
         PAGE.format(
+            task=options.task,
             setting=setting,
-            commands=commands,
-            verdicts=verdicts,
+            commands="\n".join([*meta["commands"], command]),
+            verdicts=describe_targets(curves) if options.task == TARGET_TASK else "",
             modes=modes_table(curves),
             lags=lag_table(curves),
-            pooled=percent(POOLED_TARGET),
-            seed=percent(SEED_TARGET),
-            episodes=TARGET_EPISODES,
-            steps=f"{MAX_ENV_STEPS:,}",
         )
     )
 
 
-PAGE = """# Learning
+def describe_targets(curves: Curves) -> str:
+    """Return the targets and whether each mode meets them."""
+    verdicts = "\n".join(f"- {judge(mode, curves.get(mode, {}))}" for mode in MODES)
+    return (
+        f"Target: at the final step, after {MAX_ENV_STEPS:,} env steps at most, on seeds 0, 1 and 2 with "
+        f"{TARGET_EPISODES} episodes each, at least\n{percent(POOLED_TARGET)} pooled and no seed under "
+        f"{percent(SEED_TARGET)}.\n\n{verdicts}\n"
+    )
+
+
+PAGE = """# Learning: {task}
 
 ![Success over env steps and over wall time, and final success by policy lag](learning.png)
 
@@ -228,11 +236,7 @@ that training never sees; training seconds leave them out. The first point of a 
 start from.
 
 ## Both modes
-Target: at the final step, after {steps} env steps at most, on seeds 0, 1 and 2 with {episodes} episodes each, at least
-{pooled} pooled and no seed under {seed}.
-
 {verdicts}
-
 {modes}
 
 Speed-up: training seconds of `standard` over those of `vla`, for the same number of updates on as many fresh
@@ -300,7 +304,7 @@ def add_target(axes: Axes) -> None:
     axes.text(0.02, 100 * POOLED_TARGET + 0.5, "target", transform=axes.get_yaxis_transform(), **place)
 
 
-def draw_picture(path: Path, curves: Curves) -> None:
+def draw_picture(path: Path, curves: Curves, has_target: bool) -> None:
     """Write the PNG: success over env steps, over wall time, and by lag."""
     style: dict[Any, Any] = {
         "font.size": 9,
@@ -316,7 +320,8 @@ def draw_picture(path: Path, curves: Curves) -> None:
         names = {"standard": "\u2014 standard", "vla": "- - vla"}
         for axes in (steps, seconds):
             add_names(axes, names, 0.97, "right")
-            add_target(axes)
+            if has_target:
+                add_target(axes)
         add_names(lags, {"decoupled": "\u25cf decoupled", "plain": "\u25a0 plain PPO"}, 0.05, "left")
         plt.setp([steps, seconds, lags], ylim=(None, 101))
         steps.set(title="Success, %", xlabel="thousand env steps")
@@ -328,8 +333,9 @@ def draw_picture(path: Path, curves: Curves) -> None:
 
 
 def main() -> None:
-    """Read, write, and print the verdicts."""
+    """Read and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default=TARGET_TASK, help="what the tables are of; the targets are those of Lift")
     parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the tables")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder of the page and the picture")
     options = parser.parse_args()
@@ -337,10 +343,8 @@ def main() -> None:
     curves = read_curves(options.data)
     if not curves:
         raise SystemExit(f"{options.data} holds no learning_*_seed*.csv; tools/bench_learning.py writes them")
-    write_page(options.out / "learning.md", curves, json.loads((options.data / "learning_meta.json").read_text()))
-    draw_picture(options.out / "learning.png", curves)
-    for mode in MODES:
-        print(judge(mode, curves.get(mode, {})))
+    write_page(options, curves, json.loads((options.data / "learning_meta.json").read_text()))
+    draw_picture(options.out / "learning.png", curves, options.task == TARGET_TASK)
 
 
 if __name__ == "__main__":
