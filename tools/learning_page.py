@@ -202,7 +202,7 @@ def write_page(options: argparse.Namespace, curves: Curves, meta: dict[str, Any]
     (options.out / "learning.md").write_text(
         PAGE.format(
             task=options.task,
-            setting=setting,
+            setting=setting + (f"- Note: {options.note}\n" if options.note else ""),
             commands="\n".join([*meta["commands"], command]),
             verdicts=describe_targets(curves) if options.task == TARGET_TASK else "",
             modes=modes_table(curves),
@@ -336,6 +336,7 @@ def main() -> None:
     """Read and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default=TARGET_TASK, help="what the tables are of; the targets are those of Lift")
+    parser.add_argument("--note", default="", help="what a reader must know of these tables")
     parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the tables")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder of the page and the picture")
     options = parser.parse_args()
