@@ -148,7 +148,7 @@ class RolloutBuffer:
         self._data = dict(self._ring["data"].items())
         self._obs = dict(self._ring["obs"].items())
         self._final_obs = dict(self._ring["final_obs"].items())
-        self._slots = [_Slot() for _ in range(plan.num_slots)]
+        self._slots = [_Slot(event=record_event(device)) for _ in range(plan.num_slots)]
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_started = 0

@@ -29,24 +29,32 @@ from asyncflow.policy_file import FILE_NAME, publish_file, save_policy, write_at
 _PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
 
 
-def create_run_folder(config: Config) -> Path:
-    """Create the folder of a new run, with its configuration and the versions it ran on.
+def name_run_folder(config: Config) -> Path:
+    """Return the folder of a new run; creates nothing.
 
     Raises:
-        ConfigError: The folder already holds a run, or cannot be created.
+        ConfigError: The folder already holds a run.
     """
     trainer = config.trainer
     default = f"runs/{config.env.task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.logging.out or default)
     if (folder / "config.yaml").exists():
         raise ConfigError(f"logging.out = {folder}: already holds a run; choose another folder or remove it")
+    return folder
+
+
+def create_run_folder(folder: Path, config: Config) -> None:
+    """Create the folder of a new run, with its configuration and the versions it runs on.
+
+    Raises:
+        ConfigError: The folder cannot be created.
+    """
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
         write_atomically(folder / "versions.json", json.dumps(describe_versions(), indent=2).encode())
     except OSError as error:
         raise ConfigError(f"logging.out = {folder}: {error.strerror}") from None
-    return folder
 
 
 def describe_versions() -> dict[str, str]:

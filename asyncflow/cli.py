@@ -122,7 +122,10 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
     with _quiet_imports():
         from asyncflow.trainer import train as run_training
 
-    trainer = run_training(resolved, ConsoleReporter(), _stop_on_signals)
+    try:
+        trainer = run_training(resolved, ConsoleReporter(), _stop_on_signals)
+    finally:
+        _raise_on_signals()
     return EXIT_INTERRUPTED if trainer.is_stopping else 0
 
 

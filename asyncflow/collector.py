@@ -303,7 +303,7 @@ class ThreadedCollector(Collector):
                     self._writer.collect_rollout()
                     num_collected += 1
         except (BufferClosed, PublisherClosed):
-            pass
+            self._buffer.close()  # again: a signal handler's notification may have found nobody waiting yet
         except BaseException as error:  # the main thread raises it
             self._error = error
             self._buffer.close()

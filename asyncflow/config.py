@@ -22,7 +22,7 @@ BufferType = Literal["vla", "standard"]
 class Section(BaseModel):
     """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class EnvConfig(Section):

@@ -136,9 +136,13 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a safetensors file, or truncated") from None
     if FORMAT not in metadata:
         raise CheckpointError(f"{path}: a safetensors file without asyncflow's metadata (key {FORMAT!r})")
-    header: dict[str, Any] = json.loads(metadata[FORMAT])
-    if header["version"] != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {header['version']}, this asyncflow reads {FORMAT_VERSION}")
+    try:
+        header: dict[str, Any] = json.loads(metadata[FORMAT])
+        version = header["version"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: asyncflow's metadata is damaged") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version}, this asyncflow reads {FORMAT_VERSION}")
     return header
 
 

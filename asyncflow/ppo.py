@@ -259,7 +259,7 @@ class PPO:
             grad_norm,
             critic_grad_norm,
         ]
-        return torch.stack([x.detach().float() for x in row])
+        return torch.stack([x.detach().float().to(loss.device) for x in row])  # an absent gradient's norm is on the CPU
 
     def _summarise(self, rows: list[Tensor], batch: TensorDict, num_epochs: int) -> dict[str, float]:
         valid = batch["valid"]

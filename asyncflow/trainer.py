@@ -7,6 +7,7 @@ thread; only `build_collector` knows both kinds.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ from typing import Protocol
 import torch
 
 from asyncflow.buffer import BufferClosed, Rollout, RolloutBuffer
-from asyncflow.checkpoint import create_run_folder, point_at, save_checkpoint
+from asyncflow.checkpoint import create_run_folder, name_run_folder, point_at, save_checkpoint
 from asyncflow.collector import (
     Channel,
     Collector,
@@ -28,6 +29,7 @@ from asyncflow.config import Config
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.errors import CheckpointError
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.metrics import MetricLogger
 from asyncflow.policies import make_policy
@@ -77,21 +79,45 @@ class Parts:
 
     def close(self) -> None:
         """Stop the collector, then the simulators. Main thread; waits for the decision under way."""
-        self.collector.close()
-        self.env.close()
+        try:
+            self.collector.close()
+        finally:
+            self.env.close()
 
 
 def build_policy(config: Config, spec: EnvSpec, device: torch.device) -> Policy:
     """Return the policy that training starts from, on `device`.
 
     Raises:
+        ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
     policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed)
     if config.policy.checkpoint:
-        load_into(policy, load_policy_file(resolve_checkpoint(config.policy.checkpoint)))
+        file = load_policy_file(resolve_checkpoint(config.policy.checkpoint))
+        if file.env_spec.obs_keys != spec.obs_keys:
+            raise CheckpointError(
+                f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
+                f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
+            )
+        load_into(policy, file)
     policy.anneal(0)
     return policy.to(device)
+
+
+def check_start(config: Config) -> Path:
+    """Find a user's mistakes before simulators are built, which takes seconds; return the run folder to create.
+
+    Raises:
+        ConfigError: The device, the checkpoint or the policy cannot be had, or the folder already holds a run.
+    """
+    resolve_device(config.trainer.device)
+    folder = name_run_folder(config)
+    spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
+    if config.policy.checkpoint:
+        spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
+    build_policy(config, spec, torch.device("cpu"))
+    return folder
 
 
 def build_parts(config: Config, on_plan: Callable[[int], None] = lambda num_bytes: None) -> Parts:
@@ -194,11 +220,12 @@ class Trainer:
         self.parts.channel.buffer.close()
 
     def close(self) -> None:
-        """Join the collector thread, stop all simulators, close the logs."""
-        self.parts.close()
-        if self._eval_env is not None:
-            self._eval_env.close()
-        self._logger.close()
+        """Join the collector thread, stop all simulators, close the logs; each of them whatever the others raise."""
+        with ExitStack() as stack:
+            stack.callback(self._logger.close)
+            if self._eval_env is not None:
+                stack.callback(self._eval_env.close)
+            stack.callback(self.parts.close)
 
     def _train_on(self, rollout: Rollout) -> dict[str, float]:
         """Update on one rollout, publish the new weights, release the slot; return the metrics."""
@@ -263,18 +290,18 @@ def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None
         ConfigError: The run cannot be built as asked.
         CollectorError: Collecting failed.
     """
-    device = resolve_device(config.trainer.device)
-    folder: list[Path] = []
+    folder = check_start(config)
 
     def announce(ring_bytes: int) -> None:
-        folder.append(create_run_folder(config))
-        reporter.start(config, folder[0], ring_bytes, str(device))
+        create_run_folder(folder, config)
+        reporter.start(config, folder, ring_bytes, str(resolve_device(config.trainer.device)))
 
     parts = build_parts(config, announce)
-    trainer = Trainer(config, parts, folder[0], reporter)
-    try:
+    with ExitStack() as stack:
+        stack.callback(parts.close)  # a trainer that cannot be built leaves no simulators behind
+        trainer = Trainer(config, parts, folder, reporter)
+        stack.pop_all()
+        stack.callback(trainer.close)
         on_built(trainer)
         trainer.run()
-    finally:
-        trainer.close()
     return trainer

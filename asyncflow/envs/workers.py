@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Any
 
@@ -36,10 +37,7 @@ SimulatorFactory = Callable[[int], Simulator]
 
 _START_TIMEOUT_S = 300.0  # importing robosuite and compiling its numba functions, on a busy machine
 _JOIN_TIMEOUT_S = 2.0
-_PARENTS_SIGNALS = {
-    signal.SIGINT,
-    signal.SIGTERM,
-}  # Ctrl-C and `timeout` reach the whole group; the parent handles them
+_PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # they reach the whole process group; the parent handles them
 _NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -190,6 +188,8 @@ class _Worker:
         )
         self._process.start()
         child.close()  # or the pipe would stay open after the worker's death
+        # At exit, multiprocessing joins its daemons; a worker leaves when its pipe closes, so that must come first.
+        Finalize(None, self.connection.close, exitpriority=1)
 
     def send(self, command: str, argument: Any) -> None:
         with contextlib.suppress(OSError):  # the worker is dead; `receive` says why
