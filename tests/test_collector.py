@@ -114,6 +114,15 @@ def test_truncated_episodes_keep_their_true_final_observation():
     assert rollout.final_obs["state"][row, 1].tolist() == [1.0, 102.0]
 
 
+def test_an_environment_that_is_cut_twice_in_a_rollout_keeps_both_final_observations():
+    _, channel, collector = build(CountingEnv())
+    finish_update(channel, collector.next_rollout())
+    rollout = collector.next_rollout()  # decisions 4 to 6, cut after the fourth and the sixth
+    assert rollout.data["truncated"].nonzero().tolist() == [[0, 1], [2, 1]]
+    rows = rollout.data["final_index"][[0, 2], 1]
+    assert rollout.final_obs["state"][rows, 1, 1].tolist() == [104.0, 106.0]
+
+
 def test_rewards_and_discounts_of_a_chunk():
     obs = TensorDict({}, [2])
     flags = torch.zeros(2, dtype=torch.bool)

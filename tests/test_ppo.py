@@ -93,6 +93,43 @@ def test_normalisation_uses_valid_decisions_alone():
     assert float(masked_mean(torch.tensor([5.0]), torch.tensor([False]))) == 0.0
 
 
+def reference_loss(log_probs, batch, clip, dual):
+    """The decoupled objective, decision by decision, in Python floats (AReaL, eq. 5; dual clip, eq. 5)."""
+    total, count = 0.0, 0
+    for b in range(len(log_probs)):
+        if not batch["valid"][b]:
+            continue
+        new, proximal = (x[b].reshape(-1).tolist() for x in (log_probs, batch["proximal"]))
+        advantage, weight = float(batch["advantages"][b]), float(batch["weights"][b])
+        for now, before in zip(new, proximal, strict=True):
+            ratio = math.exp(now - before)
+            objective = min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
+            if advantage < 0:
+                objective = max(objective, dual * advantage)
+            total, count = total - weight * objective, count + 1
+    return total / count
+
+
+@pytest.mark.parametrize("shape", [(50,), (50, 4)])
+def test_the_decoupled_loss_equals_a_float64_reference_on_stale_data(shape):
+    rng = torch.Generator().manual_seed(7)
+    proximal, behavior, log_probs = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(3))
+    batch = TensorDict(
+        {
+            "proximal": proximal,
+            "behavior": behavior,
+            "advantages": torch.randn(50, generator=rng, dtype=torch.float64),
+            "weights": torch.rand(50, generator=rng, dtype=torch.float64) * 2,
+            "valid": torch.rand(50, generator=rng) < 0.8,
+        },
+        [50],
+    )
+    out = policy_loss(log_probs, batch, 0.2, 3.0)
+    assert float(out.loss) == pytest.approx(reference_loss(log_probs, batch, 0.2, 3.0), rel=1e-12)
+    assert float(out.approx_kl) == pytest.approx(float(masked_mean(kl_estimate(log_probs - behavior), batch["valid"])))
+    assert float(out.prox_kl) == pytest.approx(float(masked_mean(kl_estimate(log_probs - proximal), batch["valid"])))
+
+
 def make_policy_and_rollout(log_prob="joint_sum", kind="flow", policy_version=0):
     config = PolicyConfig(
         kind=kind, hidden_sizes=[16], critic_hidden_sizes=[16], horizon=2, n_action_steps=2, log_prob=log_prob
@@ -176,6 +213,42 @@ def test_stale_data_is_weighted_and_its_ratio_starts_at_one_all_the_same():
     assert metrics["train/behavior_kl"] > 0
     assert metrics["train/is_weight_max"] <= 2.0
     assert metrics["train/is_weight_mean"] != 1.0
+
+
+@pytest.mark.parametrize("log_prob", ["joint_sum", "joint_mean", "per_step"])
+def test_behavior_weights_are_the_joint_likelihood_ratio_of_a_decision(log_prob):
+    """Whatever the log-prob's unit, the weight is that of the summed log-probs, proximal over behavior."""
+    policy, rollout = make_policy_and_rollout(log_prob, policy_version=0)
+    with torch.no_grad():
+        for parameter in policy.actor_parameters():
+            parameter.add_(0.003)
+        flat = rollout.data.clone()
+        flat["obs"] = rollout.obs[:-1]
+        now = policy.default_forward(flat.flatten(0, 1))["log_probs"]
+    scale = 4 * 2 * 2 if log_prob == "joint_mean" else 1  # K * H * A
+    change = (now - rollout.data["log_probs"].flatten(0, 1)).reshape(len(now), -1).sum(-1) * scale
+    batch = PPO(policy, algorithm(behavior_weight_max=1e9), seed=0)._prepare(rollout, 1)
+    torch.testing.assert_close(batch["weights"], change.clamp(-5, 5).exp(), rtol=1e-3, atol=1e-4)
+    assert batch["weights"].std() > 0.001
+
+
+@pytest.mark.parametrize("advantage", ["gae", "monte_carlo", "n_step"])
+def test_the_estimator_that_was_asked_for_is_used(advantage):
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["terminated"][:] = False
+    config = algorithm(advantage=advantage, n_step=2, gae_lambda=0.5, normalize_advantages=False)
+    batch = PPO(policy, config, seed=0)._prepare(rollout, 0).view(NUM_STEPS, NUM_ENVS)
+    with torch.no_grad():
+        values = policy.get_value(rollout.obs.flatten(0, 1)).view(NUM_STEPS + 1, NUM_ENVS)
+    last = NUM_STEPS - 2  # the last decision but one: two rewards, then the bootstrap
+    rewards, discounts = rollout.data["rewards"], rollout.data["discounts"]
+    deltas = rewards + discounts * values[1:] - values[:-1]
+    weight = {"gae": 0.5, "monte_carlo": 1.0, "n_step": 1.0}[advantage]
+    wanted = deltas[last] + weight * discounts[last] * deltas[last + 1]
+    torch.testing.assert_close(batch["advantages"][last], wanted, rtol=1e-4, atol=1e-5)
+    two_steps = deltas[0] + discounts[0] * deltas[1]
+    is_two_steps = bool((batch["advantages"][0] - two_steps).abs().max() < 1e-5)
+    assert is_two_steps == (advantage == "n_step")
 
 
 def test_warm_up_trains_the_critic_alone():

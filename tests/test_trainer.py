@@ -9,10 +9,12 @@ import torch
 
 from asyncflow.buffer import Rollout
 from asyncflow.config import load_config
-from asyncflow.errors import ConfigError
+from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.toy import ToyVecEnv
+from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.metrics import is_timing
 from asyncflow.ppo import PPO
-from asyncflow.trainer import Trainer, build_parts, train
+from asyncflow.trainer import Trainer, build_parts, build_policy, train
 
 TOY = {
     "env.num_envs": 4,
@@ -205,3 +207,40 @@ def test_a_run_folder_holds_what_reproduces_it(tmp_path):
     names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
     assert {"config", "versions", "metrics", "checkpoints", "events"} <= names
     assert len(Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("key", ["policy.checkpoint", "trainer.device", "policy.log_prob"])
+def test_a_mistake_is_found_before_simulators_are_built(tmp_path, monkeypatch, key):
+    wrong = {"policy.checkpoint": "nowhere", "trainer.device": "cuda:77", "policy.log_prob": "per_step"}
+    changes = TOY | {"logging.out": str(tmp_path / "run"), key: wrong[key]}
+    monkeypatch.setattr("asyncflow.trainer.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    with pytest.raises(ConfigError):
+        train(load_config("toy", changes), Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_that_cannot_be_built_leaves_no_environment_open(tmp_path, monkeypatch):
+    closed = []
+    close = ToyVecEnv.close
+    monkeypatch.setattr(ToyVecEnv, "close", lambda env: (closed.append(env), close(env)))
+    monkeypatch.setattr("asyncflow.trainer.MetricLogger", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
+    assert len(closed) == 1
+
+
+def test_weights_for_other_observations_are_refused(tmp_path):
+    changes = LIFT | {"logging.out": str(tmp_path / "run"), "env.task": "Lift", "policy.checkpoint": "lift_flow"}
+    config = load_config("lift", changes)
+    spec = EnvSpec({"state": (19,)}, 7, 120, {}, ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"))
+    with pytest.raises(CheckpointError, match=r"policy.checkpoint = lift_flow: made for env.obs_keys"):
+        build_policy(config, spec, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("buffer_type", ["vla", "standard"])
+def test_the_toy_trains_on_a_gpu(tmp_path, monkeypatch, buffer_type):
+    changes = TOY | FLOW | {"trainer.device": "cuda", "algorithm.critic_warmup_updates": 1}
+    _, _, rows = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": buffer_type})
+    assert len(rows) == 6
