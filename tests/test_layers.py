@@ -20,7 +20,7 @@ LAYERS = [
         "streams", "timing", "weights",
     },
     {"checkpoint", "collector", "ppo"},
-    {"demos", "evaluate", "evaluate_checkpoint", "pretrain", "profiling", "trainer"},
+    {"demos", "evaluate", "evaluate_checkpoint", "pretrain", "trainer"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
