@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -72,7 +73,13 @@ class _Tally:
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, vec_env: VecEnv, num_episodes: int, seed: int) -> EvalResult:
+def evaluate(
+    policy: Policy,
+    vec_env: VecEnv,
+    num_episodes: int,
+    seed: int,
+    on_decision: Callable[[], None] = lambda: None,
+) -> EvalResult:
     """Run episodes in deterministic mode; afterwards the environments stand in the middle of new ones.
 
     Args:
@@ -80,6 +87,7 @@ def evaluate(policy: Policy, vec_env: VecEnv, num_episodes: int, seed: int) -> E
         vec_env: Environments of the evaluation's own, never a collector's.
         num_episodes: How many, exactly; the first environments run one more where N does not divide it.
         seed: The run's seed. Start states and noise are keyed apart from those of training.
+        on_decision: Called before every decision; may raise to abandon the evaluation.
 
     Raises:
         EnvError: A simulator failed.
@@ -91,6 +99,7 @@ def evaluate(policy: Policy, vec_env: VecEnv, num_episodes: int, seed: int) -> E
     tally = _Tally()
     decision = 0
     while remaining.any():
+        on_decision()
         busy = remaining.nonzero().flatten().tolist()
         noise = policy_noise(seed, busy, decision, policy.noise_size)
         for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise)):

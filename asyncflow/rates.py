@@ -65,10 +65,12 @@ class RateMeter:
     def paused(self) -> Iterator[None]:
         """Leave the block out of wall time, busy shares and rates."""
         start, before = time.perf_counter(), self._clock.read()
-        yield
-        after = self._clock.read()
-        self._paused_s += time.perf_counter() - start
-        self._seconds = {name: value + after[name] - before[name] for name, value in self._seconds.items()}
+        try:
+            yield
+        finally:
+            after = self._clock.read()
+            self._paused_s += time.perf_counter() - start
+            self._seconds = {name: value + after[name] - before[name] for name, value in self._seconds.items()}
 
     def measure(self, env_steps: int, decisions: int, updates: int) -> dict[str, float]:
         """Return `wall_s`, `throughput/` and `async/` since the last call."""

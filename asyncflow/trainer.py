@@ -256,13 +256,23 @@ class Trainer:
         is_last = self.is_finished and not self.is_stopping
         if not trainer.eval_interval or self.is_stopping or (updates % trainer.eval_interval and not is_last):
             return
-        with self._meter.paused():
-            result = evaluate(self.parts.policy, self._open_eval_env(), trainer.eval_episodes, trainer.seed)
+        try:
+            with self._meter.paused():
+                env = self._open_eval_env()
+                result = evaluate(self.parts.policy, env, trainer.eval_episodes, trainer.seed, self._check_evaluation)
+        except BufferClosed:
+            return  # a stop was requested
         row |= result.as_metrics()
         self.reporter.evaluation(updates, result)
         if result.success_rate > self._best and updates:
             self._best = result.success_rate
             point_at(self.run_dir, "best", self._save())
+
+    def _check_evaluation(self) -> None:
+        """Let a failed collector or a requested stop end an evaluation between two decisions."""
+        self.parts.collector.check()
+        if self.is_stopping:
+            raise BufferClosed("a stop was requested")
 
     def _open_eval_env(self) -> VecEnv:
         """Return simulators of the evaluation's own, built at the first call."""

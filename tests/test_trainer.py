@@ -165,6 +165,24 @@ def test_evaluation_does_not_disturb_training(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(plain[0], evaluated[0], strict=True))
 
 
+def test_a_stop_ends_an_evaluation_between_two_decisions(tmp_path, monkeypatch):
+    changes = TOY | {"trainer.eval_interval": 1, "trainer.eval_episodes": 100_000, "logging.out": str(tmp_path / "run")}
+    reporter, calls = Silent(), []
+    step_wait = ToyVecEnv.step_wait
+
+    def count(env, env_ids):
+        calls.append(env_ids)
+        if len(calls) == 20:
+            trainers[0].request_stop()
+        return step_wait(env, env_ids)
+
+    trainers = []
+    monkeypatch.setattr(ToyVecEnv, "step_wait", count)
+    train(load_config("toy", changes), reporter, trainers.append)
+    assert len(calls) == 20
+    assert reporter.ended
+
+
 def test_env_steps_end_a_run_too(tmp_path, monkeypatch):
     changes = TOY | {"trainer.total_updates": None, "trainer.total_env_steps": 100}
     for buffer_type in ("vla", "standard"):
