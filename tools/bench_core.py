@@ -12,64 +12,41 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
+from bench_report import REPOSITORY, Finding, Part, isolated, to_markdown, with_range
+from bench_workers import NUM_ENVS, bench_workers
 from numpy.typing import NDArray
 
 from asyncflow.buffer import BufferPlan, RolloutBuffer
-from asyncflow.checkpoint import describe_versions
 from asyncflow.collector import plan_ring
-from asyncflow.config import Config, EnvConfig, load_config
-from asyncflow.envs import make_vec_env
-from asyncflow.envs.base import VecEnv
-from asyncflow.envs.robomimic import build_env_meta, quiet
-from asyncflow.envs.tasks import TASKS
+from asyncflow.config import Config, load_config
 from asyncflow.evaluate import EvalResult
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_policy_file, resolve_checkpoint
-from asyncflow.seeding import derive_seed
 from asyncflow.trainer import Trainer, train
 
-REPOSITORY = Path(__file__).parent.parent
 PAGE = REPOSITORY / "docs" / "benchmarks" / "core.md"
 PARTS = ("workers", "ring", "growth", "overlap")
-NUM_ENVS, CHUNK_LENGTH, HORIZON = 16, 4, 120
-NUM_CHUNKS = 500  # drawn beforehand and repeated, so that drawing them takes no time
-MIN_WORKER_RATIO, MAX_ROW_US, MIN_SPEEDUP = 0.9, 100.0, 1.8
+MAX_ROW_US, MIN_SPEEDUP = 100.0, 1.8
 MAX_GROWTH_BYTES = {"resident memory": 4096, "Python objects": 1024}  # per update; the former comes in pages of 4096
 NUM_BLOCKS, T_95 = 10, 2.306  # of a run's second half, for the fit; Student's t for two fewer
 NUM_WARMUP_UPDATES = 3  # critic warm-up, Adam's state, both lanes in step
 SMALL_LIFT_ROLLOUT = 96  # decisions: a second of simulation instead of nine
 
-WORKERS_NOTE = (
-    f"Workers: Lift, {NUM_ENVS} environments in {{cores}} processes, chunks of {CHUNK_LENGTH} random actions, warm-up "
-    f"left out: {{workers:.0f}} env steps/s. Bare: {{cores}} processes that only call `step` and, every {HORIZON} "
-    "steps, `reset` of `robosuite.make` with the arguments of robomimic's wrapper. With as many simulators, taken in "
-    "turn as the workers do: {bare:.0f} env steps/s; the difference is the machinery (messages, observations, success, "
-    "waiting for the slowest). With one simulator each: {single:.0f} env steps/s; the caches then hold one simulator "
-    f"instead of several, which nothing that collects from {NUM_ENVS} environments can have. Turns of {{block_s:g}} s: "
-    "workers, bare, single, and back."
-)
 GROWTH_NOTE = (
     "{kind}, {task}, vla: {first:.2f} MiB after the first update, {added:+.0f} KiB until update {last}; the slope is "
     "that of the second half, when allocators have filled their caches."
@@ -80,174 +57,6 @@ OVERLAP_NOTE = (
     "{vla:.1f} vla; the ceiling, sum over larger, is {ceiling:.3f}, of which {share:.0f} % were reached. Fresh "
     f"decisions only, no evaluation; the first {NUM_WARMUP_UPDATES} updates and the last are left out."
 )
-
-T = TypeVar("T")
-Turns = dict[str, Callable[[float], float]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One row of the table."""
-
-    what: str
-    measured: str
-    target: str
-    is_met: bool
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one part found, and how."""
-
-    findings: list[Finding]
-    notes: list[str]
-
-
-def isolated(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a fresh process: nothing that ran before has warmed it up or left memory to it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def with_range(values: list[float]) -> str:
-    """Return a mean and, of several values, the range."""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ({min(values):.3f} to {max(values):.3f} in {len(values)} repeats)" if len(values) > 1 else mean
-
-
-# Workers against bare simulators.
-
-
-class BareProcesses:
-    """Processes that each step bare robosuite simulators, and nothing else, for as long as they are told."""
-
-    def __init__(self, num_processes: int, seed: int) -> None:
-        """Start them with as many simulators as a worker has; waits until all are constructed."""
-        context = get_context("spawn")
-        blocks = [
-            range(i * NUM_ENVS // num_processes, (i + 1) * NUM_ENVS // num_processes) for i in range(num_processes)
-        ]
-        self.num_simulators = len(blocks[0])
-        self._connections = []
-        for block in blocks:
-            connection, child = context.Pipe()
-            context.Process(target=serve_bare, args=(child, block, seed), daemon=True).start()
-            child.close()
-            self._connections.append(connection)
-        for connection in self._connections:
-            connection.recv()
-
-    def measure(self, num_simulators: int, duration_s: float) -> float:
-        """Step the first simulators of every process in turn; return env steps per second of all processes."""
-        for connection in self._connections:
-            connection.send((num_simulators, duration_s))
-        return float(sum(connection.recv() for connection in self._connections))
-
-    def close(self) -> None:
-        """Let the processes leave."""
-        for connection in self._connections:
-            connection.close()
-
-
-def serve_bare(connection: Connection, env_ids: range, seed: int) -> None:
-    """Run one process of `BareProcesses`."""
-    simulators = [make_bare(derive_seed(seed, "simulator", env)) for env in env_ids]
-    chunks = draw_chunks(seed, env_ids.start, simulators[0].action_dim)
-    connection.send("ready")
-    while True:
-        try:
-            num_simulators, duration_s = connection.recv()
-        except EOFError:
-            return
-        connection.send(step_bare(simulators[:num_simulators], chunks, duration_s))
-
-
-def make_bare(seed: int) -> Any:
-    """Return robosuite's Lift with the arguments that robomimic's wrapper passes."""
-    with quiet():
-        import robosuite  # noqa: PLC0415  seconds, and only these processes need it
-
-        off = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs", "camera_depths"), False)
-        arguments = build_env_meta(TASKS["Lift"])["env_kwargs"] | off | {"ignore_done": True, "use_object_obs": True}
-        return robosuite.make("Lift", **arguments, seed=seed, hard_reset=False)
-
-
-def draw_chunks(seed: int, index: int, action_dim: int, num_envs: int = 1) -> NDArray[np.float32]:
-    """Return random chunks, [NUM_CHUNKS, num_envs, H, A] in [-0.5, 0.5]."""
-    rng = np.random.default_rng(derive_seed(seed, "bench_actions", index))
-    return rng.uniform(-0.5, 0.5, (NUM_CHUNKS, num_envs, CHUNK_LENGTH, action_dim)).astype(np.float32)
-
-
-def step_bare(simulators: list[Any], chunks: NDArray[np.float32], duration_s: float) -> float:
-    """Execute a chunk in each simulator in turn, reset at the horizon; return env steps per second."""
-    num_steps, start = 0, time.perf_counter()
-    for simulator in simulators:
-        simulator.reset()
-    for turn, chunk in enumerate(itertools.cycle(chunks[:, 0])):
-        simulator = simulators[turn % len(simulators)]
-        if simulator.timestep >= HORIZON:
-            simulator.reset()
-        for action in chunk:
-            simulator.step(action)
-        num_steps += CHUNK_LENGTH
-        if time.perf_counter() - start >= duration_s:
-            break
-    return num_steps / (time.perf_counter() - start)
-
-
-def step_workers(env: VecEnv, chunks: torch.Tensor, duration_s: float) -> float:
-    """Execute chunks in all environments; return env steps per second."""
-    everyone, num_steps, start = range(env.num_envs), 0, time.perf_counter()
-    for chunk in itertools.cycle(chunks):
-        env.step_async(chunk, everyone)
-        num_steps += int(env.step_wait(everyone).executed.sum())
-        if time.perf_counter() - start >= duration_s:
-            break
-    return num_steps / (time.perf_counter() - start)
-
-
-def measure_workers(num_processes: int, repeats: int, block_s: float, seed: int) -> dict[str, list[float]]:
-    """Return env steps/s, two turns a repeat, of `workers`, of as many `bare` simulators, and of `single` ones."""
-    env = make_vec_env(EnvConfig(task="Lift", horizon=HORIZON, num_workers=num_processes), CHUNK_LENGTH, NUM_ENVS, seed)
-    bare = BareProcesses(num_processes, seed)
-    env.reset(seed)
-    chunks = torch.from_numpy(draw_chunks(seed, 0, env.spec.action_dim, NUM_ENVS))
-    turns: Turns = {
-        "workers": partial(step_workers, env, chunks),
-        "bare": partial(bare.measure, bare.num_simulators),
-        "single": partial(bare.measure, 1),
-    }
-    rates = take_turns(turns, repeats, block_s)
-    bare.close()
-    env.close()
-    return rates
-
-
-def take_turns(turns: Turns, repeats: int, block_s: float) -> dict[str, list[float]]:
-    """Return the rates of each, measured there and back in every repeat; a short turn of each first is warm-up."""
-    for turn in turns.values():
-        turn(block_s / 4)
-    rates: dict[str, list[float]] = {name: [] for name in turns}
-    for _ in range(repeats):
-        there_and_back = [(name, turns[name](block_s)) for name in [*turns, *reversed(turns)]]
-        for name in turns:
-            rates[name].append(statistics.mean(rate for other, rate in there_and_back if other == name))
-    return rates
-
-
-def bench_workers(options: argparse.Namespace) -> Part:
-    """Compare the workers with bare robosuite processes."""
-    cores = count_cores()
-    rates = isolated(measure_workers, cores, options.repeats, options.block_s, options.seed)
-    means = {name: statistics.mean(values) for name, values in rates.items()}
-    findings = []
-    for name, meaning in (("bare", "as many simulators"), ("single", "one simulator each")):
-        ratios = [ours / theirs for ours, theirs in zip(rates["workers"], rates[name], strict=True)]
-        is_met = statistics.mean(ratios) >= MIN_WORKER_RATIO
-        what = f"workers' env steps/s over bare robosuite processes, {meaning}"
-        findings.append(Finding(what, with_range(ratios), f">= {MIN_WORKER_RATIO}", is_met))
-    note = WORKERS_NOTE.format(cores=cores, block_s=options.block_s, **means)
-    return Part(findings, [note])
 
 
 # The ring.
@@ -485,61 +294,6 @@ def bench_overlap(options: argparse.Namespace) -> Part:
 
 
 # The page.
-
-
-def count_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def describe_machine() -> dict[str, str]:
-    """Return processor, cores and memory."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": str(count_cores()),
-        "memory": f"{memory / 2**30:.0f} GiB",
-    }
-
-
-def describe_software() -> dict[str, str]:
-    """Return versions and the commit; it counts as dirty if what is measured was changed, not if a page was."""
-    measured = ["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD", "--", "asyncflow", "configs", "tools"]
-    versions = describe_versions()
-    commit = versions.pop("git_commit").removesuffix("-dirty")
-    is_dirty = subprocess.run(measured, check=False).returncode != 0
-    return {"commit": f"{commit}-dirty" if is_dirty else commit, **versions}
-
-
-def describe_command() -> str:
-    """Return this process's command line without the folders of this machine."""
-    arguments = [Path(each).name if each.startswith("/") else each for each in sys.argv[1:]]
-    return shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *arguments])
-
-
-def describe_setting(machine: dict[str, str], software: dict[str, str]) -> str:
-    """Return hardware, commit and versions as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in software.items() if name != "commit")
-    return (
-        f"- Hardware: {machine['processor']}, {machine['cores']} cores, {machine['memory']}\n"
-        f"- Commit: `{software['commit']}`\n- Versions: {versions}\n"
-    )
-
-
-def to_markdown(parts: list[Part]) -> str:
-    """Return the page."""
-    rows = [
-        f"| {found.what} | {found.measured} | {found.target} | {'yes' if found.is_met else '**no**'} |"
-        for part in parts
-        for found in part.findings
-    ]
-    table = ["| what | measured | target | met |", "|---|---|---|---|", *rows]
-    notes = [f"- {note}" for part in parts for note in part.notes]
-    setting = describe_setting(describe_machine(), describe_software())
-    head = f"# The core\n\n{setting}- Command: `{describe_command()}`\n"
-    return "\n".join([head, *table, "", *notes, ""])
 
 
 def parse_arguments() -> argparse.Namespace:

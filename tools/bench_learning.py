@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from bench_core import REPOSITORY, describe_command, describe_machine, describe_software
+from bench_report import REPOSITORY, describe_command, describe_machine, describe_software
 
 from asyncflow.config import Config, validate
 from asyncflow.device import resolve_device

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_core import describe_setting
+from bench_report import describe_setting
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
