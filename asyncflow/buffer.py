@@ -19,6 +19,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from asyncflow.envs.base import as_slice
 from asyncflow.errors import AsyncflowError
 from asyncflow.streams import record_event, wait_event
 
@@ -180,13 +181,13 @@ class RolloutBuffer:
 
     def write(self, slot: int, t: int, env_ids: range, fields: TensorDictBase | Mapping[str, Tensor]) -> None:
         """Copy fields, [n, ...], of decision `t` of `env_ids` into the ring. Called by the collector; never waits."""
-        rows = _as_slice(env_ids)
+        rows = as_slice(env_ids)
         for name, value in fields.items():
             self._data[name][slot, t, rows] = value
 
     def write_obs(self, slot: int, t: int, env_ids: range, obs: TensorDictBase) -> None:
         """Copy observations [n] that decision `t` is made on; t = T is the bootstrap row. Called by the collector."""
-        rows = _as_slice(env_ids)
+        rows = as_slice(env_ids)
         for name, value in obs.items():
             self._obs[name][slot, t, rows] = value
 
@@ -300,7 +301,3 @@ class RolloutBuffer:
     def _find_writable(self) -> int | None:
         free = self._find_oldest(SlotState.FREE)
         return self._find_oldest_ready() if free is None and self._is_overwriting else free
-
-
-def _as_slice(env_ids: range) -> slice:
-    return slice(env_ids.start, env_ids.stop, env_ids.step)

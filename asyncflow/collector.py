@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.buffer import BufferClosed, BufferPlan, EpisodeStats, Rollout, RolloutBuffer
-from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
+from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv, as_slice
 from asyncflow.errors import CollectorError
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import policy_noise
@@ -100,7 +100,7 @@ class RolloutWriter:
         """Interleave the groups: each waits for its chunk, decides, and starts the next one."""
         if not self._obs:
             first = self._env.reset(self._settings.seed)
-            self._obs = [first[_as_slice(group)] for group in self._groups]
+            self._obs = [first[as_slice(group)] for group in self._groups]
         self._num_truncations.zero_()
         num_steps = self._buffer.plan.num_steps
         for t in range(num_steps):
@@ -143,7 +143,7 @@ class RolloutWriter:
 
     def _store_final_obs(self, slot: int, group: range, result: ChunkResult) -> Tensor:
         """Put true final observations into the side table and return each environment's row there, [n]."""
-        rows = self._num_truncations[_as_slice(group)].clone()
+        rows = self._num_truncations[as_slice(group)].clone()
         for i in result.truncated.nonzero().flatten().tolist():
             self._buffer.write_final_obs(slot, int(rows[i]), group[i], result.final_obs[i])
             self._num_truncations[group[i]] += 1
@@ -172,10 +172,6 @@ def _add_episodes(episodes: EpisodeStats, result: ChunkResult) -> None:
         episodes.returns.append(float(result.episode_return[i]))
         episodes.lengths.append(int(result.episode_length[i]))
         episodes.successes.append(bool(result.terminated[i]))
-
-
-def _as_slice(env_ids: range) -> slice:
-    return slice(env_ids.start, env_ids.stop, env_ids.step)
 
 
 def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_slots: int) -> BufferPlan:

@@ -72,6 +72,7 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
     metrics = MetricLogger(tmp_path, "none")
     metrics.close()
     metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_two_equal_runs_differ_only_in_timing_names() -> None:

@@ -92,3 +92,8 @@ class VecEnv(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the simulators and free their memory; may be called twice, and while chunks are under way."""
+
+
+def as_slice(env_ids: range) -> slice:
+    """Return the rows that a range of environments means in a tensor whose first dimension is N."""
+    return slice(env_ids.start, env_ids.stop, env_ids.step)

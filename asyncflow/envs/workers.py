@@ -28,7 +28,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.config import EnvConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
+from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv, as_slice
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, Simulator, check_actions
 from asyncflow.errors import EnvError
 from asyncflow.seeding import derive_seed
@@ -106,7 +106,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._check_usable()
         shape = (len(env_ids), self._board.actions.shape[1], self.spec.action_dim)
         check_actions(actions, shape, env_ids, self._pending)
-        self._board.actions[_as_slice(env_ids), :, : self.spec.action_dim] = actions
+        self._board.actions[as_slice(env_ids), :, : self.spec.action_dim] = actions
         self._pending[env_ids] = [worker for worker in self._workers if _intersect(env_ids, worker.env_ids)]
         for worker in self._pending[env_ids]:
             worker.send("step", env_ids)
@@ -123,7 +123,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             raise EnvError(f"step_wait({env_ids}): no chunk is under way there")
         for worker in self._pending.pop(env_ids):
             self._receive(worker, env_ids, self._timeout_s)
-        return self._read(_as_slice(env_ids))
+        return self._read(as_slice(env_ids))
 
     def close(self) -> None:
         """Stop the workers and free their memory; waits for them a few seconds at most, then kills.
@@ -283,7 +283,3 @@ def _intersect(env_ids: range, block: range) -> range:
     first = max(0, -(-(block.start - env_ids.start) // env_ids.step))
     last = max(0, -(-(block.stop - env_ids.start) // env_ids.step))
     return env_ids[first:last]
-
-
-def _as_slice(env_ids: range) -> slice:
-    return slice(env_ids.start, env_ids.stop, env_ids.step)
