@@ -86,7 +86,7 @@ class Run:
 
     def train_arguments(self, options: argparse.Namespace) -> list[str]:
         """Return what follows `asyncflow train`, without the run folder."""
-        fixed = ["trainer.eval_interval=0", f"trainer.save_interval={options.save_interval}"]
+        fixed = ["trainer.eval_interval=0", f"trainer.save_interval={options.save_interval}", "trainer.keep_last=null"]
         flags = ["--config", options.task_config, "--seed", str(self.seed), "--logger", "none"]
         return [*flags, *CONDITIONS[self.condition], *fixed, *options.override]
 
