@@ -15,7 +15,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check format format-check lint types docs bench-core bench-learning learning-page clean distclean
+.PHONY: help install train test check format format-check lint types docs stress soak bench-core bench-peers bench-learning learning-page clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,8 +44,19 @@ types: $(STAMP) ## Check the types.
 docs: $(STAMP) ## Write the pages that are made from the code.
 	$(BIN)/python -c "from asyncflow.metrics import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
 
+stress: $(STAMP) ## Inject every kind of fault and write docs/reliability.md; ten minutes. ARGS="--part cuts" runs a part.
+	OMP_NUM_THREADS=1 $(BIN)/python tools/stress.py $(ARGS)
+
+soak: $(STAMP) ## Train an hour of toy, then twenty minutes of Lift, and show whether anything grows; needs a quiet machine.
+	$(BIN)/python tools/soak.py --task toy --minutes 60 $(ARGS)
+	$(BIN)/python tools/soak.py --task lift --minutes 20 $(ARGS)
+	$(BIN)/python tools/soak.py --page $(ARGS)
+
 bench-core: $(STAMP) ## Measure the core and write docs/benchmarks/core.md; needs a quiet machine.
 	$(BIN)/python tools/bench_core.py $(ARGS)
+
+bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/peers.md; eight minutes, needs a quiet machine.
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_peers.py $(ARGS)
 
 bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, needs a quiet machine, can be resumed.
 	$(BIN)/python tools/bench_learning.py --out runs/learning $(ARGS)
@@ -74,4 +85,4 @@ clean: ## Remove caches and build outputs.
 	find asyncflow tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well.
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-peers

@@ -13,13 +13,14 @@ from __future__ import annotations
 import enum
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from asyncflow.envs.base import as_slice
+from asyncflow.envs.base import Fault, as_slice
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import AsyncflowError
 from asyncflow.streams import record_event, wait_event
 
@@ -96,39 +97,57 @@ class EpisodeStats:
 
 
 @dataclass(frozen=True)
+class RolloutInfo:
+    """What is known of a rollout besides its decisions.
+
+    Attributes:
+        policy_version: Updates that the policy that acted had seen.
+        episodes: Episodes that ended within it.
+        seconds: What collecting it took, by stage.
+        faults: What was survived while it was collected, and in rollouts that were dropped before it.
+        journal: What rebuilds the episodes that are open at its end, so that the next rollout can be collected again.
+    """
+
+    policy_version: int
+    episodes: EpisodeStats = field(default_factory=EpisodeStats)
+    seconds: dict[str, float] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+    journal: EpisodeJournal | None = None
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A finished rollout, lent to the trainer until it is released.
 
     Attributes:
         index: 0 for the first rollout of a run.
         slot: Where it lies in the ring.
-        policy_version: Updates that the policy that acted had seen.
+        info: What is known of it besides the decisions.
         data: [T, N] view of the ring.
         obs: [T+1, N] view; the last row is the bootstrap.
         final_obs: [max_truncations, N] view; `data["final_index"]` addresses its rows.
-        episodes: Episodes that ended within it.
-        seconds: What collecting it took, by stage.
     """
 
     index: int
     slot: int
-    policy_version: int
+    info: RolloutInfo
     data: TensorDict
     obs: TensorDict
     final_obs: TensorDict
-    episodes: EpisodeStats
-    seconds: dict[str, float]
+
+    @property
+    def policy_version(self) -> int:
+        """Updates that the policy that acted had seen."""
+        return self.info.policy_version
 
 
 @dataclass
 class _Slot:
     state: SlotState = SlotState.FREE
     index: int = -1
-    policy_version: int = -1
     num_written: int = 0
     event: torch.cuda.Event | None = None
-    episodes: EpisodeStats = field(default_factory=EpisodeStats)
-    seconds: dict[str, float] = field(default_factory=dict)
+    info: RolloutInfo = RolloutInfo(-1)
 
 
 class RolloutBuffer:
@@ -153,7 +172,18 @@ class RolloutBuffer:
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_started = 0
+        self._dropped_faults: tuple[Fault, ...] = ()
         self._books = {"collected": 0, "trained": 0, "dropped": 0, "invalid": 0}
+
+    def restore(self, next_rollout: int, books: Mapping[str, int]) -> None:
+        """Go on from a run that was cut. Called before anything else.
+
+        Args:
+            next_rollout: Number of the first rollout that is begun.
+            books: As `settled_books` returned them.
+        """
+        self._num_started = next_rollout
+        self._books = {name: books[name] for name in self._books}
 
     # Collector's side.
 
@@ -174,6 +204,7 @@ class RolloutBuffer:
             slot = self._slots[position]
             if slot.state is SlotState.READY:
                 self._books["dropped"] += slot.num_written
+                self._dropped_faults += slot.info.faults
             wait_event(slot.event, self.device)
             self._slots[position] = _Slot(SlotState.WRITING, self._num_started)
             self._num_started += 1
@@ -196,6 +227,10 @@ class RolloutBuffer:
         for name, value in obs.items():
             self._final_obs[name][slot, row, env_id] = value
 
+    def invalidate(self, slot: int, steps: range, env_id: int) -> None:
+        """Mark written decisions as not to be trained on. Called by the collector; never waits."""
+        self._data["valid"][slot, as_slice(steps), env_id] = False
+
     def count(self, slot: int, num_decisions: int) -> None:
         """Enter executed decisions into the books. Called by the collector; never waits.
 
@@ -207,7 +242,7 @@ class RolloutBuffer:
             self._slots[slot].num_written += num_decisions
             self._books["collected"] += num_decisions
 
-    def finish_rollout(self, slot: int, policy_version: int, episodes: EpisodeStats, seconds: dict[str, float]) -> None:
+    def finish_rollout(self, slot: int, info: RolloutInfo) -> None:
         """Hand a written slot to the trainer: WRITING -> READY. Called by the collector; wakes `take`.
 
         The trainer's reads come after the caller's writes by an event recorded here.
@@ -219,7 +254,8 @@ class RolloutBuffer:
         expected = self.plan.num_steps * self.plan.num_envs
         if entry.num_written != expected:
             raise AsyncflowError(f"rollout {entry.index}: {entry.num_written} of {expected} decisions were written")
-        entry.policy_version, entry.episodes, entry.seconds = policy_version, episodes, seconds
+        entry.info = replace(info, faults=self._dropped_faults + info.faults)
+        self._dropped_faults = ()
         entry.event = record_event(self.device)
         with self._changed:
             entry.state = SlotState.READY
@@ -244,16 +280,7 @@ class RolloutBuffer:
             slot.state = SlotState.TRAINING
         wait_event(slot.event, self.device)
         views = self._ring[position]
-        return Rollout(
-            slot.index,
-            position,
-            slot.policy_version,
-            views["data"],
-            views["obs"],
-            views["final_obs"],
-            slot.episodes,
-            slot.seconds,
-        )
+        return Rollout(slot.index, position, slot.info, views["data"], views["obs"], views["final_obs"])
 
     def release(self, rollout: Rollout) -> None:
         """Give a trained rollout's slot back: TRAINING -> FREE. Called by the trainer; wakes `begin_rollout`."""
@@ -280,6 +307,11 @@ class RolloutBuffer:
         if books["collected"] != sum(books[k] for k in ("trained", "dropped", "invalid", "in_flight")):
             raise AsyncflowError(f"the buffer's books do not balance: {books}")
         return books
+
+    def settled_books(self) -> dict[str, int]:
+        """Return the books without what is in flight, which a resumed run collects again. Any thread; never waits."""
+        books = self.books()
+        return books | {"collected": books["collected"] - books["in_flight"], "in_flight": 0}
 
     def close(self) -> None:
         """Wake every waiting thread with `BufferClosed`. Any thread, a signal handler too; may be called twice."""

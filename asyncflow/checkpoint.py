@@ -1,116 +1,232 @@
-"""A run's folder: its configuration, versions and checkpoints.
+"""Checkpoints: everything that a run needs to go on from the boundary after an update.
 
-Owns names and atomic writing of everything in a run folder but its metrics. It must not know how a run is trained.
+Owns names, checksums and atomic writing of what lies in `checkpoints/`. It must not know how a run is trained: a
+checkpoint is a policy, a dictionary of plain values and named groups of tensors.
 
-    config.yaml  versions.json  metrics.jsonl  checkpoints/update_000010/{policy.safetensors,state.json}
-    checkpoints/last -> update_000010     checkpoints/best -> update_000010
+    update_000010/{policy.safetensors,training.safetensors,state.json,checksums.json}
+    last -> update_000010     best -> update_000010
 """
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
+import itertools
 import json
 import os
-import platform
 import shutil
-import subprocess
-import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
-from asyncflow.config import Config, PolicyConfig
+from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import ConfigError
+from asyncflow.errors import CheckpointError
 from asyncflow.policies.base import Policy
 from asyncflow.policy_file import FILE_NAME, publish_file, save_policy, write_atomically
 
-_PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
+Groups = Mapping[str, Mapping[str, Tensor]]
+TRAINING, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums.json"
+REPLACED = ".replaced"
+FORMAT = 1  # of what a checkpoint holds
 
 
-def name_run_folder(config: Config) -> Path:
-    """Return the folder of a new run; creates nothing.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` reads.
 
-    Raises:
-        ConfigError: The folder already holds a run.
+    Attributes:
+        path: Its folder.
+        policy: The policy's tensors, by the names of `state_dict`.
+        state: Plain values.
+        groups: Group -> name -> tensor, as they were saved.
     """
-    trainer = config.trainer
-    default = f"runs/{config.env.task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.logging.out or default)
-    if (folder / "config.yaml").exists():
-        raise ConfigError(f"logging.out = {folder}: already holds a run; choose another folder or remove it")
-    return folder
+
+    path: Path
+    policy: dict[str, Tensor]
+    state: dict[str, Any]
+    groups: dict[str, dict[str, Tensor]]
 
 
-def create_run_folder(folder: Path, config: Config) -> None:
-    """Create the folder of a new run, with its configuration and the versions it runs on.
+@dataclass(frozen=True)
+class PolicyToSave:
+    """A policy and what rebuilds it."""
 
-    Raises:
-        ConfigError: The folder cannot be created.
-    """
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
-        write_atomically(folder / "versions.json", json.dumps(describe_versions(), indent=2).encode())
-    except OSError as error:
-        raise ConfigError(f"logging.out = {folder}: {error.strerror}") from None
+    policy: Policy
+    config: PolicyConfig
+    env_spec: EnvSpec
 
 
-def describe_versions() -> dict[str, str]:
-    """Return what a result depends on besides its configuration: package versions, Python, git commit."""
-    versions = {"python": platform.python_version(), "git_commit": _git_commit()}
-    return versions | {package: _version(package) for package in _PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def save_checkpoint(
-    run: Path, policy: Policy, policy_config: PolicyConfig, env_spec: EnvSpec, state: dict[str, Any]
-) -> Path:
+def save_checkpoint(run: Path, source: PolicyToSave, state: Mapping[str, Any], groups: Groups) -> Path:
     """Write `checkpoints/update_NNNNNN` under a temporary name, flush it, rename it, and point `last` at it.
 
     Args:
         run: The run folder.
-        policy: What to save.
-        policy_config: What rebuilds it.
-        env_spec: What it acts in.
-        state: The run's clocks; `updates` names the folder.
+        source: The policy.
+        state: Plain values; `updates` names the folder.
+        groups: Group -> name -> tensor; neither name holds a slash.
 
     Raises:
         OSError: The disk is full or the folder was removed; older checkpoints are unharmed.
     """
-    final = run / "checkpoints" / f"update_{state['updates']:06d}"
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    final = checkpoint_path(run, state["updates"])
+    temporary = _hidden(final)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        save_policy(temporary / FILE_NAME, policy, policy_config, env_spec)
-        write_atomically(temporary / "state.json", json.dumps(state, indent=2).encode())
-        if not final.exists():
-            publish_file(temporary, final)
+        if not _holds(final, state):
+            _write(temporary, source, state, groups)
+            _publish(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     point_at(run, "last", final)
     return final
 
 
+def checkpoint_path(run: Path, updates: int) -> Path:
+    """Return the folder of the checkpoint after an update, whether it exists or not."""
+    return run / "checkpoints" / f"update_{updates:06d}"
+
+
+def _holds(folder: Path, state: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint of this state is there; one of an update whose evaluation was owed is written anew."""
+    try:
+        found = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(found == json.loads(_to_json(state)))
+
+
+def _to_json(state: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, **state}, indent=2)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Give a checkpoint its name; an older one of that name stays, hidden, until it is there."""
+    replaced = final.with_name(f".{final.name}{REPLACED}")
+    if final.exists():
+        os.replace(final, replaced)
+    publish_file(temporary, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write(folder: Path, source: PolicyToSave, state: Mapping[str, Any], groups: Groups) -> None:
+    tensors = {f"{group}/{name}": t.detach().cpu().contiguous() for group, x in groups.items() for name, t in x.items()}
+    save_policy(folder / FILE_NAME, source.policy, source.config, source.env_spec)
+    write_atomically(folder / TRAINING, save(tensors))
+    write_atomically(folder / STATE, _to_json(state).encode())
+    sums = {name: _checksum((folder / name).read_bytes()) for name in (FILE_NAME, TRAINING, STATE)}
+    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=2).encode())
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
 def point_at(run: Path, name: str, checkpoint: Path) -> None:
     """Let the link `checkpoints/<name>` mean `checkpoint`; a reader sees the old or the new one."""
     link = run / "checkpoints" / name
-    temporary = link.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = _hidden(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(checkpoint.name)
     os.replace(temporary, link)
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("update_*") if path.name.removeprefix("update_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("update_")))
+
+
+def prune_checkpoints(run: Path, keep_last: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one; None keeps all.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    kept = {(run / "checkpoints" / name).resolve() for name in ("last", "best")}
+    for path in list_checkpoints(run)[: -keep_last if keep_last else 0]:
+        if path.resolve() not in kept:
+            os.replace(path, _hidden(path))  # so that a cut leaves no half of a checkpoint under its name
+            shutil.rmtree(_hidden(path))
+
+
+def clean_checkpoints(run: Path) -> None:
+    """Remove what a killed process left half done, and links that mean nothing. Only for the folder's only writer."""
+    for path in (run / "checkpoints").glob(f".*{REPLACED}"):
+        original = path.with_name(path.name[1 : -len(REPLACED)])
+        if original.exists():
+            shutil.rmtree(path)
+        else:
+            os.replace(path, original)
+    for path in (run / "checkpoints").glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for name in ("last", "best"):
+        if not (run / "checkpoints" / name).exists():
+            (run / "checkpoints" / name).unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or damaged.
+    """
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text())
+        files = {name: _read_checked(path / name, sums[name]) for name in (FILE_NAME, TRAINING, STATE)}
+        state, policy, flat = json.loads(files[STATE]), load(files[FILE_NAME]), load(files[TRAINING])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged or incomplete: {' '.join(str(error).split())}") from None
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {state.get('format')}, this asyncflow reads {FORMAT}")
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        group, _, name = key.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return Checkpoint(path, policy, state, groups)
+
+
+def _read_checked(path: Path, checksum: str) -> bytes:
+    content = path.read_bytes()
+    if _checksum(content) != checksum:
+        raise CheckpointError(f"{path}: damaged: its checksum differs")
+    return content
+
+
+def _set_aside(damaged: Path) -> None:
+    names = (damaged.with_name(f"damaged_{damaged.name}_{number}") for number in itertools.count())
+    os.replace(damaged, next(name for name in names if not name.exists()))
+
+
+def find_newest(run: Path) -> tuple[Checkpoint, list[str]]:
+    """Return the newest checkpoint that is whole, and a line about each newer one, which is set aside.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    problems: list[str] = []
+    newer: list[Path] = []
+    for path in reversed(list_checkpoints(run)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            newer.append(path)
+            continue
+        for damaged in newer:
+            _set_aside(damaged)
+        point_at(run, "last", path)
+        return checkpoint, problems
+    reasons = "; ".join(problems) or "it has no checkpoints"
+    raise CheckpointError(f"--resume {run}: nothing to go on from: {reasons}")

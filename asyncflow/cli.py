@@ -7,26 +7,28 @@ Everything slow (torch, simulators, pydantic) is imported inside the command tha
 
 from __future__ import annotations
 
-import inspect
 import os
-import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from asyncflow import __version__
 from asyncflow.errors import AsyncflowError, ConfigError
+from asyncflow.flags import flag as _flag
+from asyncflow.flags import flags as _flags
+from asyncflow.signals import EXIT_INTERRUPTED, interrupt_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from asyncflow.config import Config
     from asyncflow.trainer import Trainer
 
-EXIT_CRASH, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_CRASH, EXIT_USAGE = 1, 2
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, which some versions of typer carry inside
 _CONFIG_KEYS = {
     "task": "env.task",
@@ -38,6 +40,8 @@ _CONFIG_KEYS = {
     "checkpoint": "policy.checkpoint",
     "out": "logging.out",
     "logger": "logging.logger",
+    "trace": "logging.trace",
+    "spread": "trainer.emulated_spread",
 }
 
 app = typer.Typer(
@@ -55,39 +59,6 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Any key of `asyncflow config`, such as algorithm.clip_coef=0.02."),
 ]
 Checkpoint = Annotated[str, typer.Argument(help="Run folder, checkpoint folder, .safetensors file or shipped weights.")]
-
-
-def _flag(meaning: str, kind: Any = str, default: Any = None, metavar: str | None = None) -> inspect.Parameter:
-    parser = _number_parser(kind) if kind in (int, float) else None
-    option = typer.Option(help=meaning, metavar=metavar or ("NUMBER" if parser else None), parser=parser)
-    annotation = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
-    return inspect.Parameter("flag", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _number_parser(kind: type[int] | type[float]) -> Callable[[Any], float]:
-    """Return a parser whose complaint, unlike every typer's, names the value."""
-
-    def parse(value: Any) -> float:
-        try:
-            return kind(value)
-        except ValueError:
-            raise typer.BadParameter(f"{value!r} is not {'a whole' if kind is int else 'a'} number") from None
-
-    return parse
-
-
-def _flags(**flags: inspect.Parameter) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Turn the `**flags` of a command into the flags given; typer reads a command's signature."""
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        signature = inspect.signature(command, eval_str=True)
-        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-        added = [flag.replace(name=name) for name, flag in flags.items()]
-        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        command.__annotations__ = {each.name: each.annotation for each in [*own, *added]}
-        return command
-
-    return decorate
 
 
 def _print_version(is_asked: bool) -> None:
@@ -111,22 +82,67 @@ def _options(
     seed=_flag("Seed of the whole run.", int),
     num_envs=_flag("Environments collected from.", int),
     checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", metavar="PATH|NAME"),
+    resume=_flag("Run to go on with, from its newest whole checkpoint.", metavar="FOLDER"),
     out=_flag("Run folder; must not hold a run.", metavar="FOLDER"),
     logger=_flag("Curves beside metrics.jsonl.", metavar="tensorboard|none"),
+    trace=_flag("Write trace.json, who did what when, for Perfetto or chrome://tracing.", bool),
 )
 def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
-    """Fine-tune a policy with PPO."""
+    """Fine-tune a policy with PPO, or go on with a run."""
+    folder = flags.pop("resume")
+    resolved = _load(config, overrides, flags) if folder is None else _load_run(folder, config, overrides, flags)
+    from asyncflow.console import ConsoleReporter
+
+    with _quiet_imports():
+        from asyncflow import launch
+
+    def on_built(trainer: Trainer) -> None:
+        stop_on_signals(trainer.request_stop)
+
+    reporter = ConsoleReporter()
+    try:
+        if folder is None:
+            trainer = launch.train(resolved, reporter, on_built)
+        else:
+            trainer = launch.resume(Path(folder), resolved, reporter, on_built)
+    finally:
+        interrupt_on_signals()
+    return EXIT_INTERRUPTED if trainer.is_stopping else 0
+
+
+@app.command()
+@_flags(
+    task=_flag("Task; `asyncflow tasks` lists them.", metavar="NAME"),
+    device=_flag("Where to train and infer.", metavar="auto|cpu|cuda|cuda:N"),
+    seed=_flag("Seed of every run.", int),
+    num_envs=_flag("Environments collected from.", int),
+    num_workers=_flag("Simulator processes; one per core if not given.", int),
+    checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", metavar="PATH|NAME"),
+    inference_latency_s=_flag("Emulated: seconds that a rollout takes longer in the policy.", float, 0.0),
+    env_latency_s=_flag("Emulated: seconds that a rollout takes longer in the simulators.", float, 0.0),
+    update_latency_s=_flag("Emulated: seconds that an update takes longer.", float, 0.0),
+    spread=_flag("How they vary from rollout to rollout.", metavar="constant|uniform|exponential|lognormal"),
+    sweep=_flag("Vary the update's latency: training takes 0.1 to 4 times as long as collecting.", bool, False),
+    num_repeats=_flag("Times standard, vla, vla, standard; 3 if not given, of a sweep 1.", int),
+    num_updates=_flag("Measured updates of a run; some seconds of them if not given.", int),
+    out=_flag("Folder to write to; must not hold a profile.", metavar="FOLDER"),
+)
+def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
+    """Measure both buffer types in turns: throughput, its ceilings, and what limits it."""
+    out, is_sweep, num_repeats = flags.pop("out"), flags.pop("sweep"), flags.pop("num_repeats")
+    names = ("inference_latency_s", "env_latency_s", "update_latency_s", "num_updates")
+    options = {name: flags.pop(name) for name in names} | {"is_sweep": is_sweep}
     resolved = _load(config, overrides, flags)
     from asyncflow.console import ConsoleReporter
 
     with _quiet_imports():
-        from asyncflow.trainer import train as run_training
+        from asyncflow.profile_report import report_profile
+        from asyncflow.profiling import ProfileOptions
 
-    try:
-        trainer = run_training(resolved, ConsoleReporter(), _stop_on_signals)
-    finally:
-        _raise_on_signals()
-    return EXIT_INTERRUPTED if trainer.is_stopping else 0
+    default = 1 if is_sweep else 3
+    options["num_repeats"] = default if num_repeats is None else num_repeats
+    report_profile(resolved, ProfileOptions(**options), out, ConsoleReporter())
+    return 0
 
 
 @app.command("eval")
@@ -165,7 +181,7 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
 def demos(**flags: Any) -> int:
     """Write scripted, noised demonstrations in robomimic's layout."""
     task, out = flags.pop("task"), flags.pop("out")
-    from asyncflow.config import load_config
+    from asyncflow.presets import load_config
 
     with _quiet_imports():
         from asyncflow.demos import DemoOptions, collect_demos
@@ -194,7 +210,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
-    from asyncflow.config import load_config, parse_overrides
+    from asyncflow.presets import load_config, parse_overrides
 
     resolved = load_config(config, parse_overrides(overrides or []))  # no task's preset: the dataset names its task
     with _quiet_imports():
@@ -240,34 +256,22 @@ def config(overrides: Overrides = None, config: Preset = None) -> int:
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
     """Return the configuration that a command line means; overrides win over flags, both over the preset."""
-    from asyncflow.config import load_config, parse_overrides
+    from asyncflow.presets import choose_preset, load_config, parse_overrides
 
     values = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
     values |= parse_overrides(overrides or [])
-    return load_config(preset or _choose_preset(values), values)
+    return load_config(preset or choose_preset(values), values)
 
 
-def _choose_preset(values: dict[str, Any]) -> str | None:
-    """Return the preset of the task that was asked for; the lift preset's weights fit no other task.
+def _load_run(folder: str, preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
+    """Return the configuration with which a run goes on."""
+    from asyncflow.presets import parse_overrides
+    from asyncflow.run_folder import resume_config
 
-    Raises:
-        ConfigError: The task does not exist, or has neither a preset nor weights to start from.
-    """
-    from asyncflow.config import preset_names
-    from asyncflow.envs.tasks import find_task, task_names
-
-    task = values.get("env.task", "Lift")
-    if not isinstance(task, str):
-        return None  # the validation will say what is wrong with it
-    if task in task_names() and task.lower() in preset_names():
-        return task.lower()
-    find_task(task)
-    if "policy.checkpoint" not in values:
-        raise ConfigError(
-            f"env.task = {task!r}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "
-            "one), --config, or policy.checkpoint=null to start from scratch"
-        )
-    return None
+    if preset is not None:
+        raise ConfigError(f"--config {preset}: a resumed run keeps its own configuration; leave --config out")
+    values = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
+    return resume_config(Path(folder), values | parse_overrides(overrides or []))
 
 
 @contextmanager
@@ -276,23 +280,6 @@ def _quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _stop_on_signals(trainer: Trainer) -> None:
-    """Let the first Ctrl-C or SIGTERM end the run after a save, and the second end it at once."""
-
-    def stop(*_: object) -> None:
-        _raise_on_signals()
-        os.write(2, b"stopping: finishing the update and saving; once more to quit at once\n")  # safe in a handler
-        trainer.request_stop()
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-
-def _raise_on_signals() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _complain(message: str) -> int:
@@ -327,14 +314,16 @@ def run(arguments: list[str]) -> int:
         return _complain(_explain_usage(error))
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # of `asyncflow config | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return EXIT_CRASH
     except Exception as error:
         return _crash(error)
 
 
 def main() -> NoReturn:
     """Entry point of the `asyncflow` command."""
-    _raise_on_signals()
-    sys.exit(run(sys.argv[1:]))
+    interrupt_on_signals()
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more; Python would complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)

@@ -1,17 +1,16 @@
-"""Every number of a run: validated models, YAML presets, dotted overrides.
+"""Every number of a run, as validated models.
 
-Owns names, defaults, meanings and limits. It imports neither torch nor a simulator, so that the command line can
-refuse a bad configuration before anything slow is loaded. A key that nothing reads does not belong here.
+Owns names, defaults, meanings and limits; `presets` reads values from files and command lines. It imports neither torch
+nor a simulator, so that the command line can refuse a bad configuration before anything slow is loaded. A key that
+nothing reads does not belong here.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
@@ -30,7 +29,7 @@ class EnvConfig(Section):
 
     task: str = Field("Lift", description="Task name (`asyncflow tasks` lists them); `Toy` needs no simulator.")
     env_meta: str | None = Field(
-        None, description="JSON file or robomimic HDF5 dataset whose `env_meta` replaces the one built from the task."
+        None, description="JSON file, robomimic dataset or checkpoint (.pth) whose `env_meta` replaces the task's own."
     )
     num_envs: int = Field(16, ge=1, description="Environments collected from, N.")
     num_workers: int | None = Field(None, ge=1, description="Simulator processes; null means one per CPU core.")
@@ -40,7 +39,13 @@ class EnvConfig(Section):
     obs_keys: list[str] | None = Field(
         None, description="Low-dimensional observations concatenated into `state`; null means the task's."
     )
-    step_timeout_s: float = Field(120.0, gt=0, description="A worker silent for longer than this counts as hung.")
+    fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
+    emulated_latency_s: float = Field(
+        0.0, ge=0, description="Seconds added to a chunk of all environments; fewer take their share."
+    )
+    step_timeout_s: float = Field(120.0, gt=0, description="A worker silent for longer is killed and replaced.")
+    max_restarts: int = Field(10, ge=0, description="Workers replaced within restart_window_s; one more ends the run.")
+    restart_window_s: float = Field(600.0, gt=0, description="Seconds over which max_restarts counts.")
 
 
 class PolicyConfig(Section):
@@ -107,6 +112,9 @@ class AlgorithmConfig(Section):
         "truncate", description="What happens to behavior weights above behavior_weight_max."
     )
     behavior_weight_max: float = Field(2.0, gt=0, description="Limit of exp(proximal - behavior).")
+    max_nonfinite_steps: int = Field(
+        20, ge=0, description="Minibatches skipped in a run because a number was not finite; one more ends it."
+    )
     emulated_latency_s: float = Field(0.0, ge=0, description="Seconds added to every minibatch.")
 
 
@@ -141,13 +149,27 @@ class TrainerConfig(Section):
     total_updates: int | None = Field(20, ge=1, description="Updates to train; null: no limit.")
     total_env_steps: int | None = Field(None, ge=1, description="Env steps to train on; null: no limit.")
     save_interval: int = Field(10, ge=1, description="Updates between checkpoints.")
+    keep_last: int | None = Field(
+        5, ge=2, description="Newest checkpoints that are kept, besides the best one; null keeps all."
+    )
     eval_interval: int = Field(10, ge=0, description="Updates between evaluations; 0: none.")
     eval_episodes: int = Field(50, ge=1, description="Episodes of an evaluation.")
+    emulated_spread: Literal["constant", "uniform", "exponential", "lognormal"] = Field(
+        "constant", description="How emulated latencies vary from rollout to rollout."
+    )
+    emulated_variation: float = Field(
+        0.5, ge=0, description="Their standard deviation over their mean; an exponential distribution's is always 1."
+    )
 
     @model_validator(mode="after")
     def _check_end(self) -> TrainerConfig:
         if self.total_updates is None and self.total_env_steps is None:
             raise ValueError("trainer.total_updates and trainer.total_env_steps are both null; set one of them")
+        if self.emulated_spread == "uniform" and self.emulated_variation > 3**-0.5:
+            raise ValueError(
+                f"trainer.emulated_variation = {self.emulated_variation} must be at most 0.57 for a uniform spread: "
+                "a latency cannot be negative"
+            )
         return self
 
 
@@ -156,10 +178,11 @@ class LoggingConfig(Section):
 
     out: str | None = Field(None, description="Run folder; null means runs/<task>_<buffer type>_seed<seed>_<time>.")
     logger: Literal["tensorboard", "none"] = Field("tensorboard", description="Curves beside metrics.jsonl.")
+    trace: bool = Field(False, description="Write trace.json: who did what when, for Perfetto or chrome://tracing.")
 
 
 class Config(Section):
-    """A whole run. `load_config` builds one; `resolved` fields follow from the others."""
+    """A whole run. `presets.load_config` builds one; its properties follow from the others."""
 
     env: EnvConfig = EnvConfig()
     policy: PolicyConfig = PolicyConfig()
@@ -214,32 +237,6 @@ def _require_multiple(key: str, value: int, divisor_key: str, divisor: int) -> N
         raise ValueError(f"{key} = {value} must be a multiple of {divisor_key} = {divisor}")
 
 
-def preset_names() -> list[str]:
-    """Return the names of the shipped presets."""
-    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
-
-
-def _preset_folder() -> Path:
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def load_config(preset: str | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Build a validated configuration.
-
-    Args:
-        preset: A shipped preset's name or the path of a YAML file; None means the defaults.
-        overrides: Dotted key -> value, applied last.
-
-    Raises:
-        ConfigError: An unknown preset or key, a wrong type or an impossible combination; the message is one line.
-    """
-    values = read_preset(preset) if preset else {}
-    for key, value in (overrides or {}).items():
-        _set_dotted(values, key, value)
-    return validate(values)
-
-
 def validate(values: dict[str, Any]) -> Config:
     """Validate nested values, as a preset or a run's `config.yaml` holds them.
 
@@ -250,61 +247,6 @@ def validate(values: dict[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error)) from None
-
-
-def read_preset(preset: str) -> dict[str, Any]:
-    """Return the nested values of a preset's YAML file.
-
-    Raises:
-        ConfigError: The preset does not exist or is not a YAML mapping.
-    """
-    path = Path(preset) if preset.endswith((".yaml", ".yml")) else _preset_folder() / f"{preset}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"--config {preset}: no such preset or file; presets: {', '.join(preset_names())}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {preset}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {preset}: expected a mapping of sections, got {type(values).__name__}")
-    return values
-
-
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Parse `key.sub=value` arguments; values are YAML.
-
-    Raises:
-        ConfigError: An argument without `=`, or a value that is not YAML.
-    """
-    parsed = {}
-    for argument in arguments:
-        key, separator, text = argument.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{argument!r} is not an override; write section.key=value")
-        try:
-            parsed[key] = _parse_value(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: cannot read the value {text!r}") from None
-    return parsed
-
-
-def _parse_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key}: {parent} is not a section")
-    values[leaf] = value
 
 
 def describe_keys() -> Iterator[tuple[str, str, Any, str]]:

@@ -6,6 +6,7 @@ name, and nothing needs colour to be understood.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -104,7 +105,7 @@ class ConsoleReporter:
         if not self._is_terminal:
             self._print(" ".join([*self._progress(row), *(_named(name, row) for name in _LINE if name in row)]))
             return
-        self._console.print(Text("  ".join(self._progress(row)), style="bold"))
+        self._show(Text("  ".join(self._progress(row)), style="bold"))
         for label, names in _BLOCK.items():
             first, second, third = (_named(name, row) for name in names)
             self._print(f"  {label:<8}{first:<21} {second:<20} {third}")
@@ -125,7 +126,8 @@ class ConsoleReporter:
             rows["evaluation"] = _describe_rate(row["eval/success_rate"], *interval)
         rows |= {"checkpoint": str(checkpoint), "curves": f"tensorboard --logdir {run_dir}"}
         self._card("stopped, and saved" if is_stopped else "finished", rows)
-        self._print(f"next: asyncflow eval {checkpoint} --num-episodes 200")  # outside the card, to be copied
+        command = f"train --resume {run_dir}" if is_stopped else f"eval {checkpoint} --num-episodes 200"
+        self._print(f"next: asyncflow {command}")  # outside the card, to be copied
 
     def notice(self, text: str) -> None:
         """Show one line."""
@@ -141,7 +143,7 @@ class ConsoleReporter:
         table.columns[0].no_wrap = True
         for row in rows:
             table.add_row(*(Text(cell, overflow="fold") for cell in row))
-        self._console.print(table)
+        self._show(table)
 
     def _progress(self, row: Mapping[str, float]) -> list[str]:
         """Return the words that say how far the run is."""
@@ -163,11 +165,16 @@ class ConsoleReporter:
         grid = Table.grid(padding=(0, 2))
         for name, value in rows.items():
             grid.add_row(name, Text(value, overflow="fold"))
-        self._console.print(Panel(grid, title=title, title_align="left"))
+        self._show(Panel(grid, title=title, title_align="left"))
 
     def _print(self, line: str) -> None:
         # Not rich's print: it wraps lines, and a pipe needs every line at once.
-        print(line, file=self._file, flush=True)
+        with contextlib.suppress(OSError):  # a full disk or a reader that left ends no run
+            print(line, file=self._file, flush=True)
+
+    def _show(self, renderable: RenderableType) -> None:
+        with contextlib.suppress(OSError):
+            self._console.print(renderable)
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:

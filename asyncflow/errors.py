@@ -17,5 +17,9 @@ class CollectorError(AsyncflowError):
     """The collector thread failed; the cause carries its traceback."""
 
 
+class TrainingError(AsyncflowError):
+    """Training diverged; going on would not help."""
+
+
 class CheckpointError(ConfigError):
     """A checkpoint is missing, foreign, corrupt, or does not fit the policy."""

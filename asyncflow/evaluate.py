@@ -3,7 +3,8 @@
 Owns the episode quotas and the statistics. It must not know how the policy is trained or what logs the result.
 
 Every environment has a quota of episodes. Taking the first episodes to finish anywhere would favour short ones, and
-with them success; a quota also makes the result independent of timing and of the number of workers.
+with them success; a quota also makes the result independent of timing and of the number of workers. Broken episodes do
+not count: their environment goes on until its quota is filled.
 
 Shapes: N environments, n of them still busy, H executed actions of a chunk, P predicted actions, A action size.
 """
@@ -13,17 +14,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.envs.base import ChunkResult, VecEnv
+from asyncflow.envs.base import ChunkResult, Fault, VecEnv
+from asyncflow.errors import EnvError
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import derive_seed, policy_noise
 
 Z_95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
+MAX_BROKEN = 10  # episodes that may break for each one that is asked for
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class EvalResult:
         episode_length: Mean env steps of an episode.
         episode_return: Mean undiscounted return of an episode.
         wall_s: Seconds that the evaluation took.
+        num_broken: Episodes that were lost with a simulator or given up, and do not count.
+        faults: What was survived.
     """
 
     num_episodes: int
@@ -49,6 +54,8 @@ class EvalResult:
     episode_length: float
     episode_return: float
     wall_s: float
+    num_broken: int = 0
+    faults: tuple[Fault, ...] = ()
 
     def as_metrics(self) -> dict[str, float]:
         """Return the logged part under its metric names."""
@@ -59,17 +66,27 @@ class EvalResult:
 
 @dataclass
 class _Tally:
-    """Sums over finished episodes."""
+    """Sums over finished episodes, and how many broke."""
 
+    num_broken: int = 0
     num_successes: int = 0
     total_length: int = 0
     total_return: float = 0.0
+    faults: list[Fault] = field(default_factory=list)
 
     def add(self, result: ChunkResult) -> None:
-        """Count the episodes that ended with this chunk; the other rows are zero."""
+        """Count the episodes that ended with this chunk; the other rows are zero, those of broken episodes too."""
+        self.num_broken += int(result.broken.sum())
+        self.faults += result.faults
         self.num_successes += int(result.terminated.sum())
         self.total_length += int(result.episode_length.sum())
         self.total_return += float(result.episode_return.sum())
+
+    def check_broken(self, num_episodes: int) -> None:
+        """Refuse to go on for ever, as a policy that decides NaN would make it."""
+        if self.num_broken > MAX_BROKEN * num_episodes:
+            last = self.faults[-1].message if self.faults else "unknown"
+            raise EnvError(f"{self.num_broken} episodes broke in an evaluation of {num_episodes}; the last: {last}")
 
 
 @torch.no_grad()
@@ -90,7 +107,8 @@ def evaluate(
         on_decision: Called before every decision; may raise to abandon the evaluation.
 
     Raises:
-        EnvError: A simulator failed.
+        EnvError: Simulators failed too often, or far more episodes broke than are asked for.
+        EnvInterrupted: `vec_env.interrupt` was called.
     """
     start = time.perf_counter()
     seed = derive_seed(seed, "evaluation")
@@ -107,6 +125,7 @@ def evaluate(
             obs[rows] = result.obs
             remaining[rows] -= (result.terminated | result.truncated).long()
             tally.add(result)
+        tally.check_broken(num_episodes)
         decision += 1  # an environment is busy until its quota is done, so this is each one's own count
     return _summarise(tally, num_episodes, time.perf_counter() - start)
 
@@ -166,4 +185,6 @@ def _summarise(tally: _Tally, num_episodes: int, wall_s: float) -> EvalResult:
         episode_length=tally.total_length / num_episodes,
         episode_return=tally.total_return / num_episodes,
         wall_s=wall_s,
+        num_broken=tally.num_broken,
+        faults=tuple(tally.faults),
     )

@@ -1,21 +1,18 @@
-"""Metrics: the one glossary of names, and the files that a run's numbers go to.
+"""Metrics: the one glossary of names, and the logger through which a run's numbers leave it.
 
-Owns what a metric is called, what it means, and `metrics.jsonl` and the TensorBoard events. It must not know how a
-number is measured. A name that is not in the glossary is refused, so that console, TensorBoard, JSON lines and
+Owns what a metric is called and what it means. It must not know how a number is measured, nor how files are written.
+A name that is not in the glossary is refused, so that console, TensorBoard, JSON lines and
 `docs/metrics.md` cannot drift apart.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from asyncflow.metric_files import EventFile, JsonLines, cut_rows
 
 Unit = Literal["fraction", "s", "1/s", "bytes", "count", "updates", "env steps", "nats", "return", "1"]
 
@@ -64,6 +61,9 @@ GLOSSARY: dict[str, Metric] = {
     "train/grad_norm": Metric("1", "Gradient norm of the actor before clipping, mean over minibatches."),
     "train/critic_grad_norm": Metric("1", "Gradient norm of the critic before clipping, mean over minibatches."),
     "train/num_epochs": Metric("count", "Passes over the rollout; fewer than update_epochs if target_kl ended it."),
+    "train/nonfinite_skipped": Metric(
+        "count", "Minibatches skipped because the loss or a gradient was not finite; no other mean includes them."
+    ),
     "time/env_step_s": Metric("s", "The rollout's time in the simulators."),
     "time/inference_s": Metric("s", "The rollout's time in the policy."),
     "time/collect_s": Metric("s", "From the rollout's first decision to its last row, waiting for a slot left out."),
@@ -86,6 +86,9 @@ GLOSSARY: dict[str, Metric] = {
     "buffer/in_flight": Metric("count", "Decisions written and not yet trained on."),
     "buffer/dropped": Metric("count", "Decisions recycled before they were trained on (on_full: overwrite)."),
     "buffer/invalid": Metric("count", "Decisions that were collected and must not be trained on."),
+    "health/worker_restarts": Metric("count", "Workers replaced so far."),
+    "health/env_timeouts": Metric("count", "Of them, those replaced for silence past env.step_timeout_s."),
+    "health/nonfinite_episodes": Metric("count", "Episodes given up so far because a number was not finite."),
     "health/rss_bytes": Metric("bytes", "Largest resident memory of the main process so far."),
     "health/gpu_bytes": Metric("bytes", "Largest CUDA memory allocated by torch so far; 0 on a CPU."),
     "eval/success_rate": Metric("fraction", "Evaluation episodes that solved the task.", _EVALUATION),
@@ -120,40 +123,45 @@ def glossary_markdown() -> str:
 
 
 class MetricLogger:
-    """Writes one row per update to `metrics.jsonl`, and to TensorBoard. Main thread only."""
+    """Writes one row per update to `metrics.jsonl`, and to TensorBoard. Main thread only.
 
-    def __init__(self, run_dir: str | Path, logger: Literal["tensorboard", "none"]) -> None:
-        """Open the files; rows are appended to what `run_dir` already holds."""
-        self._file = (Path(run_dir) / "metrics.jsonl").open("a", encoding="utf-8")
-        self._writer = _open_tensorboard(run_dir) if logger == "tensorboard" else None
+    What a full disk refuses is kept and written, in order, as soon as there is room again.
+    """
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """Write one row; it is on disk, for a crash of this process at least, when this returns.
+    def __init__(self, run_dir: str | Path, logger: Literal["tensorboard", "none"], updates: int = 0) -> None:
+        """Open the files; rows of later updates than `updates`, of a run that was cut, are removed.
+
+        Args:
+            run_dir: The run folder.
+            logger: Whether TensorBoard gets the rows too.
+            updates: Update that the run goes on from.
+
+        Raises:
+            ConfigError: A file cannot be written.
+        """
+        folder = Path(run_dir)
+        last = cut_rows(folder, updates)
+        purge_step = 0 if last is None else last + 1  # what is at that step is forgotten too
+        self._files: list[JsonLines | EventFile] = [JsonLines(folder)]
+        if logger == "tensorboard":
+            self._files.append(EventFile(folder, purge_step))
+
+    def write(self, row: Mapping[str, float]) -> list[str]:
+        """Write one row; it is on disk, for a crash of this process at least, when this returns no problem.
+
+        Returns:
+            A line about each file that could not be written; the row waits for the next call.
 
         Raises:
             ValueError: A name is not in the glossary, or `env_steps` is missing.
         """
         _check_names(row)
         finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            self._write_scalars(self._writer, finite)
+        return [problem for file in self._files for problem in file.write(finite)]
 
-    @staticmethod
-    def _write_scalars(writer: SummaryWriter, row: Mapping[str, float | None]) -> None:
-        step = int(row["env_steps"] or 0)
-        for name, value in row.items():
-            if value is not None:
-                writer.add_scalar(name, value, step)
-        writer.flush()
-
-    def close(self) -> None:
-        """Flush and close; may be called twice."""
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    def close(self) -> list[str]:
+        """Write what waits and close; return a line about each file that lost rows. May be called twice."""
+        return [problem for file in self._files for problem in file.close()]
 
 
 def _check_names(row: Mapping[str, float]) -> None:
@@ -162,11 +170,3 @@ def _check_names(row: Mapping[str, float]) -> None:
         raise ValueError(f"metrics {', '.join(unknown)} are not in asyncflow.metrics.GLOSSARY; describe them there")
     if "env_steps" not in row:
         raise ValueError("a row of metrics needs env_steps, the clock of every curve")
-
-
-def _open_tensorboard(run_dir: str | Path) -> SummaryWriter:
-    with warnings.catch_warnings():  # of its dependencies; TensorBoard is imported only where it is used
-        warnings.simplefilter("ignore")
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
-
-    return SummaryWriter(str(run_dir))

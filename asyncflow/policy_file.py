@@ -1,7 +1,7 @@
 """One policy in one safetensors file: its tensors, how to build it, and the environment it was made for.
 
 Owns the file's format, its atomic writing and the ways to name it on a command line. It must not know how a policy
-is trained, and never reads pickled code.
+is trained, and never reads pickled code: a checkpoint of robomimic, a pickle, is described and refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import asyncflow
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
+from asyncflow.robomimic_file import load_robomimic_file
 
 FORMAT = "asyncflow-policy"
 FORMAT_VERSION = 1
@@ -106,7 +108,8 @@ def load_policy_file(path: str | Path) -> PolicyFile:
     """Read a policy file.
 
     Raises:
-        CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow.
+        CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow; one that robomimic
+            wrote is described.
     """
     path = Path(path)
     header = _read_header(path)
@@ -132,18 +135,34 @@ def _read_header(path: Path) -> dict[str, Any]:
             metadata = json.loads(file.read(min(size, path.stat().st_size))).get("__metadata__", {})
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
-    except (struct.error, ValueError, AttributeError):
+    except (struct.error, ValueError, AttributeError, RecursionError):
+        _refuse_robomimic(path)
         raise CheckpointError(f"{path}: not a safetensors file, or truncated") from None
-    if FORMAT not in metadata:
+    if not isinstance(metadata, dict) or FORMAT not in metadata:
         raise CheckpointError(f"{path}: a safetensors file without asyncflow's metadata (key {FORMAT!r})")
     try:
         header: dict[str, Any] = json.loads(metadata[FORMAT])
         version = header["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: asyncflow's metadata is damaged") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version}, this asyncflow reads {FORMAT_VERSION}")
     return header
+
+
+def _refuse_robomimic(path: Path) -> None:
+    """Say what a checkpoint of robomimic is: it bounds its actions by a tanh, so that no policy here equals its own.
+
+    Raises:
+        CheckpointError: The file is robomimic's by its suffix.
+    """
+    if path.suffix in ROBOMIMIC_SUFFIXES:
+        file = load_robomimic_file(path)
+        origin = f"algorithm {file.algo_name!r}, environment {file.env_meta.get('env_name')!r}"
+        raise CheckpointError(
+            f"{path}: a robomimic policy ({origin}), which asyncflow cannot run; "
+            f"it can take the environment: env.env_meta={path}"
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -1,20 +1,15 @@
-"""PPO on one rollout: pure losses, and the update that applies them.
+"""PPO on one rollout: what an update trains on, its epochs and minibatches, and what it reports.
 
-Owns the objective and the optimizer. It must not know which thread collected the rollout, nor which policy it trains.
-
-The objective is decoupled (AReaL, arXiv:2505.24298): the ratio is taken against the proximal policy, the weights at the
-start of the update, and the data's staleness enters as a detached weight `w = pi_proximal / pi_behavior`. For data of
-the same version proximal is behavior and `w = 1`: plain PPO (Schulman et al., arXiv:1707.06347) exactly. Negative
-advantages are bounded by the dual clip (Ye et al., arXiv:1912.09729, eq. 5).
+Owns the order of an update, which happens as a whole or not at all. It must not know which thread collected the
+rollout, nor which policy it trains.
 
 Shapes: T decisions, N environments, B decisions of a minibatch, K denoising steps.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -22,113 +17,35 @@ from torch import Tensor
 
 from asyncflow.buffer import Rollout
 from asyncflow.config import AlgorithmConfig
+from asyncflow.errors import TrainingError
 from asyncflow.gae import Transitions, compute_gae, compute_n_step
+from asyncflow.losses import (
+    behavior_weights,
+    kl_estimate,
+    masked_mean,
+    normalize,
+    policy_loss,
+    sum_steps,
+    value_loss,
+)
+from asyncflow.optimizer import GuardedAdam
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import permutation
 
-MAX_LOG_WEIGHT = 5.0
-
-
-@dataclass(frozen=True)
-class PolicyLoss:
-    """The clipped objective and what to log of it; scalars on the device."""
-
-    loss: Tensor
-    approx_kl: Tensor
-    prox_kl: Tensor
-    clip_fraction: Tensor
-    dual_clip_fraction: Tensor
-
-
-def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of `x`, [B] or [B, K], over valid decisions; zero if there are none."""
-    mask = _like(valid, x).expand_as(x)
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def _like(per_decision: Tensor, x: Tensor) -> Tensor:
-    return per_decision.unsqueeze(-1) if x.dim() > per_decision.dim() else per_decision
-
-
-def policy_loss(log_probs: Tensor, batch: TensorDictBase, clip_coef: float, dual_clip: float | None) -> PolicyLoss:
-    """Return the decoupled, dual-clipped PPO loss.
-
-    Args:
-        log_probs: [B] or [B, K], today's weights, with gradient.
-        batch: [B] `proximal` (weights at the update's start) and `behavior` (weights that acted) in the shape of
-            `log_probs`; `advantages`; `weights`, zero where masked; `valid`, which the denominator counts.
-        clip_coef: Half-width of the ratio's interval around 1.
-        dual_clip: Bound of the ratio for negative advantages; None for none.
-    """
-    valid = batch["valid"]
-    advantages, weights = _like(batch["advantages"], log_probs), _like(batch["weights"], log_probs)
-    log_ratio = log_probs - batch["proximal"]
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    objective = torch.minimum(ratio * advantages, clipped * advantages)
-    floor = torch.full_like(objective, -torch.inf) if dual_clip is None else dual_clip * advantages
-    is_floored = (advantages < 0) & (objective < floor)
-    loss = -masked_mean(weights * torch.where(is_floored, floor, objective), valid)
-    with torch.no_grad():
-        return PolicyLoss(
-            loss=loss,
-            approx_kl=masked_mean(kl_estimate(log_probs - batch["behavior"]), valid),
-            prox_kl=masked_mean(kl_estimate(log_ratio), valid),
-            clip_fraction=masked_mean(((ratio - 1).abs() > clip_coef).float(), valid),
-            dual_clip_fraction=masked_mean(is_floored.float(), valid),
-        )
-
-
-def kl_estimate(log_ratio: Tensor) -> Tensor:
-    """Return the unbiased, positive estimate `r - 1 - log r` of KL(old, new); Schulman, "Approximating KL", 2020."""
-    return torch.expm1(log_ratio) - log_ratio
-
-
-def value_loss(values: Tensor, batch: TensorDictBase, clip_coef: float | None) -> Tensor:
-    """Return half the mean squared error of `values`, [B], over valid decisions.
-
-    Args:
-        values: [B], today's weights, with gradient.
-        batch: [B] `returns`, `valid`, and `values` before the update.
-        clip_coef: Take the worse of the error and of that after a change of at most this; None for the error alone.
-    """
-    error = (values - batch["returns"]).square()
-    if clip_coef is not None:
-        clipped = batch["values"] + (values - batch["values"]).clamp(-clip_coef, clip_coef)
-        error = torch.maximum(error, (clipped - batch["returns"]).square())
-    return 0.5 * masked_mean(error, batch["valid"])
-
-
-def behavior_weights(log_weight: Tensor, kind: str, limit: float) -> tuple[Tensor, Tensor]:
-    """Return (weights, whether the limit was exceeded), both [B], from log(pi_proximal / pi_behavior), [B].
-
-    `truncate` caps a weight at `limit`; `mask` sets it to zero.
-    """
-    raw = log_weight.clamp(-MAX_LOG_WEIGHT, MAX_LOG_WEIGHT).exp()
-    is_over = raw > limit
-    capped = raw.clamp(max=limit) if kind == "truncate" else torch.where(is_over, torch.zeros_like(raw), raw)
-    return capped, is_over
-
-
-def sum_steps(log_probs: Tensor) -> Tensor:
-    """Return log-probs of whole decisions, [B], from [B] or [B, K]."""
-    return log_probs.flatten(1).sum(-1) if log_probs.dim() > 1 else log_probs
-
-
-def normalize(advantages: Tensor, valid: Tensor) -> Tensor:
-    """Return advantages with mean 0 and standard deviation 1 over the valid decisions, [B]; zero elsewhere."""
-    mean = masked_mean(advantages, valid)
-    std = masked_mean((advantages - mean).square(), valid).sqrt()
-    return (advantages - mean) / (std + 1e-8) * valid
-
 
 class PPO:
-    """Trains one policy on one rollout after another. Used by the main thread only."""
+    """Trains one policy on one rollout after another. Used by the main thread only.
+
+    Attributes:
+        optimizer: Adam, with a step size each for actor and critic.
+        num_nonfinite_steps: Minibatches of the run that were skipped because a number was not finite.
+    """
 
     def __init__(self, policy: Policy, config: AlgorithmConfig, seed: int, total_updates: int | None = None) -> None:
-        """Create the optimizer: Adam, with a step size each for actor and critic."""
+        """Create the optimizer, and allocate what undoes an update."""
         self.policy = policy
         self.config = config
+        self.num_nonfinite_steps = 0
         self._seed, self._total_updates = seed, total_updates
         self._actor = [p for p in policy.actor_parameters() if p.requires_grad]
         self._critic = [p for p in policy.critic_parameters() if p.requires_grad]
@@ -136,18 +53,58 @@ class PPO:
             {"params": self._actor, "lr": config.learning_rate},
             {"params": self._critic, "lr": config.critic_learning_rate},
         ]
-        self.optimizer = torch.optim.Adam(groups, eps=1e-5, fused=True)
+        named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.optimizer = GuardedAdam(groups, named, eps=1e-5)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by name, not copied; with the policy's weights, all that training goes on from.
+
+        A parameter that was never trained, such as the actor's during the critic's warm-up, has no state.
+        """
+        return self.optimizer.state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` of another PPO returned.
+
+        Raises:
+            CheckpointError: A tensor is unknown, missing or of another shape; nothing was changed.
+        """
+        self.optimizer.load_state_tensors(tensors)
 
     def update(self, rollout: Rollout, version: int, on_minibatch: Callable[[], None]) -> dict[str, float]:
-        """Train on a rollout and return the `train/` metrics.
+        """Train on a rollout and return the `train/` metrics. Whatever is raised, nothing was changed then.
 
         Args:
             rollout: What to train on; only read.
             version: Updates that the policy has seen.
             on_minibatch: Called before every minibatch; may raise to abandon the update.
+
+        Raises:
+            TrainingError: More minibatches of the run were skipped than `algorithm.max_nonfinite_steps`.
         """
-        self._set_learning_rates(version)
-        batch = self._prepare(rollout, version)
+        with self._undone_on_error():
+            self._set_learning_rates(version)
+            batch = self._prepare(rollout, version)
+            rows, num_epochs = self._run_epochs(batch, version, on_minibatch)
+            metrics = self._summarise(rows, batch, num_epochs)
+            self._count_skipped(int(metrics["train/nonfinite_skipped"]))
+        return metrics
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        num_nonfinite_steps = self.num_nonfinite_steps
+        self.optimizer.remember()
+        try:
+            yield
+        except BaseException:  # a KeyboardInterrupt too
+            self.optimizer.put_back()
+            self.num_nonfinite_steps = num_nonfinite_steps
+            raise
+
+    def _run_epochs(
+        self, batch: TensorDict, version: int, on_minibatch: Callable[[], None]
+    ) -> tuple[list[Tensor], int]:
+        """Take all steps of an update; return the minibatches' rows of numbers and the number of epochs."""
         is_warmup = version < self.config.critic_warmup_updates
         rows: list[Tensor] = []
         for epoch in range(self.config.update_epochs):
@@ -159,12 +116,21 @@ class PPO:
             rows += epoch_rows
             if self._is_kl_exceeded(epoch_rows):
                 break
-        return self._summarise(rows, batch, epoch + 1)
+        return rows, epoch + 1
+
+    def _count_skipped(self, num_skipped: int) -> None:
+        self.num_nonfinite_steps += num_skipped
+        limit = self.config.max_nonfinite_steps
+        if self.num_nonfinite_steps > limit:
+            raise TrainingError(
+                f"training diverged: the loss or a gradient of {self.num_nonfinite_steps} minibatches was not finite; "
+                f"algorithm.max_nonfinite_steps = {limit}"
+            )
 
     def _is_kl_exceeded(self, rows: list[Tensor]) -> bool:
         if self.config.target_kl is None:
             return False
-        kl = torch.stack(rows)[:, _METRICS.index("prox_kl")].mean()
+        kl = torch.stack(rows)[:, _METRICS.index("prox_kl")].nanmean()  # NaN, which ends nothing, if all were skipped
         return bool(kl > self.config.target_kl)  # sync: once per epoch, only with target_kl
 
     def _set_learning_rates(self, version: int) -> None:
@@ -232,10 +198,12 @@ class PPO:
         )
 
     def _step(self, batch: TensorDict, is_warmup: bool) -> Tensor:
-        """Take one optimizer step and return its metrics in the order of `_METRICS`, on the device."""
+        """Take one optimizer step, unless a number is not finite or no decision is valid.
+
+        Returns:
+            The numbers of `_METRICS`, NaN if the step was skipped, and whether a number was not finite; on the device.
+        """
         config = self.config
-        if config.emulated_latency_s:
-            time.sleep(config.emulated_latency_s)
         out = self.policy.default_forward(batch)
         actor = policy_loss(out["log_probs"], batch, config.clip_coef, config.dual_clip)
         critic = value_loss(out["values"], batch, config.clip_coef if config.clip_value_loss else None)
@@ -243,23 +211,23 @@ class PPO:
         loss = config.vf_coef * critic
         if not is_warmup:
             loss = loss + actor.loss - config.ent_coef * entropy
+        norms = self._differentiate(loss)
+        kls = (actor.approx_kl, actor.prox_kl)
+        row = [actor.loss, critic, entropy, *kls, actor.clip_fraction, actor.dual_clip_fraction, *norms]
+        numbers = torch.stack([x.detach().float() for x in row])
+        is_finite = torch.stack([loss.detach().float(), *norms]).isfinite().all()
+        is_usable = is_finite & batch["valid"].any()  # zero gradients would still move weights by their momentum
+        self.optimizer.step_if(is_usable)
+        return torch.cat([torch.where(is_usable, numbers, torch.nan), (~is_finite).float().unsqueeze(0)])
+
+    def _differentiate(self, loss: Tensor) -> list[Tensor]:
+        """Compute the gradients and clip them; return the norms of actor and critic before that."""
         self.optimizer.zero_grad()
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._actor, config.max_grad_norm)
-        critic_grad_norm = torch.nn.utils.clip_grad_norm_(self._critic, config.max_grad_norm)
-        self.optimizer.step()
-        row = [
-            actor.loss,
-            critic,
-            entropy,
-            actor.approx_kl,
-            actor.prox_kl,
-            actor.clip_fraction,
-            actor.dual_clip_fraction,
-            grad_norm,
-            critic_grad_norm,
-        ]
-        return torch.stack([x.detach().float().to(loss.device) for x in row])  # an absent gradient's norm is on the CPU
+        limit = self.config.max_grad_norm
+        norms = [torch.nn.utils.clip_grad_norm_(group, limit) for group in (self._actor, self._critic)]
+        # An absent gradient's norm is on the CPU; copied from there without a wait.
+        return [norm.detach().float().to(loss.device, non_blocking=True) for norm in norms]
 
     def _summarise(self, rows: list[Tensor], batch: TensorDict, num_epochs: int) -> dict[str, float]:
         valid = batch["valid"]
@@ -276,9 +244,11 @@ class PPO:
                 1 - residual / variance.clamp(min=1e-12),
             ]
         )
-        numbers = torch.cat([torch.stack(rows).mean(0), extra]).tolist()  # sync: the update's only fetch
-        names = (*_METRICS, "behavior_kl", "is_weight_mean", "is_weight_max", "is_weight_clipped_fraction")
-        metrics = dict(zip((*names, "explained_variance"), numbers, strict=True))
+        table = torch.stack(rows)
+        means, num_skipped = table[:, :-1].nanmean(0), table[:, -1:].sum(0)  # over the minibatches that were trained
+        numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
+        names = (*_METRICS, "nonfinite_skipped", "behavior_kl", "is_weight_mean", "is_weight_max")
+        metrics = dict(zip((*names, "is_weight_clipped_fraction", "explained_variance"), numbers, strict=True))
         return {f"train/{name}": number for name, number in (metrics | {"num_epochs": num_epochs}).items()}
 
 

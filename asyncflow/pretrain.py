@@ -9,7 +9,6 @@ A action size, D state size.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.tasks import TASKS, Task
+from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.policies import FlowPolicy, make_policy
 from asyncflow.policy_file import check_output, save_policy
@@ -147,7 +146,8 @@ def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
     """Load the low-dimensional observations and actions of every demonstration.
 
     Raises:
-        ConfigError: A missing file, not HDF5, not robomimic's layout, missing observations, or no demonstrations.
+        ConfigError: A missing file, not HDF5, not robomimic's layout, of another simulator, missing observations or
+            actions, or no demonstrations.
     """
     path = Path(dataset)
     if not path.is_file():
@@ -155,20 +155,29 @@ def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
     try:
         file = h5py.File(path, "r")
     except OSError:
-        raise ConfigError(f"--dataset {path}: not an HDF5 file") from None
+        raise ConfigError(f"--dataset {path}: not an HDF5 file, or truncated") from None
     with file:
-        env_meta = _read_env_meta(file, path)
-        names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
-        if not names:
-            raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
-        task = _find_task(env_meta, env_config, path)
-        obs_keys = tuple(env_config.obs_keys or task.obs_keys)
-        groups = [file["data"][name] for name in names]
-        for group in groups:
-            _check_obs_keys(group, obs_keys, path)
-        states = [torch.cat([_read(group["obs"][key]) for key in obs_keys], dim=1) for group in groups]
-        actions = [_read(group["actions"]) for group in groups]
-        return Demonstrations(env_meta, env_config.horizon or task.horizon, obs_keys, states, actions)
+        try:
+            return _read_demonstrations(file, env_config, path)
+        except (OSError, KeyError, RuntimeError) as error:  # what h5py raises for damaged blocks and broken links
+            raise ConfigError(f"--dataset {path}: damaged: {' '.join(str(error).split())}") from None
+
+
+def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> Demonstrations:
+    env_meta = _read_env_meta(file, path)
+    names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
+    if not names:
+        raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
+    task = _find_task(env_meta, env_config, path)
+    obs_keys = tuple(env_config.obs_keys or task.obs_keys)
+    groups = [file["data"][name] for name in names]
+    for group in groups:
+        _check_demo(group, obs_keys, path)
+    states = [torch.cat([_read(group["obs"][key]) for key in obs_keys], dim=1) for group in groups]
+    actions = [_read(group["actions"]) for group in groups]
+    if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
+        raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
+    return Demonstrations(env_meta, env_config.horizon or task.horizon, obs_keys, states, actions)
 
 
 def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:
@@ -183,28 +192,40 @@ def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> T
 
 
 def _read_env_meta(file: h5py.File, path: Path) -> dict[str, Any]:
-    if "data" not in file or "env_args" not in file["data"].attrs:
-        raise ConfigError(f"--dataset {path}: no attribute `env_args` on group `data`; not a robomimic dataset")
-    try:
-        env_meta: dict[str, Any] = json.loads(file["data"].attrs["env_args"])
-    except ValueError:
-        raise ConfigError(f"--dataset {path}: attribute `env_args` is not JSON") from None
-    return env_meta
+    source = f"--dataset {path}"
+    if not isinstance(file.get("data"), h5py.Group) or "env_args" not in file["data"].attrs:
+        raise ConfigError(f"{source}: no attribute `env_args` on group `data`; not a robomimic dataset")
+    source += ": attribute `env_args`"
+    return check_env_meta(parse_env_meta(file["data"].attrs["env_args"], source), source)
 
 
-def _check_obs_keys(group: h5py.Group, obs_keys: tuple[str, ...], path: Path) -> None:
-    available = sorted(group["obs"]) if "obs" in group else []
+def _check_demo(demo: Any, obs_keys: tuple[str, ...], path: Path) -> None:
+    """Refuse a demonstration that lacks something, or whose arrays are not one row of numbers for each of its steps."""
+    obs: Any = demo.get("obs") if isinstance(demo, h5py.Group) else None
+    available = sorted(obs) if isinstance(obs, h5py.Group) else []
     missing = [key for key in obs_keys if key not in available]
     if missing:
         raise ConfigError(
-            f"--dataset {path}: {group.name} lacks the observations {', '.join(missing)}; "
+            f"--dataset {path}: {demo.name} lacks the observations {', '.join(missing)}; "
             f"available: {', '.join(available) or 'none'} (env.obs_keys)"
         )
+    if "actions" not in demo:
+        raise ConfigError(f"--dataset {path}: {demo.name} lacks `actions`")
+    arrays = [demo["actions"], *(obs[key] for key in obs_keys)]
+    num_steps = {len(array) if _is_numeric(array) else 0 for array in arrays}
+    if len(num_steps) > 1 or 0 in num_steps:
+        raise ConfigError(
+            f"--dataset {path}: {demo.name} must hold one row of numbers a step, in actions and obs alike"
+        )
+
+
+def _is_numeric(dataset: Any) -> bool:
+    return isinstance(dataset, h5py.Dataset) and dataset.ndim > 0 and dataset.dtype.kind in "biuf"
 
 
 def _read(dataset: h5py.Dataset) -> Tensor:
     """Return a dataset as [L, size] float32."""
-    return torch.from_numpy(dataset[()]).float().flatten(1)
+    return torch.from_numpy(dataset[()]).float().reshape(len(dataset), -1)
 
 
 def cut_chunks(demos: Demonstrations, horizon: int) -> tuple[Tensor, Tensor]:

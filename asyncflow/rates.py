@@ -25,9 +25,9 @@ def rollout_metrics(rollout: Rollout, policy_lag: int, trainer_seconds: dict[str
         policy_lag: Version that trained minus version that acted.
         trainer_seconds: Seconds of the trainer's stages, by name.
     """
-    seconds = {f"time/{name}": value for name, value in (rollout.seconds | trainer_seconds).items()}
+    seconds = {f"time/{name}": value for name, value in (rollout.info.seconds | trainer_seconds).items()}
     lag = {"staleness/policy_lag_mean": float(policy_lag), "staleness/policy_lag_max": float(policy_lag)}
-    episodes = rollout.episodes
+    episodes = rollout.info.episodes
     num = len(episodes.returns)
     if not num:
         return seconds | lag
@@ -53,12 +53,20 @@ def memory_metrics() -> dict[str, float]:
 class RateMeter:
     """Turns monotonic counters into rates between two calls, leaving paused time out. Main thread only."""
 
-    def __init__(self, clock: OverlapClock) -> None:
+    def __init__(self, clock: OverlapClock, wall_s: float = 0.0, counters: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """Start to measure.
+
+        Args:
+            clock: Who is busy when.
+            wall_s: Seconds that the run had taken before it was cut.
+            counters: Env steps, decisions and updates at that moment.
+        """
         self._clock = clock
         self._paused_s = 0.0
         self._paused_total_s = 0.0
-        self._start = self._last = time.perf_counter()
-        self._counters = (0, 0, 0)
+        self._last = time.perf_counter()
+        self._start = self._last - wall_s
+        self._counters = counters
         self._seconds = clock.read()
 
     @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -65,8 +65,10 @@ class OverlapClock:
 class Stopwatch:
     """Adds up named seconds. One thread uses an instance."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_span: Callable[[str, float, float], None] | None = None) -> None:
+        """Start at zero; `on_span` is given the name, start and end of everything that is measured."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._on_span = on_span
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -75,7 +77,10 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] += time.perf_counter() - start
+            end = time.perf_counter()
+            self.seconds[name] += end - start
+            if self._on_span is not None:
+                self._on_span(name, start, end)
 
     def take(self) -> dict[str, float]:
         """Return the sums since the last call and start again."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -36,7 +36,8 @@ class WeightPublisher:
 
     def __init__(self, policy: nn.Module, max_policy_lag: int) -> None:
         """Allocate the snapshots on the policy's device and publish version 0."""
-        self._sources = changing_tensors(policy)
+        changing = changing_tensors(policy)
+        self._names, self._sources = list(changing), list(changing.values())
         self._device = self._sources[0].device
         self._num_snapshots = max_policy_lag + 1
         self._snapshots = [[torch.empty_like(s) for s in self._sources] for _ in range(self._num_snapshots)]
@@ -70,6 +71,23 @@ class WeightPublisher:
         with self._changed:
             self._versions[index] = version
             self._changed.notify_all()
+
+    def snapshots(self) -> dict[int, dict[str, Tensor]]:
+        """Return the published versions by number, tensors by name. Called by the trainer, which alone writes them."""
+        return {
+            version: dict(zip(self._names, tensors, strict=True))
+            for version, tensors in sorted(zip(self._versions, self._snapshots, strict=True), key=lambda pair: pair[0])
+            if version >= 0
+        }
+
+    def restore(self, snapshots: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Take over what `snapshots` returned in a run that was cut. Called before the collector starts."""
+        for version, tensors in snapshots.items():
+            index = version % self._num_snapshots
+            for name, target in zip(self._names, self._snapshots[index], strict=True):
+                target.copy_(tensors[name])
+            self._versions[index] = version
+            self._written[index] = record_event(self._device)
 
     @contextmanager
     def lease(self, version: int | None) -> Iterator[tuple[int, list[Tensor]]]:
@@ -106,9 +124,10 @@ class WeightPublisher:
             self._changed.notify_all()
 
 
-def changing_tensors(policy: nn.Module) -> list[Tensor]:
-    """Return what training changes, in a fixed order: trainable parameters, then buffers."""
-    return [p.detach() for p in policy.parameters() if p.requires_grad] + list(policy.buffers())
+def changing_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """Return what training changes by name, in a fixed order: trainable parameters, then buffers."""
+    parameters = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+    return parameters | dict(policy.named_buffers())
 
 
 def make_acting_copy(policy: Module) -> Module:

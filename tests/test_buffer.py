@@ -6,7 +6,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from asyncflow.buffer import BufferClosed, BufferPlan, EpisodeStats, RolloutBuffer
+from asyncflow.buffer import BufferClosed, BufferPlan, RolloutBuffer, RolloutInfo
+from asyncflow.envs.base import Fault
 from asyncflow.errors import AsyncflowError
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def fill(buffer, groups=(range(NUM_ENVS),), is_valid=True):
             buffer.write(slot, t, group, {"ticket": 100.0 * index + 10 * t + ids, "valid": valid})
             buffer.write_obs(slot, t, group, TensorDict({"state": ids[:, None].expand(-1, 2) + 10.0 * t}, [len(ids)]))
             buffer.count(slot, len(group))
-    buffer.finish_rollout(slot, policy_version=index, episodes=EpisodeStats(), seconds={})
+    buffer.finish_rollout(slot, RolloutInfo(policy_version=index, faults=(Fault("died", str(index)),)))
     return index
 
 
@@ -158,12 +159,40 @@ def test_invalid_decisions_are_counted_apart():
     assert buffer.books()["trained"] == 0
 
 
+def test_written_decisions_can_be_taken_back():
+    buffer = make_buffer()
+    fill(buffer)
+    buffer.invalidate(0, range(1, 3), 2)
+    rollout = buffer.take()
+    assert (~rollout.data["valid"]).nonzero().tolist() == [[1, 2], [2, 2]]
+    buffer.release(rollout)
+    assert buffer.books() == {"collected": 12, "trained": 10, "dropped": 0, "invalid": 2, "in_flight": 0}
+
+
+def test_a_dropped_rollout_hands_its_faults_on():
+    buffer = make_buffer(num_slots=1, is_overwriting=True)
+    for _ in range(3):
+        fill(buffer)
+    assert [fault.message for fault in buffer.take().info.faults] == ["0", "1", "2"]
+
+
+def test_a_restored_ring_goes_on_with_its_books_and_collects_again_what_was_in_flight():
+    cut = make_buffer()
+    for _ in range(2):
+        fill(cut)
+    cut.release(cut.take())
+    buffer = make_buffer()
+    buffer.restore(1, cut.settled_books())
+    assert buffer.books() == {"collected": 12, "trained": 12, "dropped": 0, "invalid": 0, "in_flight": 0}
+    assert fill(buffer) == 1
+
+
 def test_an_unfinished_rollout_cannot_be_handed_over():
     buffer = make_buffer()
     _, slot = buffer.begin_rollout()
     buffer.count(slot, 5)
     with pytest.raises(AsyncflowError, match="5 of 12 decisions"):
-        buffer.finish_rollout(slot, 0, EpisodeStats(), {})
+        buffer.finish_rollout(slot, RolloutInfo(0))
 
 
 def test_the_plan_states_the_bytes_that_are_then_allocated():

@@ -1,24 +1,35 @@
-"""A run's folder: whole checkpoints or none, and links that always point at one."""
+"""Checkpoints: whole or not at all, links that always point at one, and what is kept."""
 
 import json
 
 import pytest
+import torch
 
-from asyncflow import checkpoint
-from asyncflow.checkpoint import create_run_folder, describe_versions, name_run_folder, point_at, save_checkpoint
-from asyncflow.config import PolicyConfig, load_config
+from asyncflow import checkpoint, policy_file
+from asyncflow.checkpoint import (
+    PolicyToSave,
+    clean_checkpoints,
+    find_newest,
+    list_checkpoints,
+    load_checkpoint,
+    point_at,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import ConfigError
+from asyncflow.errors import CheckpointError
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_policy_file, resolve_checkpoint
 
 CONFIG = PolicyConfig(kind="gaussian", hidden_sizes=[8], critic_hidden_sizes=[8], log_prob="joint_sum")
 SPEC = EnvSpec({"state": (3,)}, action_dim=2, horizon=10)
 POLICY = make_policy(CONFIG, SPEC.obs_shapes, SPEC.action_dim, seed=0)
+GROUPS = {"weights_3": {"actor.0.weight": torch.arange(3.0)}, "journal": {"episodes": torch.tensor([4, 5])}}
 
 
 def save(run, updates):
-    return save_checkpoint(run, POLICY, CONFIG, SPEC, {"updates": updates, "env_steps": 7, "decisions": 5})
+    return save_checkpoint(run, PolicyToSave(POLICY, CONFIG, SPEC), {"updates": updates, "env_steps": 7}, GROUPS)
 
 
 @pytest.fixture
@@ -27,10 +38,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_checkpoint_is_named_by_its_update_and_holds_policy_and_clocks(folder):
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_is_named_by_its_update_and_comes_back_as_it_was_saved(folder):
     path = save(folder, 12)
     assert path.name == "update_000012"
-    assert json.loads((path / "state.json").read_text())["updates"] == 12
+    loaded = load_checkpoint(path)
+    assert loaded.state == {"format": 1, "updates": 12, "env_steps": 7}
+    assert torch.equal(loaded.groups["weights_3"]["actor.0.weight"], torch.arange(3.0))
+    assert loaded.groups["journal"]["episodes"].tolist() == [4, 5]
+    assert loaded.policy.keys() == POLICY.state_dict().keys()
     assert load_policy_file(path / "policy.safetensors").env_spec == SPEC
 
 
@@ -49,36 +68,104 @@ def test_a_link_can_be_moved(folder):
 
 def test_saving_an_update_twice_keeps_the_first(folder):
     assert save(folder, 3) == save(folder, 3)
-    assert len(list((folder / "checkpoints").iterdir())) == 2  # the checkpoint and `last`
+    assert names(folder) == ["last", "update_000003"]
 
 
-def test_a_full_disk_harms_neither_the_last_checkpoint_nor_the_folder(folder, monkeypatch):
+def test_another_state_of_the_same_update_replaces_the_first(folder):
+    """As that of a run which was stopped before an evaluation and made up for it when it was resumed."""
+    save(folder, 3)
+    source = PolicyToSave(POLICY, CONFIG, SPEC)
+    path = save_checkpoint(folder, source, {"updates": 3, "env_steps": 8}, GROUPS)
+    assert load_checkpoint(path).state["env_steps"] == 8
+    assert names(folder) == ["last", "update_000003"]
+
+
+def test_a_process_killed_while_it_replaces_a_checkpoint_leaves_the_old_one(folder):
+    path = save(folder, 3)
+    path.rename(path.with_name(".update_000003.replaced"))
+    clean_checkpoints(folder)
+    assert load_checkpoint(path).state["updates"] == 3
+    path.with_name(".update_000003.replaced").mkdir()
+    clean_checkpoints(folder)
+    assert names(folder) == ["last", "update_000003"]
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 7)
+    path = save(folder, 3)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"update_000003: format 7, this asyncflow reads 1"):
+        load_checkpoint(path)
+
+
+def test_checkpoints_of_one_update_can_be_damaged_again_and_again(folder):
     save(folder, 1)
+    for _ in range(3):
+        (save(folder, 2) / "state.json").write_bytes(b"")
+        assert find_newest(folder)[0].path.name == "update_000001"
+    assert names(folder) == [*(f"damaged_update_000002_{n}" for n in range(3)), "last", "update_000001"]
 
-    def fail(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_atomically", fail)
+@pytest.mark.parametrize("num_written", [0, 1, 2, 3])
+def test_a_full_disk_harms_neither_the_last_checkpoint_nor_the_folder(folder, monkeypatch, num_written):
+    """Whichever of the files the disk is full at."""
+    save(folder, 1)
+    write, calls = checkpoint.write_atomically, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > num_written:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    for module in (checkpoint, policy_file):
+        monkeypatch.setattr(module, "write_atomically", fail)
     with pytest.raises(OSError, match="No space left"):
         save(folder, 2)
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last", "update_000001"]
-    assert load_policy_file(resolve_checkpoint(str(folder))).env_spec == SPEC
+    assert names(folder) == ["last", "update_000001"]
+    assert find_newest(folder)[0].state["updates"] == 1
 
 
-def test_a_folder_that_holds_a_run_is_refused(tmp_path):
-    config = load_config("toy", {"logging.out": str(tmp_path / "run")})
-    create_run_folder(name_run_folder(config), config)
-    with pytest.raises(ConfigError, match=r"logging.out = .*already holds a run"):
-        name_run_folder(config)
+def test_the_newest_are_kept_and_the_best(folder):
+    paths = [save(folder, updates) for updates in range(1, 6)]
+    point_at(folder, "best", paths[1])
+    prune_checkpoints(folder, 2)
+    assert names(folder) == ["best", "last", "update_000002", "update_000004", "update_000005"]
+    prune_checkpoints(folder, None)
+    assert len(list_checkpoints(folder)) == 3
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    config = load_config("toy", {"logging.out": str(tmp_path / "file" / "run")})
-    with pytest.raises(ConfigError, match=r"logging.out = .*: Not a directory"):
-        create_run_folder(name_run_folder(config), config)
+def test_checkpoints_are_in_the_order_of_their_numbers(folder):
+    for updates in (1_000_000, 999_999, 5):
+        save(folder, updates)
+    assert [path.name for path in list_checkpoints(folder)] == ["update_000005", "update_999999", "update_1000000"]
 
 
-def test_versions_name_what_a_result_depends_on():
-    versions = describe_versions()
-    assert {"python", "git_commit", "torch", "mujoco", "robosuite"} <= set(versions)
+def test_a_damaged_checkpoint_is_set_aside_and_can_be_written_again(folder):
+    save(folder, 1)
+    damaged = save(folder, 2)
+    (damaged / "training.safetensors").write_bytes(b"")
+    found, problems = find_newest(folder)
+    assert found.path.name == "update_000001"
+    assert problems == [f"{damaged / 'training.safetensors'}: damaged: its checksum differs"]
+    assert (folder / "checkpoints/last").resolve().name == "update_000001"
+    save(folder, 2)
+    assert find_newest(folder)[0].path.name == "update_000002"
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_is_removed(folder):
+    save(folder, 1)
+    (folder / "checkpoints/.update_000002.77.tmp").mkdir()
+    (folder / "checkpoints/.last.77.tmp").symlink_to("update_000002")
+    (folder / "checkpoints/best").symlink_to("update_000002")
+    assert [path.name for path in list_checkpoints(folder)] == ["update_000001"]
+    clean_checkpoints(folder)
+    assert names(folder) == ["last", "update_000001"]
+
+
+def test_a_state_that_is_not_the_one_written_is_damage(folder):
+    path = save(folder, 1)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"env_steps": 8}))
+    with pytest.raises(CheckpointError, match=r"state.json: damaged: its checksum differs"):
+        load_checkpoint(path)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -48,14 +48,15 @@ def test_help_imports_nothing_slow() -> None:
 
 def test_help_answers_within_three_tenths_of_a_second() -> None:
     def seconds() -> float:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "asyncflow", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.3  # the fastest: other programs may be running
+    assert min(seconds() for _ in range(5)) < 0.3  # of a core: other programs may be running
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "demos", "pretrain", "tasks", "config"])
+@pytest.mark.parametrize("command", ["train", "eval", "demos", "pretrain", "profile", "tasks", "config"])
 def test_every_command_has_help(run_cli: RunCli, command: str) -> None:
     result = run_cli(command, "--help")
     assert result.returncode == 0

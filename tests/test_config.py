@@ -8,15 +8,9 @@ from typing import Any
 
 import pytest
 
-from asyncflow.config import (
-    Config,
-    describe_keys,
-    load_config,
-    parse_overrides,
-    preset_names,
-    validate,
-)
+from asyncflow.config import Config, describe_keys, validate
 from asyncflow.errors import ConfigError
+from asyncflow.presets import load_config, parse_overrides, preset_names
 
 PACKAGE = Path(__file__).parent.parent / "asyncflow"
 KEYS = [key for key, *_ in describe_keys()]
@@ -207,3 +201,37 @@ def test_every_key_is_read_somewhere() -> None:
 
 def test_sections_stand_in_the_documented_order() -> None:
     assert list(Config.model_fields) == ["env", "policy", "algorithm", "buffer", "collector", "trainer", "logging"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe", b"env: \xe4", b"\x00", b"env: !!python/object/apply:os.system [touch mark]",
+        b"env: !!python/name:os.system", b"env: !!int x", b"env: !!bool x", b"env: !!timestamp x",
+        b"env: " + b"1" * 5000, b"[" * 10_000, b"env: *nothing", b"- env",
+    ],
+    ids=lambda content: repr(content[:30]),
+)  # fmt: skip
+def test_a_preset_that_is_no_plain_yaml_is_one_line_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_bytes(content)
+    assert complaint({}, "mine.yaml").startswith("--config mine.yaml: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_a_preset_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("logging: {out: größe}", encoding="utf-8")
+    assert load_config(str(tmp_path / "mine.yaml")).logging.out == "größe"
+
+
+@pytest.mark.parametrize("value", ["!!python/object/apply:os.system [touch mark]", "!!int x", "!!bool x", "[" * 10_000])
+def test_an_override_that_is_no_plain_yaml_is_one_line_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"env\.task: cannot read the value") as caught:
+        parse_overrides([f"env.task={value}"])
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

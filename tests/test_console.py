@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from asyncflow.config import load_config
 from asyncflow.console import ConsoleReporter, describe_evaluation, format_bytes, format_duration, format_metric
 from asyncflow.metrics import GLOSSARY
+from asyncflow.presets import load_config
 
 ROW = dict.fromkeys(GLOSSARY, 1.0) | {
     "updates": 5,
@@ -35,6 +36,20 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+class Unwritable(io.StringIO):
+    """A file to which nothing can be written."""
+
+    def __init__(self, number: int, is_terminal: bool) -> None:
+        super().__init__()
+        self.number, self.is_terminal = number, is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, "cannot be written")
 
 
 def show(file: io.StringIO, row: dict[str, Any] | None = None, is_stopped: bool = False) -> str:
@@ -106,12 +121,23 @@ def test_the_end_card_names_the_next_command() -> None:
     assert last == f"next: asyncflow eval {RUN}/checkpoints/last --num-episodes 200"
 
 
-def test_a_stopped_run_says_so() -> None:
-    assert "stopped, and saved" in show(io.StringIO(), is_stopped=True)
+def test_a_stopped_run_says_so_and_how_to_go_on() -> None:
+    text = show(io.StringIO(), is_stopped=True)
+    assert "stopped, and saved" in text
+    assert text.splitlines()[-1] == f"next: asyncflow train --resume {RUN}"
 
 
 def test_a_run_stopped_before_its_first_update_ends_too() -> None:
     assert "checkpoint" in show(io.StringIO(), row={})
+
+
+@pytest.mark.parametrize(
+    ("number", "is_terminal"),
+    [(errno.ENOSPC, False), (errno.EPIPE, False), (errno.EIO, True)],
+    ids=["full disk", "dead reader", "closed terminal"],
+)
+def test_output_that_cannot_be_written_ends_no_run(number: int, is_terminal: bool) -> None:
+    assert show(Unwritable(number, is_terminal)) == ""
 
 
 def test_eta_extrapolates_the_time_so_far() -> None:

@@ -3,8 +3,10 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config import PolicyConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
+from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.toy import ToyVecEnv
+from asyncflow.errors import EnvError
 from asyncflow.evaluate import contiguous_runs, episode_quotas, evaluate, wilson_interval
 from asyncflow.policies import make_policy
 
@@ -12,18 +14,23 @@ CONFIG = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8], horizon=2, n_ac
 
 
 class ScriptedVecEnv(VecEnv):
-    """Environment i needs i + 1 decisions an episode; even ones succeed. Its observation is (i, decisions taken)."""
+    """Environment i needs i + 1 decisions an episode; even ones succeed. Its observation is (i, decisions taken).
 
-    def __init__(self, num_envs):
+    Decisions in `breaking`, pairs of an environment and the count of its decisions, break its episode.
+    """
+
+    def __init__(self, num_envs, breaking=()):
         self.num_envs = num_envs
+        self.breaking = set(breaking)
         self.spec = EnvSpec({"state": (2,)}, 2, 100)
         self.num_decisions = torch.zeros(num_envs, dtype=torch.int64)
         self.seeds = []
         self._under_way = set()
 
-    def reset(self, seed):
+    def reset(self, seed, journal=None):
         self.seeds.append(seed)
         self.num_decisions.zero_()
+        self.num_lost = torch.zeros_like(self.num_decisions)
         return self._observe(range(self.num_envs))
 
     def step_async(self, actions, env_ids):
@@ -37,7 +44,9 @@ class ScriptedVecEnv(VecEnv):
         assert self._under_way >= set(env_ids)
         self._under_way -= set(env_ids)
         ids = torch.tensor(env_ids)
-        ended = self.num_decisions[ids] % (ids + 1) == 0
+        broken = torch.tensor([(env, int(self.num_decisions[env])) in self.breaking for env in env_ids])
+        self.num_lost[ids[broken]] = self.num_decisions[ids[broken]]
+        ended = ~broken & ((self.num_decisions - self.num_lost)[ids] % (ids + 1) == 0)
         obs, rewards = self._observe(env_ids), torch.zeros(len(ids), 2)
         executed = torch.full_like(ids, 2)
         return ChunkResult(
@@ -49,7 +58,15 @@ class ScriptedVecEnv(VecEnv):
             truncated=ended & (ids % 2 == 1),
             episode_return=(ended & (ids % 2 == 0)).float(),
             episode_length=(2 * (ids + 1)) * ended,
+            broken=broken,
+            faults=(Fault("died", "a worker died"),) if broken.any() else (),
         )
+
+    def journal(self):
+        return EpisodeJournal.start(self.num_envs)
+
+    def interrupt(self):
+        pass
 
     def close(self):
         pass
@@ -100,6 +117,27 @@ def test_statistics_are_those_of_the_quotas():
     assert (result.num_episodes, result.num_successes) == (6, 3)
     assert result.episode_length == pytest.approx(2 * (1 + 1 + 2 + 2 + 3 + 4) / 6)
     assert result.episode_return == pytest.approx(0.5)
+
+
+def test_a_broken_episode_is_run_anew_and_does_not_count():
+    vec_env = ScriptedVecEnv(4, breaking=[(0, 1), (2, 2), (3, 4)])
+    result = evaluate(RecordingPolicy(), vec_env, 4, seed=0)
+    assert (result.num_episodes, result.num_successes, result.num_broken) == (4, 2, 3)
+    assert result.episode_length == pytest.approx(2 * (1 + 2 + 3 + 4) / 4)
+    assert vec_env.num_decisions.tolist() == [1 + 1, 2, 2 + 3, 4 + 4]
+
+
+def test_decisions_after_a_broken_episode_have_noise_of_their_own():
+    policy = RecordingPolicy()
+    evaluate(policy, ScriptedVecEnv(3, breaking=[(0, 1), (2, 1)]), 3, seed=0)
+    noise = torch.cat([call[2] for call in policy.calls]).flatten().tolist()
+    assert len(set(noise)) == len(noise)
+
+
+def test_an_evaluation_in_which_every_episode_breaks_ends_with_the_cause():
+    breaking = [(env, count) for env in range(2) for count in range(1, 100)]
+    with pytest.raises(EnvError, match=r"episodes broke in an evaluation of 3; the last: a worker died"):
+        evaluate(RecordingPolicy(), ScriptedVecEnv(2, breaking), 3, seed=0)
 
 
 def test_policy_sees_the_newest_observation_of_each_busy_environment():

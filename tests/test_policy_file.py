@@ -1,5 +1,6 @@
 import json
 import os
+import struct
 
 import pytest
 import torch
@@ -161,3 +162,40 @@ def test_an_impossible_output_is_refused_before_any_work(tmp_path, name):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--out"):
         check_output(tmp_path / name)
+
+
+def refusal_of(path):
+    with pytest.raises(CheckpointError) as error:
+        load_policy_file(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_policy_of_robomimic_is_described_with_what_can_be_taken_from_it(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": {}, "algo_name": "bc", "env_metadata": SPEC.env_meta}, path)
+    message = refusal_of(path)
+    assert "algorithm 'bc', environment 'Lift'" in message
+    assert message.endswith(f"env.env_meta={path}")
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.pt", "model.safetensors", "model"])
+def test_a_hostile_pickle_is_refused_without_running_it(tmp_path, name):
+    path, mark = tmp_path / name, tmp_path / "mark"
+    path.write_bytes(f"cos\nsystem\n(Vtouch {mark}\ntR.".encode())
+    assert ("os.system" if path.suffix in (".pth", ".pt") else "not a safetensors file") in refusal_of(path)
+    assert not mark.exists()
+
+
+def test_a_policy_file_may_have_any_suffix(saved):
+    path = saved.rename(saved.with_suffix(".pth"))
+    assert load_policy_file(path).env_spec == SPEC
+
+
+@pytest.mark.parametrize(
+    "header", ["[" * 100_000, '{"__metadata__": 3}', '{"__metadata__": ["asyncflow-policy"]}', "[]"]
+)
+def test_a_header_of_another_shape_is_refused(tmp_path, header):
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    assert "safetensors" in refusal_of(path)

@@ -1,133 +1,21 @@
-"""Losses against hand-computed numbers, and what an update trains on."""
+"""What an update trains on, what it skips, what it leaves behind when it fails, and how it goes on."""
 
 import math
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from asyncflow.buffer import EpisodeStats, Rollout
-from asyncflow.collector import outcome_fields
+from asyncflow.buffer import Rollout, RolloutInfo
 from asyncflow.config import AlgorithmConfig, PolicyConfig
 from asyncflow.envs.base import ChunkResult
+from asyncflow.errors import TrainingError
 from asyncflow.policies import make_policy
-from asyncflow.ppo import PPO, behavior_weights, kl_estimate, masked_mean, normalize, policy_loss, value_loss
+from asyncflow.ppo import PPO
+from asyncflow.rollout_writer import outcome_fields
 
 NUM_STEPS, NUM_ENVS = 6, 4
-
-
-def loss_batch(proximal, advantages, weights=None, valid=None, behavior=None):
-    size = len(advantages)
-    return TensorDict(
-        {
-            "proximal": torch.tensor(proximal),
-            "behavior": torch.tensor(behavior if behavior is not None else proximal),
-            "advantages": torch.tensor(advantages),
-            "weights": torch.tensor(weights) if weights else torch.ones(size),
-            "valid": torch.tensor(valid) if valid else torch.ones(size, dtype=torch.bool),
-        },
-        [size],
-    )
-
-
-def test_clipped_objective_by_hand():
-    batch = loss_batch([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, -1.0, -1.0])
-    log_probs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log()
-    # objectives: min(1.5, 1.2), min(.5, .8), min(-1.5, -1.2), min(-.5, -.8)
-    out = policy_loss(log_probs, batch, 0.2, None)
-    assert float(out.loss) == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4)
-    assert float(out.clip_fraction) == 1.0
-
-
-def test_dual_clip_bounds_what_a_negative_advantage_costs():
-    batch = loss_batch([0.0, 0.0], [-1.0, -1.0])
-    out = policy_loss(torch.tensor([10.0, 2.0]).log(), batch, 0.2, 3.0)
-    assert float(out.loss) == pytest.approx((3.0 + 2.0) / 2)
-    assert float(out.dual_clip_fraction) == 0.5
-
-
-def test_invalid_decisions_are_in_neither_numerator_nor_denominator():
-    batch = loss_batch([0.0, 0.0], [2.0, 100.0], valid=[True, False])
-    assert float(policy_loss(torch.zeros(2), batch, 0.2, None).loss) == -2.0
-
-
-def test_weights_multiply_and_carry_no_gradient_of_their_own():
-    log_probs = torch.zeros(2, requires_grad=True)
-    batch = loss_batch([0.0, 0.0], [1.0, 1.0], weights=[2.0, 0.0])
-    policy_loss(log_probs, batch, 0.2, None).loss.backward()
-    assert log_probs.grad.tolist() == [-1.0, 0.0]
-
-
-def test_per_step_ratios_share_their_decision_s_advantage():
-    batch = loss_batch([[0.0, 0.0], [0.0, 0.0]], [1.0, -2.0])
-    log_probs = torch.tensor([[1.1, 1.0], [1.0, 1.0]]).log()
-    assert float(policy_loss(log_probs, batch, 0.2, None).loss) == pytest.approx(-(1.1 + 1.0 - 2.0 - 2.0) / 4)
-
-
-def test_kl_estimate_is_zero_at_no_change_and_positive_elsewhere():
-    assert float(kl_estimate(torch.tensor(0.0))) == 0.0
-    assert float(kl_estimate(torch.tensor(0.5))) == pytest.approx(math.exp(0.5) - 1 - 0.5)
-    assert (kl_estimate(torch.tensor([-1.0, 1.0])) > 0).all()
-
-
-def test_behavior_weights_are_truncated_or_masked_and_counted():
-    log_weight = torch.tensor([0.0, math.log(1.5), math.log(8.0), 50.0])
-    weights, is_over = behavior_weights(log_weight, "truncate", 2.0)
-    torch.testing.assert_close(weights, torch.tensor([1.0, 1.5, 2.0, 2.0]))
-    assert is_over.tolist() == [False, False, True, True]
-    masked, _ = behavior_weights(log_weight, "mask", 2.0)
-    torch.testing.assert_close(masked, torch.tensor([1.0, 1.5, 0.0, 0.0]))
-
-
-def test_value_loss_by_hand_with_and_without_clipping():
-    batch = TensorDict(
-        {"values": torch.tensor([0.0]), "returns": torch.tensor([1.0]), "valid": torch.tensor([True])}, [1]
-    )
-    assert float(value_loss(torch.tensor([0.5]), batch, None)) == 0.125
-    assert float(value_loss(torch.tensor([0.5]), batch, 0.1)) == pytest.approx(0.5 * 0.81)
-
-
-def test_normalisation_uses_valid_decisions_alone():
-    out = normalize(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([True, True, False]))
-    torch.testing.assert_close(out, torch.tensor([-1.0, 1.0, 0.0]))
-    assert float(masked_mean(torch.tensor([5.0]), torch.tensor([False]))) == 0.0
-
-
-def reference_loss(log_probs, batch, clip, dual):
-    """The decoupled objective, decision by decision, in Python floats (AReaL, eq. 5; dual clip, eq. 5)."""
-    total, count = 0.0, 0
-    for b in range(len(log_probs)):
-        if not batch["valid"][b]:
-            continue
-        new, proximal = (x[b].reshape(-1).tolist() for x in (log_probs, batch["proximal"]))
-        advantage, weight = float(batch["advantages"][b]), float(batch["weights"][b])
-        for now, before in zip(new, proximal, strict=True):
-            ratio = math.exp(now - before)
-            objective = min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
-            if advantage < 0:
-                objective = max(objective, dual * advantage)
-            total, count = total - weight * objective, count + 1
-    return total / count
-
-
-@pytest.mark.parametrize("shape", [(50,), (50, 4)])
-def test_the_decoupled_loss_equals_a_float64_reference_on_stale_data(shape):
-    rng = torch.Generator().manual_seed(7)
-    proximal, behavior, log_probs = (torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(3))
-    batch = TensorDict(
-        {
-            "proximal": proximal,
-            "behavior": behavior,
-            "advantages": torch.randn(50, generator=rng, dtype=torch.float64),
-            "weights": torch.rand(50, generator=rng, dtype=torch.float64) * 2,
-            "valid": torch.rand(50, generator=rng) < 0.8,
-        },
-        [50],
-    )
-    out = policy_loss(log_probs, batch, 0.2, 3.0)
-    assert float(out.loss) == pytest.approx(reference_loss(log_probs, batch, 0.2, 3.0), rel=1e-12)
-    assert float(out.approx_kl) == pytest.approx(float(masked_mean(kl_estimate(log_probs - behavior), batch["valid"])))
-    assert float(out.prox_kl) == pytest.approx(float(masked_mean(kl_estimate(log_probs - proximal), batch["valid"])))
 
 
 def make_policy_and_rollout(log_prob="joint_sum", kind="flow", policy_version=0):
@@ -144,14 +32,18 @@ def make_policy_and_rollout(log_prob="joint_sum", kind="flow", policy_version=0)
             decision = policy.sample_actions(obs[t], "train", noise)
             rows.append(decision.update(outcome_fields(random_result(obs[t], rng), 0.99, torch.zeros(4).long())))
     data = torch.stack(rows)
-    return policy, Rollout(0, 0, policy_version, data, obs, obs[:1], EpisodeStats(), {})
+    return policy, Rollout(0, 0, RolloutInfo(policy_version), data, obs, obs[:1])
 
 
 def random_result(obs, rng):
     rewards = torch.rand(NUM_ENVS, 2, generator=rng)
     terminated = torch.rand(NUM_ENVS, generator=rng) < 0.2
     false, counts = torch.zeros_like(terminated), torch.full((NUM_ENVS,), 2)
-    return ChunkResult(obs, obs, rewards, counts, terminated, false, torch.zeros(NUM_ENVS), counts)
+    return ChunkResult(obs, obs, rewards, counts, terminated, false, torch.zeros(NUM_ENVS), counts, false)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 class RecordingPPO(PPO):
@@ -198,7 +90,7 @@ def test_fresh_data_is_plain_ppo_exactly():
     for decoupled in (True, False):
         policy, rollout = make_policy_and_rollout(policy_version=3)
         PPO(policy, algorithm(decoupled=decoupled), seed=0).update(rollout, 3, lambda: None)
-        parameters.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+        parameters.append(flat(policy.parameters()))
     assert torch.equal(*parameters)
 
 
@@ -267,16 +159,49 @@ def test_target_kl_ends_the_update_after_an_epoch():
     assert len(ppo.minibatches) == 4
 
 
-def test_invalid_decisions_change_nothing():
-    """Poisoned rows that are marked invalid leave the update as it would be with any other content."""
-    parameters = []
-    for poison in (7.0, -900.0):
-        policy, rollout = make_policy_and_rollout()
-        rollout.data["valid"][-1, 2] = False
-        rollout.data["rewards"][-1, 2] = poison
-        PPO(policy, algorithm(), seed=0).update(rollout, 0, lambda: None)
-        parameters.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
-    assert torch.equal(*parameters)
+@pytest.mark.parametrize("advantage", ["gae", "n_step"])
+def test_invalid_decisions_change_nothing(advantage):
+    """Whatever finite numbers rows hold that are marked invalid, parameters and metrics are the same."""
+    outcomes = []
+    for poison in (0.0, 7.0, -900.0):
+        policy, rollout = make_policy_and_rollout("joint_sum")
+        rollout.data["valid"][2:4, 2] = False
+        for name in ("rewards", "log_probs", "values", "discounts", "actions", "chains"):
+            rollout.data[name][2:4, 2] = poison
+        metrics = PPO(policy, algorithm(advantage=advantage, n_step=3), seed=0).update(rollout, 1, lambda: None)
+        outcomes.append((metrics, flat(policy.parameters())))
+    assert all(metrics == outcomes[0][0] for metrics, _ in outcomes)
+    assert all(torch.equal(parameters, outcomes[0][1]) for _, parameters in outcomes)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "monte_carlo", "n_step"])
+def test_the_last_valid_decision_before_an_invalid_one_bootstraps_from_its_next_observation(advantage):
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["terminated"][:] = False
+    rollout.data["valid"][3, 1] = False
+    config = algorithm(advantage=advantage, normalize_advantages=False)
+    batch = PPO(policy, config, seed=0)._prepare(rollout, 0).view(NUM_STEPS, NUM_ENVS)
+    with torch.no_grad():
+        value, following = policy.get_value(rollout.obs[2])[1], policy.get_value(rollout.obs[3])[1]
+    wanted = rollout.data["rewards"][2, 1] + rollout.data["discounts"][2, 1] * following - value
+    torch.testing.assert_close(batch["advantages"][2, 1], wanted)
+
+
+@pytest.mark.parametrize("invalid", [slice(None), slice(1, None)], ids=["no decision", "a minibatch"])
+def test_a_minibatch_without_a_valid_decision_takes_no_step(invalid):
+    """Adam's momentum would move the weights with zero gradients, too."""
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, algorithm(ent_coef=0.1), seed=0)
+    ppo.update(rollout, 0, lambda: None)  # momentum
+    before = flat(policy.parameters())
+    steps = [int(state["step"]) for state in ppo.optimizer.state.values()]
+    for tensor in rollout.data.values():
+        tensor.flatten(0, 1)[invalid] = 0  # `valid` too
+    metrics = ppo.update(rollout, 1, lambda: None)
+    taken = int(ppo.optimizer.state[ppo.optimizer.param_groups[0]["params"][0]]["step"]) - steps[0]
+    assert taken == (0 if invalid.start is None else ppo.config.update_epochs)
+    assert torch.equal(flat(policy.parameters()), before) == (invalid.start is None)
+    assert metrics["train/nonfinite_skipped"] == 0
 
 
 def test_the_rollout_is_only_read():
@@ -307,11 +232,170 @@ def test_lr_zero_keeps_the_stored_log_probs_right():
     assert metrics["train/approx_kl"] < 1e-9
 
 
-def test_the_callback_can_abandon_an_update():
+def poisoned(rollout, count=1):
+    """Give decisions a reward that is not finite; `alone` keeps it from reaching others."""
+    rollout.data["rewards"].view(-1)[:count] = math.inf
+    return rollout
+
+
+def alone(**changes):
+    return algorithm(gae_lambda=0.0, normalize_advantages=False, **changes)
+
+
+class SteppingPPO(RecordingPPO):
+    """Keeps whether every minibatch changed a parameter, and the numbers it returned."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.is_changed, self.rows = [], []
+
+    def _step(self, batch, is_warmup):
+        before = flat(self.policy.parameters())
+        self.rows.append(super()._step(batch, is_warmup))
+        self.is_changed.append(not torch.equal(flat(self.policy.parameters()), before))
+        return self.rows[-1]
+
+
+def test_a_minibatch_that_is_not_finite_is_skipped_and_the_others_are_trained():
     policy, rollout = make_policy_and_rollout()
+    ppo = SteppingPPO(policy, alone(), seed=0)
+    metrics = ppo.update(poisoned(rollout), 0, lambda: None)
+    has_poison = [bool(batch["rewards"].isinf().any()) for batch in ppo.minibatches]
+    assert ppo.is_changed == [not poison for poison in has_poison]
+    assert metrics["train/nonfinite_skipped"] == ppo.num_nonfinite_steps == 3
+    assert {float(state["step"]) for state in ppo.optimizer.state.values()} == {9.0}
+    assert all(tensor.isfinite().all() for tensor in [*ppo.state_tensors().values(), *policy.parameters()])
 
-    def stop():
-        raise RuntimeError("collector failed")
 
-    with pytest.raises(RuntimeError, match="collector failed"):
-        PPO(policy, algorithm(), seed=0).update(rollout, 0, stop)
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is_finite():
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, algorithm(), seed=0)
+    next(policy.critic_parameters()).register_hook(lambda gradient: gradient * math.nan)
+    before = flat(policy.parameters())
+    assert ppo.update(rollout, 0, lambda: None)["train/nonfinite_skipped"] == 12
+    assert torch.equal(flat(policy.parameters()), before)
+
+
+def test_skipped_minibatches_are_outside_the_means():
+    policy, rollout = make_policy_and_rollout()
+    ppo = SteppingPPO(policy, alone(), seed=0)
+    metrics = ppo.update(poisoned(rollout), 0, lambda: None)
+    kept = torch.stack([row for row, changed in zip(ppo.rows, ppo.is_changed, strict=True) if changed])
+    assert metrics["train/policy_loss"] == pytest.approx(float(kept[:, 0].mean()))
+    assert metrics["train/critic_grad_norm"] == pytest.approx(float(kept[:, 8].mean()))
+
+
+def test_if_all_minibatches_are_skipped_nothing_changes_and_the_means_are_nan():
+    policy, rollout = make_policy_and_rollout()
+    before = flat(policy.parameters())
+    ppo = PPO(policy, algorithm(target_kl=1e-9), seed=0)
+    metrics = ppo.update(poisoned(rollout), 0, lambda: None)
+    assert torch.equal(flat(policy.parameters()), before)
+    assert math.isnan(metrics["train/policy_loss"])
+    assert (metrics["train/nonfinite_skipped"], metrics["train/num_epochs"]) == (12, 3)
+
+
+def test_target_kl_is_compared_with_the_minibatches_that_were_trained():
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, alone(target_kl=1e-9, learning_rate=1e-2), seed=0)
+    assert ppo.update(poisoned(rollout), 0, lambda: None)["train/num_epochs"] == 1
+
+
+def test_too_many_skipped_steps_of_a_run_end_it():
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, alone(max_nonfinite_steps=6), seed=0)
+    ppo.update(poisoned(rollout), 0, lambda: None)
+    ppo.update(rollout, 1, lambda: None)
+    before = flat(policy.parameters())
+    with pytest.raises(TrainingError, match=r"^training diverged: .* 9 minibatches .*max_nonfinite_steps = 6$"):
+        ppo.update(rollout, 2, lambda: None)
+    assert torch.equal(flat(policy.parameters()), before)
+    assert ppo.num_nonfinite_steps == 6
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that would wait for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_minibatch_reads_nothing_back_from_the_device():
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, algorithm(target_kl=0.1), seed=0)
+    batch = ppo._prepare(poisoned(rollout), 0)
+    with Reads() as reads:
+        row = ppo._step(batch, is_warmup=False)
+        assert reads.count == 0
+        ppo._is_kl_exceeded([row])
+    assert reads.count == 1  # the one of an epoch
+
+
+def stop_at(minibatch, error):
+    calls = iter(range(minibatch))
+
+    def on_minibatch():
+        if next(calls, None) is None:
+            raise error
+
+    return on_minibatch
+
+
+@pytest.mark.parametrize("error", [RuntimeError("collector failed"), KeyboardInterrupt()])
+@pytest.mark.parametrize("num_finished", [0, 1, 2])
+def test_an_update_that_is_abandoned_leaves_no_trace(error, num_finished):
+    """In the second update, after the critic's warm-up, the actor's state does not exist yet."""
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, alone(critic_warmup_updates=1), seed=0)
+    for version in range(num_finished):
+        ppo.update(rollout, version, lambda: None)
+    before, state = flat(policy.parameters()), {name: x.clone() for name, x in ppo.state_tensors().items()}
+    with pytest.raises(type(error)):
+        ppo.update(poisoned(rollout), num_finished, stop_at(6, error))
+    assert torch.equal(flat(policy.parameters()), before)
+    assert ppo.state_tensors().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ppo.state_tensors().items())
+    assert ppo.num_nonfinite_steps == 0
+
+
+def test_after_an_abandoned_update_training_goes_on_as_if_it_had_not_begun():
+    outcomes = []
+    for is_disturbed in (False, True):
+        policy, rollout = make_policy_and_rollout()
+        ppo = PPO(policy, algorithm(critic_warmup_updates=1), seed=0)
+        for version in range(3):
+            if is_disturbed:
+                with pytest.raises(RuntimeError, match="collector failed"):
+                    ppo.update(rollout, version, stop_at(7, RuntimeError("collector failed")))
+            ppo.update(rollout, version, lambda: None)
+        outcomes.append(flat([*policy.parameters(), *ppo.state_tensors().values()]))
+    assert torch.equal(*outcomes)
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+def test_a_ppo_that_loaded_another_s_state_goes_on_like_it(num_before):
+    """After one update, the critic's warm-up, the actor has no state to load."""
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, algorithm(critic_warmup_updates=1), seed=0)
+    for version in range(num_before):
+        ppo.update(rollout, version, lambda: None)
+    copy, _ = make_policy_and_rollout()
+    copy.load_state_dict(policy.state_dict())
+    resumed = PPO(copy, algorithm(critic_warmup_updates=1), seed=0)
+    resumed.load_state_tensors({name: tensor.clone() for name, tensor in ppo.state_tensors().items()})
+    for version in range(num_before, 4):
+        assert ppo.update(rollout, version, lambda: None) == resumed.update(rollout, version, lambda: None)
+    assert torch.equal(flat(policy.parameters()), flat(copy.parameters()))
+    assert torch.equal(flat(ppo.state_tensors().values()), flat(resumed.state_tensors().values()))
+
+
+def test_during_the_critic_s_warm_up_the_actor_has_no_state():
+    policy, rollout = make_policy_and_rollout()
+    ppo = PPO(policy, algorithm(critic_warmup_updates=1), seed=0)
+    ppo.update(rollout, 0, lambda: None)
+    critic = {id(p) for p in policy.critic_parameters()}
+    names = [name for name, p in policy.named_parameters() if id(p) in critic]
+    assert set(ppo.state_tensors()) == {f"{n}.{key}" for n in names for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -147,6 +147,74 @@ def test_unknown_environment_needs_horizon_and_observations(tmp_path):
     assert read_dataset(path, EnvConfig(horizon=50, obs_keys=["object"])).horizon == 50
 
 
+def test_a_demonstration_without_actions_is_named(dataset):
+    with h5py.File(dataset, "a") as file:
+        del file["data/demo_1/actions"]
+    assert refused(dataset).endswith("/data/demo_1 lacks `actions`")
+
+
+def test_a_demonstration_without_an_observation_is_named(dataset):
+    with h5py.File(dataset, "a") as file:
+        del file["data/demo_1/obs/object"]
+    assert "/data/demo_1 lacks the observations object; available: robot0_eef_pos" in refused(dataset)
+
+
+@pytest.mark.parametrize("path", ["data/demo_1/obs", "data/demo_1"])
+def test_an_array_in_the_place_of_a_group_lacks_everything(dataset, path):
+    with h5py.File(dataset, "a") as file:
+        del file[path]
+        file[path] = np.zeros(3)
+    assert "/data/demo_1 lacks the observations robot0_eef_pos" in refused(dataset)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 7)), np.zeros((0, 7)), np.float32(1), np.full((7, 7), b"text")],
+    ids=["short", "empty", "0d", "text"],
+)
+def test_arrays_must_hold_one_row_of_numbers_a_step(dataset, array):
+    with h5py.File(dataset, "a") as file:
+        del file["data/demo_1/actions"]
+        file["data/demo_1/actions"] = array
+    assert "/data/demo_1 must hold one row of numbers a step" in refused(dataset)
+
+
+def test_demonstrations_of_different_sizes_are_refused(dataset):
+    with h5py.File(dataset, "a") as file:
+        del file["data/demo_1/actions"]
+        file["data/demo_1/actions"] = np.zeros((7, 6))
+    assert "differ in the size" in refused(dataset)
+
+
+@pytest.mark.parametrize("meta", [META | {"type": 2}, {"env_name": "Lift"}, ["Lift"]], ids=["gym", "half", "list"])
+def test_a_dataset_that_describes_no_robosuite_environment_is_refused(tmp_path, meta):
+    assert "attribute `env_args`" in refused(write(tmp_path / "demos.hdf5", meta=meta))
+
+
+def test_env_args_that_are_no_text_are_refused(dataset):
+    with h5py.File(dataset, "a") as file:
+        file["data"].attrs["env_args"] = [1.0, 2.0]
+    assert "not valid JSON" in refused(dataset)
+
+
+def test_a_foreign_dataset_is_refused(tmp_path):
+    with h5py.File(tmp_path / "demos.hdf5", "w") as file:
+        file["data"] = np.zeros(3)
+    assert "not a robomimic dataset" in refused(tmp_path / "demos.hdf5")
+
+
+def test_a_dataset_that_points_to_nothing_is_refused(dataset):
+    with h5py.File(dataset, "a") as file:
+        file["data/demo_9"] = h5py.ExternalLink("missing.hdf5", "/data/demo_0")
+    assert "damaged" in refused(dataset)
+
+
+@pytest.mark.parametrize("keep", [0, 8, 600, 2000, -1000])
+def test_a_truncated_dataset_is_refused(dataset, keep):
+    dataset.write_bytes(dataset.read_bytes()[:keep])
+    assert "not an HDF5 file, or truncated" in refused(dataset)
+
+
 @pytest.mark.parametrize("name", ["num_steps", "batch_size", "learning_rate"])
 def test_impossible_options_name_their_flag(name):
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} 0"):

@@ -3,7 +3,7 @@
 import pytest
 
 from asyncflow import rates, timing
-from asyncflow.buffer import EpisodeStats, Rollout
+from asyncflow.buffer import EpisodeStats, Rollout, RolloutInfo
 from asyncflow.rates import RateMeter, rollout_metrics
 from asyncflow.timing import OverlapClock
 
@@ -27,6 +27,15 @@ def test_rates_count_what_is_new_since_the_last_call(now):
     assert row["wall_s"] == 6.0
 
 
+def test_a_resumed_run_counts_on_from_where_it_was_cut(now):
+    meter = RateMeter(OverlapClock(), wall_s=100.0, counters=(1000, 200, 10))
+    now[0] = 2.0
+    row = meter.measure(1100, 220, 11)
+    assert row["wall_s"] == 102.0
+    assert row["throughput/env_steps_per_s"] == 50.0
+    assert row["throughput/updates_per_s"] == 0.5
+
+
 def test_an_evaluation_is_left_out_of_wall_time_rates_and_busy_shares(now):
     clock = OverlapClock()
     meter = RateMeter(clock)
@@ -43,7 +52,7 @@ def test_an_evaluation_is_left_out_of_wall_time_rates_and_busy_shares(now):
 
 
 def rollout(episodes):
-    return Rollout(0, 0, 3, None, None, None, episodes, {"collect_s": 2.0})
+    return Rollout(0, 0, RolloutInfo(3, episodes, {"collect_s": 2.0}), None, None, None)
 
 
 def test_success_is_what_the_environment_said_not_a_positive_return():

@@ -34,6 +34,15 @@ def test_waiting_is_not_work(now):
     assert clock.read()["collector"] == 3.0
 
 
+def test_a_stopwatch_tells_when_something_began_and_ended(now):
+    spans = []
+    watch = Stopwatch(lambda *span: spans.append(span))
+    now[0] = 1.0
+    with watch.measure("step_s"):
+        now[0] = 3.0
+    assert spans == [("step_s", 1.0, 3.0)]
+
+
 def test_a_stopwatch_adds_up_and_starts_again(now):
     watch = Stopwatch()
     for _ in range(2):

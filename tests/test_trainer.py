@@ -6,61 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from silent import LIFT, TOY, Silent
 
+from asyncflow import trainer
 from asyncflow.buffer import Rollout
-from asyncflow.config import load_config
+from asyncflow.build import build_parts, build_policy
+from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import ToyVecEnv
-from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.errors import AsyncflowError, CheckpointError, CollectorError, ConfigError, EnvError, TrainingError
+from asyncflow.evaluate import EvalResult
+from asyncflow.launch import train
 from asyncflow.metrics import is_timing
 from asyncflow.ppo import PPO
-from asyncflow.trainer import Trainer, build_parts, build_policy, train
+from asyncflow.presets import load_config
+from asyncflow.trainer import Trainer
 
-TOY = {
-    "env.num_envs": 4,
-    "buffer.buffer_size": 32,
-    "trainer.device": "cpu",
-    "trainer.total_updates": 6,
-    "trainer.eval_interval": 0,
-    "logging.logger": "none",
-}
 FLOW = {
     "policy.kind": "flow",
     "policy.log_prob": "joint_mean",
     "policy.hidden_sizes": [32],
     "algorithm.clip_coef": 0.05,
 }
-LIFT = {
-    "env.num_envs": 4,
-    "env.num_workers": 2,
-    "env.horizon": 10,
-    "buffer.buffer_size": 16,
-    "algorithm.num_minibatches": 2,
-    "algorithm.critic_warmup_updates": 0,
-    "trainer.device": "cpu",
-    "trainer.total_updates": 4,
-    "trainer.eval_interval": 0,
-    "logging.logger": "none",
-}
-
-
-class Silent:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.rows, self.ended = [], False
-
-    def start(self, config, run_dir, ring_bytes, device):
-        self.ring_bytes = ring_bytes
-
-    def update(self, row):
-        self.rows.append(row)
-
-    def evaluation(self, updates, result):
-        pass
-
-    def end(self, run_dir, checkpoint, row, is_stopped):
-        self.ended = True
 
 
 def run(tmp_path, monkeypatch, preset, changes):
@@ -77,9 +44,9 @@ def run(tmp_path, monkeypatch, preset, changes):
     out = str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
     with monkeypatch.context() as patch:
         patch.setattr(PPO, "_prepare", record)
-        trainer = train(load_config(preset, changes | {"logging.out": out}), reporter)
-    state = trainer.parts.ppo.optimizer.state_dict()["state"]
-    tensors = [p.detach() for p in trainer.parts.policy.parameters()]
+        done = train(load_config(preset, changes | {"logging.out": out}), reporter)
+    state = done.parts.ppo.optimizer.state_dict()["state"]
+    tensors = [p.detach() for p in done.parts.policy.parameters()]
     tensors += [value for index in sorted(state) for value in state[index].values()]
     rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in reporter.rows]
     return tensors, batches, rows
@@ -183,6 +150,30 @@ def test_a_stop_ends_an_evaluation_between_two_decisions(tmp_path, monkeypatch):
     assert reporter.ended
 
 
+def test_a_failed_collector_ends_an_evaluation(tmp_path, monkeypatch):
+    step_wait, trainers, decisions = ToyVecEnv.step_wait, [], []
+
+    def fail_in_second_rollout(env, env_ids):
+        if env is trainers[0].parts.env and trainers[0].progress.updates == 1:
+            raise EnvError("workers were replaced too often")
+        return step_wait(env, env_ids)
+
+    def decide_twice(policy, env, num_episodes, seed, on_decision):
+        if trainers[0].progress.updates == 1:
+            trainers[0].parts.collector._thread.join()
+        for _ in range(2):
+            on_decision()
+            decisions.append(trainers[0].progress.updates)
+        return EvalResult(1, 0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+
+    monkeypatch.setattr(ToyVecEnv, "step_wait", fail_in_second_rollout)
+    monkeypatch.setattr(trainer, "evaluate", decide_twice)
+    changes = TOY | {"trainer.buffer_type": "vla", "trainer.eval_interval": 1, "logging.out": str(tmp_path / "run")}
+    with pytest.raises(CollectorError, match="too often"):
+        train(load_config("toy", changes), Silent(), trainers.append)
+    assert decisions == [0, 0]
+
+
 def test_env_steps_end_a_run_too(tmp_path, monkeypatch):
     changes = TOY | {"trainer.total_updates": None, "trainer.total_env_steps": 100}
     for buffer_type in ("vla", "standard"):
@@ -200,12 +191,12 @@ def test_a_stop_ends_with_a_checkpoint(tmp_path):
     parts = build_parts(config)
     reporter = Silent()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    trainer = Trainer(config, parts, tmp_path / "run", reporter)
-    reporter.update = lambda row: trainer.request_stop() if row["updates"] == 3 else None
+    built = Trainer(config, parts, tmp_path / "run", reporter)
+    reporter.update = lambda row: built.request_stop() if row["updates"] == 3 else None
     try:
-        trainer.run()
+        built.run()
     finally:
-        trainer.close()
+        built.close()
     state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
     assert state["updates"] == 3
     assert reporter.ended
@@ -231,7 +222,7 @@ def test_a_run_folder_holds_what_reproduces_it(tmp_path):
 def test_a_mistake_is_found_before_simulators_are_built(tmp_path, monkeypatch, key):
     wrong = {"policy.checkpoint": "nowhere", "trainer.device": "cuda:77", "policy.log_prob": "per_step"}
     changes = TOY | {"logging.out": str(tmp_path / "run"), key: wrong[key]}
-    monkeypatch.setattr("asyncflow.trainer.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     with pytest.raises(ConfigError):
         train(load_config("toy", changes), Silent())
     assert not (tmp_path / "run").exists()
@@ -253,6 +244,88 @@ def test_weights_for_other_observations_are_refused(tmp_path):
     spec = EnvSpec({"state": (19,)}, 7, 120, {}, ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"))
     with pytest.raises(CheckpointError, match=r"policy.checkpoint = lift_flow: made for env.obs_keys"):
         build_policy(config, spec, torch.device("cpu"))
+
+
+def test_a_full_disk_at_a_checkpoint_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
+    """The save at update 2 fails; that at update 4 and the end succeed."""
+    save = trainer.save_checkpoint
+
+    def fail_at_two(run_dir, source, state, groups):
+        if state["updates"] == 2:
+            raise OSError(28, "No space left on device")
+        return save(run_dir, source, state, groups)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", fail_at_two)
+    reporter = Silent()
+    train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "trainer.save_interval": 2}), reporter)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["update_000004", "update_000006"]
+    assert reporter.notices == [
+        "the checkpoint of update 2 could not be written: No space left on device; newest: none; "
+        "trying again at the next save"
+    ]
+
+
+def test_an_end_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(AsyncflowError, match="the run's end could not be saved; newest checkpoint: none"):
+        train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
+
+
+@pytest.mark.parametrize("buffer_type", ["vla", "standard"])
+def test_an_update_abandoned_after_a_stop_leaves_the_boundary_before_it(tmp_path, monkeypatch, buffer_type):
+    monkeypatch.setattr(trainer, "STOP_GRACE_S", 0.0)
+    changes = TOY | {"trainer.buffer_type": buffer_type, "logging.out": str(tmp_path / "run")}
+
+    def stop_in_third_update(built):
+        check, calls = built._check_update, []
+
+        def count():
+            calls.append(1)
+            if built.progress.updates == 2 and len(calls) % 3 == 0:  # not at its first minibatch
+                built.request_stop()
+            check()
+
+        built._check_update = count
+
+    uncut = str(tmp_path / "uncut")
+    train(load_config("toy", changes | {"trainer.total_updates": 2, "logging.out": uncut}), Silent())
+    train(load_config("toy", changes), Silent(), stop_in_third_update)
+    saved, expected = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("run", "uncut"))
+    assert saved.state["updates"] == 2
+    assert all(torch.equal(saved.policy[name], expected.policy[name]) for name in expected.policy)
+    optimizers = saved.groups["optimizer"], expected.groups["optimizer"]
+    assert all(torch.equal(optimizers[0][name], optimizers[1][name]) for name in optimizers[1])
+
+
+def test_a_failed_collector_leaves_what_was_trained_saved(tmp_path, monkeypatch):
+    step_wait, calls = ToyVecEnv.step_wait, []
+
+    def fail(env, env_ids):
+        calls.append(env_ids)
+        if len(calls) == 30:
+            raise EnvError("workers were replaced too often")
+        return step_wait(env, env_ids)
+
+    monkeypatch.setattr(ToyVecEnv, "step_wait", fail)
+    with pytest.raises(CollectorError, match="too often"):
+        train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).state["updates"] == len(rows) > 0
+
+
+def test_training_that_diverges_names_the_last_good_checkpoint(tmp_path, monkeypatch):
+    update, calls = PPO.update, []
+
+    def diverge(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise TrainingError("training diverged")
+        return update(self, *arguments)
+
+    monkeypatch.setattr(PPO, "update", diverge)
+    changes = TOY | {"logging.out": str(tmp_path / "run"), "trainer.save_interval": 2}
+    with pytest.raises(TrainingError, match=r"training diverged; last good checkpoint: .*update_000002"):
+        train(load_config("toy", changes), Silent())
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ class Constant(nn.Module):
 
     def fill(self, version):
         with torch.no_grad():
-            for tensor in changing_tensors(self):
+            for tensor in changing_tensors(self).values():
                 tensor.fill_(version)
 
 
@@ -88,8 +88,8 @@ def test_no_lease_is_ever_torn(lag):
         acting = make_acting_copy(policy)
         for rollout in range(num_rollouts):
             with publisher.lease(max(0, rollout - lag)) as (version, tensors):
-                torch._foreach_copy_(changing_tensors(acting), tensors)
-            values = {float(x) for t in changing_tensors(acting) for x in (t.min(), t.max())}
+                torch._foreach_copy_(list(changing_tensors(acting).values()), tensors)
+            values = {float(x) for t in changing_tensors(acting).values() for x in (t.min(), t.max())}
             torn.extend(values - {float(version)})
             seen.append(version)
             collected.release()
@@ -103,6 +103,21 @@ def test_no_lease_is_ever_torn(lag):
     collector.join(10)
     assert not torn
     assert seen == [max(0, n - lag) for n in range(num_rollouts)]
+
+
+def test_restored_snapshots_are_those_of_their_versions():
+    policy = Constant()
+    publisher = WeightPublisher(policy, 2)
+    for version in range(1, 6):
+        policy.fill(version)
+        publisher.publish(version)
+    resumed = WeightPublisher(Constant(), 2)
+    resumed.restore(publisher.snapshots())
+    assert resumed.newest == 5
+    for version in (3, 4, 5):
+        with resumed.lease(version) as (taken, tensors):
+            assert taken == version
+            assert all((tensor == version).all() for tensor in tensors)
 
 
 def test_the_acting_copy_shares_frozen_weights_only():

@@ -32,12 +32,14 @@ from bench_workers import NUM_ENVS, bench_workers
 from numpy.typing import NDArray
 
 from asyncflow.buffer import BufferPlan, RolloutBuffer
-from asyncflow.collector import plan_ring
-from asyncflow.config import Config, load_config
+from asyncflow.config import Config
 from asyncflow.evaluate import EvalResult
+from asyncflow.launch import train
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_policy_file, resolve_checkpoint
-from asyncflow.trainer import Trainer, train
+from asyncflow.presets import load_config
+from asyncflow.rollout_writer import plan_ring
+from asyncflow.trainer import Trainer
 
 PAGE = REPOSITORY / "docs" / "benchmarks" / "core.md"
 PARTS = ("workers", "ring", "growth", "overlap")
@@ -126,6 +128,10 @@ class Recorder:
 
     def evaluation(self, updates: int, result: EvalResult) -> None:
         """Nothing to do."""
+
+    def notice(self, text: str) -> None:
+        """Show it: a fault would spoil the measurement."""
+        print(text, file=sys.stderr)
 
     def end(self, run_dir: Path, checkpoint: Path, row: dict[str, float], is_stopped: bool) -> None:
         """Nothing to do."""

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from asyncflow.checkpoint import describe_versions
+from asyncflow.run_folder import describe_versions
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from asyncflow.config import EnvConfig, PolicyConfig, load_config
+from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.demos import DemoOptions, collect_demos
 from asyncflow.evaluate import EvalResult
 from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.policy_file import ASSETS
+from asyncflow.presets import load_config
 from asyncflow.pretrain import PretrainOptions, pretrain
 
 ENV = EnvConfig(task="Lift", horizon=120)

@@ -11,10 +11,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from tensordict import TensorDict
 from torch import Tensor
+
+from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.errors import EnvError
+
+
+class EnvInterrupted(EnvError):
+    """`VecEnv.interrupt` was called while a thread waited for simulators, or before it did."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +44,45 @@ class EnvSpec:
 
 
 @dataclass(frozen=True)
+class Fault:
+    """Something that broke episodes and was survived.
+
+    Attributes:
+        kind: The worker died, its simulator raised, it was silent for too long, or a number was not finite.
+        message: One line for the user: which environments, which episode and step, and why.
+    """
+
+    kind: Literal["died", "raised", "timeout", "nonfinite"]
+    message: str
+
+
+class ChunkSpan(NamedTuple):
+    """When one worker simulated its part of a chunk, in `time.perf_counter` seconds, which all processes share."""
+
+    worker: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
 class ChunkResult:
     """What one chunk did in each addressed environment. CPU tensors, owned by the caller.
+
+    Every number in it is finite. Where `broken`, the chunk counts for nothing: rewards and `executed` are zero, both
+    ends are false, and `obs` and `final_obs` are the first observation of the environment's next episode.
 
     Attributes:
         obs: [n] observation to decide on next; of the new episode where one ended.
         final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended.
         rewards: [n, H] reward of each executed env step, zero after the episode's end.
-        executed: [n] int64, env steps executed, 1 to H.
+        executed: [n] int64, env steps executed, 1 to H; 0 where `broken`.
         terminated: [n] bool, the task was solved.
         truncated: [n] bool, the horizon was reached without success; never true where `terminated` is.
         episode_return: [n] undiscounted return of the episode that ended; zero elsewhere.
         episode_length: [n] int64, env steps of the episode that ended; zero elsewhere.
+        broken: [n] bool, the episode that the chunk belonged to was lost with its simulator, or had to be given up.
+        faults: What was survived since the last result, whichever environments it befell.
+        spans: When it was simulated, a worker each.
     """
 
     obs: TensorDict
@@ -59,12 +93,15 @@ class ChunkResult:
     truncated: Tensor
     episode_return: Tensor
     episode_length: Tensor
+    broken: Tensor
+    faults: tuple[Fault, ...] = ()
+    spans: tuple[ChunkSpan, ...] = ()
 
 
 class VecEnv(ABC):
     """N environments that execute whole chunks and reset themselves; a chunk never crosses an episode.
 
-    One thread uses an instance. Episode e of environment i starts from the seed
+    One thread uses an instance, but for `interrupt`. Episode e of environment i starts from the seed
     `derive_seed(seed, "episode", i, e)`, whatever happened before.
     """
 
@@ -72,8 +109,16 @@ class VecEnv(ABC):
     num_envs: int
 
     @abstractmethod
-    def reset(self, seed: int) -> TensorDict:
-        """Start episode 0 of every environment and return its observations, [N]. No chunk may be under way."""
+    def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
+        """Start episode 0 of every environment, or rebuild the open episodes of a journal by replaying their actions.
+
+        Returns the observations to decide on next, [N]. No chunk may be under way. An environment whose worker fails
+        meanwhile begins the episode after the one it was to begin or to rebuild; it is not reported as broken.
+        """
+
+    @abstractmethod
+    def journal(self) -> EpisodeJournal:
+        """Return a copy of what would rebuild the open episodes; chunks under way are not in it. Never waits."""
 
     @abstractmethod
     def step_async(self, actions: Tensor, env_ids: range) -> None:
@@ -84,9 +129,19 @@ class VecEnv(ABC):
         """Wait for the chunk started by `step_async(..., env_ids)`.
 
         Several `env_ids` may be under way at once if they do not overlap; they may be waited for in any order.
+        A simulator that raises, dies, stays silent for too long or is given or yields a number that is not finite
+        breaks its episodes, not the call; where a worker has to be replaced, the call waits for it.
 
         Raises:
-            EnvError: A simulator raised, died or stayed silent for too long; the message holds its traceback.
+            EnvError: Workers had to be replaced too often; the message holds the last one's traceback.
+            EnvInterrupted: `interrupt` was called.
+        """
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Make this and every later wait for simulators raise `EnvInterrupted`.
+
+        Any thread, a signal handler too; never waits. Only `close` is of use afterwards.
         """
 
     @abstractmethod

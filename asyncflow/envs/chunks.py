@@ -8,20 +8,28 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.base import EnvSpec, Fault
 from asyncflow.errors import EnvError
+from asyncflow.resources import check_shared_memory
 from asyncflow.seeding import derive_seed
 
 MAX_STATE = 4096
 MAX_ACTION = 64
+_NONFINITE = ("", "action", "reward", "observation")  # what a number of the board's column stands for
+_OUTCOME = (
+    "rewards", "executed", "terminated", "truncated", "episode_return", "episode_length", "nonfinite", "nonfinite_step",
+)  # fmt: skip
 
 
 class Simulator(Protocol):
@@ -51,11 +59,15 @@ class ChunkBoard:
         obs: [N, MAX_STATE] observation to decide on next.
         final_obs: [N, MAX_STATE] last observation of the chunk's own episode.
         rewards: [N, H] zero after the episode's end.
-        executed: [N] env steps executed.
+        executed: [N] env steps executed; zero where the chunk counts for nothing.
         terminated: [N] the task was solved.
         truncated: [N] the horizon was reached without success.
         episode_return: [N] undiscounted return of the episode that ended, or zero.
         episode_length: [N] env steps of the episode that ended, or zero.
+        nonfinite: [N] what was not finite, as a place in `_NONFINITE`; zero if nothing was.
+        nonfinite_step: [N] in which env step of its episode, from 1; or zero.
+        started_s: [N] when the chunk began, in `time.perf_counter` seconds.
+        ended_s: [N] when it ended, the next episode's reset included.
     """
 
     actions: Tensor
@@ -67,10 +79,18 @@ class ChunkBoard:
     truncated: Tensor
     episode_return: Tensor
     episode_length: Tensor
+    nonfinite: Tensor
+    nonfinite_step: Tensor
+    started_s: Tensor
+    ended_s: Tensor
 
     @classmethod
     def allocate(cls, num_envs: int, chunk_length: int) -> ChunkBoard:
-        """Allocate shared memory without a name, which the system frees with its last user."""
+        """Allocate shared memory without a name, which the system frees with its last user.
+
+        Raises:
+            ConfigError: /dev/shm is too small; writing to it would kill the process.
+        """
         board = cls(
             actions=torch.zeros(num_envs, chunk_length, MAX_ACTION),
             obs=torch.empty(num_envs, MAX_STATE),
@@ -81,14 +101,34 @@ class ChunkBoard:
             truncated=torch.zeros(num_envs, dtype=torch.bool),
             episode_return=torch.zeros(num_envs),
             episode_length=torch.zeros(num_envs, dtype=torch.int64),
+            nonfinite=torch.zeros(num_envs, dtype=torch.int64),
+            nonfinite_step=torch.zeros(num_envs, dtype=torch.int64),
+            started_s=torch.zeros(num_envs, dtype=torch.float64),
+            ended_s=torch.zeros(num_envs, dtype=torch.float64),
         )
-        for entry in fields(board):
-            getattr(board, entry.name).share_memory_()
+        tensors = [getattr(board, entry.name) for entry in fields(board)]
+        check_shared_memory(sum(tensor.nbytes for tensor in tensors))
+        for tensor in tensors:
+            tensor.share_memory_()
         return board
 
     def row(self, env: int) -> dict[str, NDArray[Any]]:
         """Return writable views of one environment's row."""
         return {entry.name: getattr(self, entry.name).numpy()[env, ...] for entry in fields(self)}
+
+    def nonfinite_fault(self, env: int, episode: int) -> Fault | None:
+        """Return why the last chunk of an environment gave up its episode; None if the numbers were finite."""
+        cause, step = int(self.nonfinite[env]), int(self.nonfinite_step[env])
+        return nonfinite_fault(env, episode, step, _NONFINITE[cause]) if cause else None
+
+
+class _NonFiniteError(Exception):
+    """A number of a chunk is not finite: what it is, and in which env step of the episode."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what, step)
+        self.cause = _NONFINITE.index(what)
+        self.step = step
 
 
 class EpisodeRunner:
@@ -114,45 +154,109 @@ class EpisodeRunner:
                 f"actions {self._action_dim} of at most {MAX_ACTION}"
             )
 
-    def reset(self, seed: int) -> None:
-        """Start episode 0 and write its first observation."""
+    def begin(self, seed: int, episode: int) -> None:
+        """Start an episode and write its first observation, as after a chunk that counts for nothing.
+
+        Args:
+            seed: The seed that those of all episodes are derived from.
+            episode: Number of the episode.
+
+        Raises:
+            EnvError: The observation is not finite.
+        """
         self._seed = seed
-        self._episode = -1
-        self._begin_episode()
-        self._row["obs"][: self._size] = self._simulator.observe()
+        self._begin_episode(episode)
+        self._clear_row()
 
     def execute(self) -> None:
-        """Execute the chunk that the row holds, up to the episode's end, then start the next episode if it ended."""
-        row, horizon = self._row, self.spec.horizon
-        row["rewards"][:] = 0.0
-        terminated, executed = False, 0
-        for action in row["actions"][:, : self._action_dim]:
-            reward, terminated = self._simulator.step(action)
-            row["rewards"][executed] = reward
-            self._return += reward
-            executed += 1
-            if terminated or self._length + executed >= horizon:
-                break
-        self._length += executed
-        row["executed"][...], row["terminated"][...] = executed, terminated
-        row["truncated"][...] = self._length >= horizon and not terminated
-        self._observe(has_ended=terminated or self._length >= horizon)
+        """Execute the chunk that the row holds, up to the episode's end, then start the next episode if it ended.
 
-    def _observe(self, has_ended: bool) -> None:
-        row, size = self._row, self._size
-        row["final_obs"][:size] = self._simulator.observe()
+        An action, a reward or an observation that is not finite ends the episode, too. The chunk then counts for
+        nothing, and the row says what it was.
+
+        Raises:
+            EnvError: The first observation of the next episode is not finite.
+        """
+        length = self._length
+        self._row["started_s"][...] = time.perf_counter()
+        try:
+            terminated = self._step_chunk()
+            self._observe("final_obs")
+        except _NonFiniteError as error:
+            self._give_up(error)
+        else:
+            self._finish_chunk(self._length - length, terminated)
+        self._row["ended_s"][...] = time.perf_counter()
+
+    def _step_chunk(self) -> bool:
+        """Execute actions up to the episode's end; return whether the task is solved."""
+        self._row["rewards"][:] = 0.0
+        actions, terminated = self._row["actions"][:, : self._action_dim], False
+        is_finite = np.isfinite(actions).all(axis=1)
+        if not is_finite.all():  # MuJoCo would quietly reset its state to the model's default
+            raise _NonFiniteError("action", self._length + 1 + int(is_finite.argmin()))
+        for step, action in enumerate(actions):
+            reward, terminated = self._simulator.step(action)
+            self._length += 1
+            self._return += reward
+            self._row["rewards"][step] = reward
+            if not math.isfinite(self._row["rewards"][step]):
+                raise _NonFiniteError("reward", self._length)
+            if terminated or self._length >= self.spec.horizon:
+                break
+        return terminated
+
+    def _finish_chunk(self, executed: int, terminated: bool) -> None:
+        row, has_ended = self._row, terminated or self._length >= self.spec.horizon
+        row["executed"][...], row["terminated"][...] = executed, terminated
+        row["truncated"][...] = has_ended and not terminated
         row["episode_return"][...] = self._return if has_ended else 0.0
         row["episode_length"][...] = self._length if has_ended else 0
         if has_ended:
-            self._begin_episode()
-            row["obs"][:size] = self._simulator.observe()
+            self._begin_episode(self._episode + 1)
         else:
-            row["obs"][:size] = row["final_obs"][:size]
+            row["obs"][: self._size] = row["final_obs"][: self._size]
 
-    def _begin_episode(self) -> None:
-        self._episode += 1
-        self._length, self._return = 0, 0.0
-        self._simulator.reset(derive_seed(self._seed, "episode", self._env, self._episode))
+    def _give_up(self, error: _NonFiniteError) -> None:
+        self._begin_episode(self._episode + 1)
+        self._clear_row()
+        self._row["nonfinite"][...], self._row["nonfinite_step"][...] = error.cause, error.step
+
+    def _begin_episode(self, episode: int) -> None:
+        self._episode, self._length, self._return = episode, 0, 0.0
+        self._simulator.reset(derive_seed(self._seed, "episode", self._env, episode))
+        try:
+            self._observe("obs")
+        except _NonFiniteError:
+            raise EnvError(
+                f"environment {self._env}: the first observation of episode {episode} is not finite"
+            ) from None
+
+    def _observe(self, name: str) -> None:
+        observation = self._row[name][: self._size]
+        observation[:] = self._simulator.observe()
+        if not np.isfinite(observation).all():
+            raise _NonFiniteError("observation", self._length)
+
+    def _clear_row(self) -> None:
+        """Make the row that of a chunk that counts for nothing, before the first observation of an episode."""
+        for name in _OUTCOME:
+            self._row[name][...] = 0
+        self._row["final_obs"][: self._size] = self._row["obs"][: self._size]
+
+
+def nonfinite_fault(env: int, episode: int, step: int, what: str) -> Fault:
+    """Return the fault of an episode that was given up.
+
+    Args:
+        env: Index of the environment.
+        episode: Number of the episode.
+        step: Env step of the episode, from 1.
+        what: `"action"`, `"reward"` or `"observation"`.
+    """
+    return Fault(
+        "nonfinite", f"environment {env} gave up episode {episode}: the {what} of its env step {step} is not finite"
+    )
 
 
 def check_actions(actions: Tensor, shape: tuple[int, int, int], env_ids: range, pending: Iterable[range]) -> None:
@@ -165,12 +269,10 @@ def check_actions(actions: Tensor, shape: tuple[int, int, int], env_ids: range, 
         pending: The environments addressed by chunks under way.
 
     Raises:
-        EnvError: Wrong shape, an action that is not finite, or an environment that is busy.
+        EnvError: Wrong shape, or an environment that is busy.
     """
     if tuple(actions.shape) != shape:
         raise EnvError(f"actions have shape {tuple(actions.shape)}, expected {shape} for {env_ids}")
-    if not bool(actions.isfinite().all()):  # MuJoCo would quietly reset its state to the model's default
-        raise EnvError(f"actions for {env_ids} are not finite; lower the learning rate or look for NaN in the policy")
     busy = set(env_ids).intersection(*[set().union(*pending)])
     if busy:
         raise EnvError(f"step_async({env_ids}): a chunk is under way in environments {sorted(busy)}")

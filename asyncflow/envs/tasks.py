@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from asyncflow.errors import ConfigError
+from asyncflow.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
 
 TOY = "Toy"
+ROBOSUITE = 1  # of robomimic's EnvType
+_OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
 
@@ -70,12 +72,14 @@ class SimulatorSettings:
         horizon: Env steps until an episode is truncated.
         obs_keys: robomimic's names of what `state` concatenates.
         env_meta: robomimic's description; None means one built from the task.
+        fast_step: Whether simulators that `FastStep` covers are stepped by it.
     """
 
     task: Task
     horizon: int
     obs_keys: tuple[str, ...]
     env_meta: dict[str, Any] | None = None
+    fast_step: bool = True
 
 
 def task_names() -> list[str]:
@@ -110,7 +114,7 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
         env_meta = load_env_meta(config.env_meta)
         task = _task_of_meta(env_meta, config)
     obs_keys = task.obs_keys if config.obs_keys is None else tuple(config.obs_keys)
-    return SimulatorSettings(task, config.horizon or task.horizon, obs_keys, env_meta)
+    return SimulatorSettings(task, config.horizon or task.horizon, obs_keys, env_meta, config.fast_step)
 
 
 def _task_of_meta(env_meta: dict[str, Any], config: EnvConfig) -> Task:
@@ -124,29 +128,67 @@ def _task_of_meta(env_meta: dict[str, Any], config: EnvConfig) -> Task:
 
 
 def load_env_meta(path: str | Path) -> dict[str, Any]:
-    """Read robomimic's description of an environment from a JSON file or a robomimic HDF5 dataset.
+    """Read robomimic's description of an environment from a JSON file, or from a dataset or checkpoint of robomimic.
 
     Raises:
-        ConfigError: The file is missing, is neither of the two, or describes no robosuite environment; one line.
+        ConfigError: The file is missing, is none of the three, or describes no robosuite environment; one line.
     """
-    path = Path(path)
+    path, source = Path(path), f"env.env_meta = {path}"
     if not path.is_file():
-        raise ConfigError(f"env.env_meta = {path}: no such file; expected a JSON file or a robomimic HDF5 dataset")
+        raise ConfigError(f"{source}: no such file; expected JSON, a robomimic HDF5 dataset or a robomimic checkpoint")
+    if path.suffix in {".pth", ".pt"}:
+        return check_env_meta(_read_checkpoint(path), source)
     text = _read_env_args(path) if path.suffix in {".hdf5", ".h5"} else path.read_text(errors="replace")
+    return check_env_meta(parse_env_meta(text, source), source)
+
+
+def parse_env_meta(text: Any, source: str) -> Any:
+    """Return what JSON from a file holds.
+
+    Args:
+        text: An attribute of a dataset need not be text.
+        source: Names the file in a refusal.
+
+    Raises:
+        ConfigError: It is not JSON.
+    """
     try:
-        env_meta = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"env.env_meta = {path}: not valid JSON: {error}") from None
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}") from None
+
+
+def check_env_meta(env_meta: Any, source: str) -> dict[str, Any]:
+    """Return a description of an environment that can be simulated here.
+
+    Raises:
+        ConfigError: It is no such description, or one of another simulator than robosuite.
+    """
     if not isinstance(env_meta, dict) or not {"env_name", "type", "env_kwargs"} <= env_meta.keys():
-        raise ConfigError(f"env.env_meta = {path}: expected a mapping with env_name, type and env_kwargs")
+        raise ConfigError(f"{source}: expected a mapping with env_name, type and env_kwargs")
+    kind = env_meta["type"]
+    if kind != ROBOSUITE:
+        other = f" ({_OTHER_SIMULATORS[kind]})" if kind in list(_OTHER_SIMULATORS) else ""
+        raise ConfigError(f"{source}: an environment of type {kind!r}{other}; allowed: {ROBOSUITE} (robosuite)")
+    if not isinstance(env_meta["env_name"], str) or not isinstance(env_meta["env_kwargs"], dict):
+        raise ConfigError(f"{source}: env_name must be text and env_kwargs a mapping")
     return env_meta
 
 
-def _read_env_args(path: Path) -> str:
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    from asyncflow.robomimic_file import load_robomimic_file  # noqa: PLC0415  torch takes seconds to load
+
+    try:
+        return load_robomimic_file(path).env_meta
+    except CheckpointError as error:
+        raise ConfigError(f"env.env_meta = {error}") from None
+
+
+def _read_env_args(path: Path) -> Any:
     import h5py  # noqa: PLC0415  half a second that `asyncflow tasks` need not wait for
 
     try:
         with h5py.File(path, "r") as file:
-            return str(file["data"].attrs["env_args"])
-    except (OSError, KeyError):
+            return file["data"].attrs["env_args"]
+    except (OSError, KeyError, RuntimeError):
         raise ConfigError(f"env.env_meta = {path}: not a robomimic dataset: no data.attrs['env_args']") from None

@@ -8,7 +8,9 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
@@ -16,8 +18,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
-from asyncflow.envs.chunks import check_actions
+from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv
+from asyncflow.envs.chunks import check_actions, nonfinite_fault
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
 from asyncflow.seeding import derive_seed
 
@@ -29,7 +32,8 @@ DEFAULT_HORIZON = 40
 class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
     """Move by 0.1 times the action, [2]; an episode ends with reward 1 within 0.1 of the goal.
 
-    The `state`, [4], is the position and the goal. Chunks are executed by `step_async` itself: nothing waits.
+    The `state`, [4], is the position and the goal. Chunks are executed by `step_async` itself: nothing waits. Only an
+    action can be not finite here, and nothing else can fail.
     """
 
     def __init__(self, num_envs: int, chunk_length: int, horizon: int | None = None) -> None:
@@ -48,35 +52,60 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
         self._episode = torch.zeros(num_envs, dtype=torch.int64)
         self._length = torch.zeros(num_envs, dtype=torch.int64)
         self._return = torch.zeros(num_envs)
-        self._results: dict[range, ChunkResult] = {}
+        self._results: dict[range, tuple[ChunkResult, Tensor]] = {}  # with the actions that led there
+        self._journal = EpisodeJournal.start(num_envs)
+        self._is_interrupted = False
 
-    def reset(self, seed: int) -> TensorDict:
-        """Start episode 0 of every environment and return its observations, [N]."""
+    def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
+        """Start episode 0 of every environment, or rebuild a journal's open episodes; return observations, [N]."""
+        self._check_not_interrupted()
         if self._results:
             raise EnvError(f"reset while chunks are under way in {list(self._results)}")
         self._seed = seed
-        self._episode.fill_(-1)
+        self._journal = journal.copy() if journal else EpisodeJournal.start(self.num_envs)
+        self._episode = torch.tensor(self._journal.episodes) - 1
         self._begin_episodes(torch.arange(self.num_envs))
+        for env in range(self.num_envs):
+            actions = self._journal.actions(env)
+            if actions is not None:
+                self._execute(actions[None], torch.tensor([env]))
         return _as_obs(self._state.clone())
+
+    def journal(self) -> EpisodeJournal:
+        """Return a copy of what would rebuild the open episodes; chunks under way are not in it."""
+        return self._journal.copy()
 
     def step_async(self, actions: Tensor, env_ids: range) -> None:
         """Execute one chunk, [n, H, 2] in [-1, 1], in each of `env_ids`.
 
         Raises:
-            EnvError: Wrong shape, an action that is not finite, or a chunk is under way in one of `env_ids`.
+            EnvError: Wrong shape, or a chunk is under way in one of `env_ids`.
         """
-        check_actions(actions, (len(env_ids), self._chunk_length, 2), env_ids, self._results)
-        self._results[env_ids] = self._execute(actions.clamp(-1.0, 1.0), torch.tensor(env_ids))
+        shape = (len(env_ids), self._chunk_length, 2)
+        check_actions(actions, shape, env_ids, self._results)
+        kept = actions.to(torch.float32, copy=True)
+        start_s = time.perf_counter()
+        result = self._execute(kept, torch.tensor(env_ids))
+        span = ChunkSpan(0, start_s, time.perf_counter())
+        self._results[env_ids] = replace(result, spans=(span,)), kept
 
     def step_wait(self, env_ids: range) -> ChunkResult:
         """Return the chunk started by `step_async(..., env_ids)`; waits for nothing.
 
         Raises:
             EnvError: There is no such chunk.
+            EnvInterrupted: `interrupt` was called.
         """
+        self._check_not_interrupted()
         if env_ids not in self._results:
             raise EnvError(f"step_wait({env_ids}): no chunk is under way there")
-        return self._results.pop(env_ids)
+        result, actions = self._results.pop(env_ids)
+        self._journal.record(env_ids, actions, result.terminated | result.truncated | result.broken)
+        return result
+
+    def interrupt(self) -> None:
+        """Make every later `reset` and `step_wait` raise `EnvInterrupted`."""
+        self._is_interrupted = True
 
     def close(self) -> None:
         """Forget chunks under way."""
@@ -87,12 +116,18 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
     ) -> None:
         self.close()
 
+    def _check_not_interrupted(self) -> None:
+        if self._is_interrupted:
+            raise EnvInterrupted("the environments were interrupted")
+
     def _execute(self, actions: Tensor, rows: Tensor) -> ChunkResult:
+        faults, broken = self._find_faults(actions, rows)
+        actions = actions.nan_to_num().clamp(-1.0, 1.0)
         state, length = self._state[rows], self._length[rows]
         terminated, truncated = torch.zeros(2, len(rows), dtype=torch.bool)
         executed, rewards = torch.zeros_like(length), torch.zeros(actions.shape[:2])
         for step, action in enumerate(actions.unbind(1)):
-            is_open = ~(terminated | truncated)
+            is_open = ~(terminated | truncated | broken)
             state[:, :2] += STEP_SIZE * action * is_open[:, None]
             executed += is_open
             reached = is_open & _is_at_goal(state)
@@ -103,16 +138,31 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
         self._length[rows] += executed
         self._return[rows] += rewards.sum(1)
         episode_return, episode_length = self._end_episodes(rows, terminated | truncated)
+        self._begin_episodes(rows[broken])
+        obs = self._state[rows]
         return ChunkResult(
-            obs=_as_obs(self._state[rows]),
-            final_obs=_as_obs(state),
+            obs=_as_obs(obs),
+            final_obs=_as_obs(torch.where(broken[:, None], obs, state)),
             rewards=rewards,
             executed=executed,
             terminated=terminated,
             truncated=truncated,
             episode_return=episode_return,
             episode_length=episode_length,
+            broken=broken,
+            faults=faults,
         )
+
+    def _find_faults(self, actions: Tensor, rows: Tensor) -> tuple[tuple[Fault, ...], Tensor]:
+        """Return a fault for each environment that is given an action that is not finite, and which they are, [n]."""
+        is_finite = actions.isfinite().all(dim=2)
+        broken = ~is_finite.all(dim=1)
+        first = self._length[rows] + 1 + is_finite.int().argmin(dim=1)
+        faults = [
+            nonfinite_fault(env, int(self._episode[env]), step, "action")
+            for env, step in zip(rows[broken].tolist(), first[broken].tolist(), strict=True)
+        ]
+        return tuple(faults), broken
 
     def _end_episodes(self, rows: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
         """Return the return and the length of the episodes that ended, zero elsewhere, and begin new ones."""

@@ -1,7 +1,7 @@
-"""Simulators in processes: one message per worker and decision, results through shared memory.
+"""Simulators in processes: one message per worker and decision, results through shared memory, faults survived.
 
-Owns the processes, their messages and their end. It must not know what is simulated: a worker gets a factory of
-simulators, and `chunks` executes chunks in them.
+Owns the workers as a whole: who simulates what, which chunks are under way, what is lost with a worker, and its
+replacement. It must not know what is simulated, nor how a process answers (`worker`).
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
 `state` observation.
@@ -9,40 +9,35 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.util import Finalize
+from dataclasses import replace
+from itertools import compress
 from types import TracebackType
 from typing import Any
 
-import torch
-import torch.multiprocessing as mp
 from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.config import EnvConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv, as_slice
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, Simulator, check_actions
+from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv, as_slice
+from asyncflow.envs.chunks import ChunkBoard, check_actions
+from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.worker import SimulatorFactory, Waker, Worker, WorkerFailure, WorkerSetup
 from asyncflow.errors import EnvError
-from asyncflow.seeding import derive_seed
 
-SimulatorFactory = Callable[[int], Simulator]
-
-_START_TIMEOUT_S = 300.0  # importing robosuite and compiling its numba functions, on a busy machine
-_JOIN_TIMEOUT_S = 2.0
-_PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # they reach the whole process group; the parent handles them
-_NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+_CLOSE_TIMEOUT_S = 2.0
 
 
 class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
-    """N simulators spread over processes in contiguous blocks."""
+    """N simulators spread over processes in contiguous blocks.
+
+    A worker that fails is replaced at the next call that waits for it. Its episodes are lost, whosever chunks were
+    under way: until `step_wait` has reported an environment as broken, `step_async` starts nothing there.
+    """
 
     def __init__(
         self,
@@ -56,7 +51,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
         Args:
             make_simulator: Seed -> simulator; must be picklable. It runs in the workers.
-            config: Its `num_workers`, of which at most N are used, and `step_timeout_s` are read.
+            config: Its `num_workers`, of which at most N are used, `step_timeout_s`, `max_restarts` and
+                `restart_window_s` are read.
             num_envs: Environments, N.
             chunk_length: Actions of a chunk, H.
             seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
@@ -65,65 +61,89 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             EnvError: A simulator could not be constructed.
         """
         self.num_envs = num_envs
-        self._timeout_s = config.step_timeout_s
-        self._pending: dict[range, list[_Worker]] = {}
+        self._config = config
+        self._seed = 0
+        self._journal = EpisodeJournal.start(num_envs)
+        self._pending: dict[range, list[Worker]] = {}
+        self._lost: set[int] = set()  # environments whose episode ended with its worker, not yet reported
+        self._faults: list[Fault] = []  # not yet reported
+        self._restarts: deque[float] = deque()  # when workers were replaced, within the window
         self._failure: str | None = None
-        self._workers: list[_Worker] = []
+        self._waker = Waker()
+        self._workers: list[Worker] = []
         self._board = ChunkBoard.allocate(num_envs, chunk_length)
-        num_workers = min(num_envs, config.num_workers or len(os.sched_getaffinity(0)))
+        self._setup = WorkerSetup(make_simulator, self._board, seed)
         try:
-            with _worker_environment():
-                for index in range(num_workers):
-                    block = range(index * num_envs // num_workers, (index + 1) * num_envs // num_workers)
-                    self._workers.append(_Worker(index, block, make_simulator, self._board, seed))
-            specs = [self._receive(worker, "ready", _START_TIMEOUT_S) for worker in self._workers]
+            self.spec = self._start_workers(min(num_envs, config.num_workers or len(os.sched_getaffinity(0))))
         except BaseException:
             self.close()
             raise
-        self.spec: EnvSpec = specs[0]
 
-    def reset(self, seed: int) -> TensorDict:
-        """Start episode 0 of every environment and return its observations, [N]; waits for all workers.
+    def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
+        """Start episode 0 of every environment, or rebuild a journal's open episodes; waits for all workers.
+
+        Environments whose worker fails meanwhile begin the episode after that. So do those whose episode ends in its
+        replay, which happens on a machine that rounds differently.
+
+        Returns:
+            The observations to decide on next, [N].
 
         Raises:
             EnvError: As `step_wait`, or a chunk is under way.
         """
-        self._check_usable()
+        self._check_waitable()
         if self._pending:
             raise EnvError(f"reset while chunks are under way in {list(self._pending)}")
+        self._seed = seed
+        self._journal = journal.copy() if journal else EpisodeJournal.start(self.num_envs)
         for worker in self._workers:
-            worker.send("reset", seed)
-        for worker in self._workers:
-            self._receive(worker, "reset", self._timeout_s)
+            self._begin(worker)
+        for worker in tuple(self._workers):
+            self._receive(worker, "begin")
+        self._replay()
+        self._lost = {env for env, is_lost in enumerate(self._journal.is_lost) if is_lost}
         return self._read_obs(self._board.obs, slice(None))
+
+    def journal(self) -> EpisodeJournal:
+        """Return a copy of what would rebuild the open episodes; chunks under way are not in it. Never waits."""
+        journal = self._journal.copy()
+        journal.is_lost = [env in self._lost for env in range(self.num_envs)]
+        return journal
 
     def step_async(self, actions: Tensor, env_ids: range) -> None:
         """Start one chunk, [n, H, A] in [-1, 1], in each of `env_ids`; returns at once.
 
         Raises:
-            EnvError: Wrong shape, an action that is not finite, or a chunk is under way in one of `env_ids`.
+            EnvError: Wrong shape, or a chunk is under way in one of `env_ids`.
         """
         self._check_usable()
         shape = (len(env_ids), self._board.actions.shape[1], self.spec.action_dim)
         check_actions(actions, shape, env_ids, self._pending)
         self._board.actions[as_slice(env_ids), :, : self.spec.action_dim] = actions
-        self._pending[env_ids] = [worker for worker in self._workers if _intersect(env_ids, worker.env_ids)]
-        for worker in self._pending[env_ids]:
-            worker.send("step", env_ids)
+        self._pending[env_ids] = self._start_chunks(env_ids, env_ids)
 
     def step_wait(self, env_ids: range) -> ChunkResult:
         """Wait for the workers of `env_ids` to finish the chunk started by `step_async(..., env_ids)`.
 
+        Replaces those that raised, died or were silent for longer than `env.step_timeout_s`, and waits for that, too.
+
         Raises:
-            EnvError: A simulator raised (the message holds its traceback), its worker died or was silent for longer
-                than `step_timeout_s`; or no such chunk is under way.
+            EnvError: More than `env.max_restarts` workers failed within `env.restart_window_s` (the message holds the
+                last one's traceback); or no such chunk is under way.
+            EnvInterrupted: `interrupt` was called.
         """
-        self._check_usable()
+        self._check_waitable()
         if env_ids not in self._pending:
             raise EnvError(f"step_wait({env_ids}): no chunk is under way there")
         for worker in self._pending.pop(env_ids):
-            self._receive(worker, env_ids, self._timeout_s)
-        return self._read(as_slice(env_ids))
+            self._receive(worker, env_ids)
+        result = self._read(env_ids)
+        self._record(env_ids, result)
+        return result
+
+    def interrupt(self) -> None:
+        """Make this and every later wait for simulators raise `EnvInterrupted`; the simulators go on until `close`."""
+        self._waker.wake()
 
     def close(self) -> None:
         """Stop the workers and free their memory; waits for them a few seconds at most, then kills.
@@ -131,32 +151,118 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         May be called twice, and while chunks are under way.
         """
         self._failure = self._failure or "closed"
-        deadline = time.monotonic() + _JOIN_TIMEOUT_S
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
         for worker in self._workers:
-            worker.connection.close()  # a worker leaves when its pipe closes
+            worker.dismiss()
         while self._workers:
             self._workers.pop().stop(deadline)
+        self._waker.close()
         self._pending.clear()
         self._board = ChunkBoard.allocate(0, 0)
+        self._setup = replace(self._setup, board=self._board)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
+    def _start_workers(self, num_workers: int) -> EnvSpec:
+        for index in range(num_workers):
+            block = range(index * self.num_envs // num_workers, (index + 1) * self.num_envs // num_workers)
+            self._workers.append(Worker(index, block, self._setup, self._waker))
+        specs = [worker.wait_ready() for worker in self._workers]
+        return specs[0]
+
     def _check_usable(self) -> None:
         if self._failure is not None:
             raise EnvError(f"the environments cannot be used any more: {self._failure}")
 
-    def _receive(self, worker: _Worker, key: Any, timeout_s: float) -> Any:
-        try:
-            return worker.receive(key, timeout_s)
-        except EnvError as error:
-            self._failure = str(error)
-            raise
+    def _check_waitable(self) -> None:
+        self._check_usable()
+        if self._waker.is_awake:
+            raise EnvInterrupted("the environments were interrupted")
 
-    def _read(self, rows: slice) -> ChunkResult:
-        board = self._board
+    def _begin(self, worker: Worker) -> None:
+        episodes = {env: self._journal.episodes[env] for env in worker.env_ids}
+        worker.send("begin", "begin", (self._seed, episodes))
+
+    def _start_chunks(self, key: Any, env_ids: Collection[int]) -> list[Worker]:
+        """Start the chunks on the board, but for lost environments; return the workers that owe an answer."""
+        asked = []
+        for worker in self._workers:
+            mine = [env for env in worker.env_ids if env in env_ids and env not in self._lost]
+            if mine:
+                worker.send("step", key, mine)
+                asked.append(worker)
+        return asked
+
+    def _replay(self) -> None:
+        """Rebuild the journal's open episodes chunk by chunk, as they were executed: no message can fill a pipe."""
+        for index in range(max(map(len, self._journal.chunks))):
+            envs = {env for env, chunks in enumerate(self._journal.chunks) if len(chunks) > index}
+            for env in envs:
+                self._board.actions[env, :, : self.spec.action_dim] = self._journal.chunks[env][index]
+            for worker in self._start_chunks("replay", envs):
+                self._receive(worker, "replay")
+            for env in envs - self._lost:
+                if self._board.episode_length[env] or not self._board.executed[env]:
+                    self._journal.begin_next(env)
+
+    def _receive(self, worker: Worker, key: Any) -> None:
+        """Wait for a worker's answer, or for its replacement."""
+        try:
+            worker.receive(key, self._config.step_timeout_s)
+        except WorkerFailure as failure:
+            self._replace(worker.index, failure)
+
+    def _replace(self, index: int, failure: WorkerFailure) -> None:
+        """Start processes in a worker's place until one has begun the next episode of every environment."""
+        start, failures = time.monotonic(), [failure]
+        self._count_restart(failure)
+        while again := self._try_successor(index):
+            failures.append(again)
+            self._count_restart(again)
+        seconds = time.monotonic() - start
+        self._faults += [Fault(each.kind, f"{each.cause}; replaced in {seconds:.1f} s") for each in failures]
+
+    def _try_successor(self, index: int) -> WorkerFailure | None:
+        """Put another process in a worker's place and begin the next episodes; return why it failed, if it did."""
+        worker = self._workers[index]
+        self._lose(worker)
+        worker.stop(deadline=0.0)  # before its successor writes to the same rows of the board
+        self._workers[index] = worker = Worker(index, worker.env_ids, self._setup, self._waker)
+        try:
+            worker.wait_ready()
+            self._begin(worker)
+            worker.receive("begin", self._config.step_timeout_s)
+        except WorkerFailure as failure:
+            return failure
+        return None
+
+    def _lose(self, worker: Worker) -> None:
+        """Give up the episodes of a worker, and what it still owed to any group."""
+        self._lost.update(worker.env_ids)
+        for env in worker.env_ids:
+            self._journal.begin_next(env)
+        for workers in self._pending.values():
+            if worker in workers:
+                workers.remove(worker)
+
+    def _count_restart(self, failure: WorkerFailure) -> None:
+        config, now = self._config, time.monotonic()
+        self._restarts.append(now)
+        while self._restarts[0] < now - config.restart_window_s:
+            self._restarts.popleft()
+        if len(self._restarts) > config.max_restarts:
+            self._failure = (
+                f"{len(self._restarts)} workers failed within env.restart_window_s = {config.restart_window_s:g}, "
+                f"more than env.max_restarts = {config.max_restarts}; the last: {failure}"
+            )
+            raise EnvError(self._failure)
+
+    def _read(self, env_ids: range) -> ChunkResult:
+        board, rows = self._board, as_slice(env_ids)
+        broken = board.executed[rows] == 0
         return ChunkResult(
             obs=self._read_obs(board.obs, rows),
             final_obs=self._read_obs(board.final_obs, rows),
@@ -166,120 +272,32 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             truncated=board.truncated[rows].clone(),
             episode_return=board.episode_return[rows].clone(),
             episode_length=board.episode_length[rows].clone(),
+            broken=broken,
+            faults=self._take_faults(compress(env_ids, broken.tolist())),
+            spans=tuple(self._read_spans(env_ids)),
         )
+
+    def _read_spans(self, env_ids: range) -> Iterator[ChunkSpan]:
+        """Yield when each worker simulated its part; of lost environments the board may tell the chunk before."""
+        started_s, ended_s = self._board.started_s, self._board.ended_s
+        for worker in self._workers:
+            mine = [env for env in worker.env_ids if env in env_ids and env not in self._lost]
+            if mine:
+                yield ChunkSpan(worker.index, float(started_s[mine].min()), float(ended_s[mine].max()))
+
+    def _take_faults(self, broken: Iterable[int]) -> tuple[Fault, ...]:
+        given_up = [self._board.nonfinite_fault(env, self._journal.episodes[env]) for env in broken]
+        faults, self._faults = self._faults, []
+        return (*faults, *(fault for fault in given_up if fault is not None))
+
+    def _record(self, env_ids: range, result: ChunkResult) -> None:
+        """Enter a result's chunks into the journal; lost environments have begun their next episode there before."""
+        kept = [row for row, env in enumerate(env_ids) if env not in self._lost]
+        actions = self._board.actions[as_slice(env_ids), :, : self.spec.action_dim]
+        has_ended = result.terminated | result.truncated | result.broken
+        self._journal.record([env_ids[row] for row in kept], actions[kept], has_ended[kept])
+        self._lost.difference_update(env_ids)
 
     def _read_obs(self, rows_of: Tensor, rows: slice) -> TensorDict:
         state = rows_of[rows, : self.spec.obs_shapes["state"][0]].clone()
         return TensorDict({"state": state}, batch_size=state.shape[:1])
-
-
-class _Worker:
-    """The parent's side of one process. Messages are answered in the order in which they were sent."""
-
-    def __init__(
-        self, index: int, env_ids: range, make_simulator: SimulatorFactory, board: ChunkBoard, seed: int
-    ) -> None:
-        self.env_ids = env_ids
-        self.connection, child = mp.Pipe()
-        self._name = f"worker {index} (environments {env_ids.start} to {env_ids.stop - 1})"
-        self._answers: dict[Any, Any] = {}
-        self._process = mp.get_context("spawn").Process(
-            target=_serve, args=(child, make_simulator, env_ids, board, seed), name=f"simulators-{index}", daemon=True
-        )
-        self._process.start()
-        child.close()  # or the pipe would stay open after the worker's death
-        # At exit, multiprocessing joins its daemons; a worker leaves when its pipe closes, so that must come first.
-        Finalize(None, self.connection.close, exitpriority=1)
-
-    def send(self, command: str, argument: Any) -> None:
-        with contextlib.suppress(OSError):  # the worker is dead; `receive` says why
-            self.connection.send((command, argument))
-
-    def receive(self, key: Any, timeout_s: float) -> Any:
-        """Wait for the answer to one message; earlier answers to other messages are kept for their own caller."""
-        while key not in self._answers:
-            kind, key_answered, payload = self._receive_next(timeout_s)
-            if kind == "error":
-                raise EnvError(f"{self._name} failed:\n{payload}")
-            self._answers[key_answered] = payload
-        return self._answers.pop(key)
-
-    def _receive_next(self, timeout_s: float) -> Any:
-        ready = wait([self.connection, self._process.sentinel], timeout_s)
-        if not ready:
-            raise EnvError(f"{self._name} has been silent for {timeout_s:g} s (env.step_timeout_s); exit code: none")
-        with contextlib.suppress(EOFError, OSError):
-            if self.connection.poll():  # also what a worker said before it died
-                return self.connection.recv()
-        self._process.join(_JOIN_TIMEOUT_S)  # the exit code comes a moment after the pipe's end
-        raise EnvError(f"{self._name} died with exit code {self._process.exitcode}")
-
-    def stop(self, deadline: float) -> None:
-        """Wait for the process until the deadline, then kill it."""
-        self._process.join(max(0.0, deadline - time.monotonic()))
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(_JOIN_TIMEOUT_S)
-        self._process.close()
-
-
-def _serve(
-    connection: Connection, make_simulator: SimulatorFactory, env_ids: range, board: ChunkBoard, seed: int
-) -> None:
-    """Run a worker process: construct the simulators, answer messages, leave when the pipe closes.
-
-    The simulators' memory goes with the process; closing them and the interpreter first would take seconds.
-    """
-    for number in _PARENTS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    runners: dict[int, EpisodeRunner] = {}
-    try:
-        for env in env_ids:
-            runners[env] = EpisodeRunner(make_simulator(derive_seed(seed, "simulator", env)), env, board)
-        connection.send(("done", "ready", runners[env_ids[0]].spec))
-        while True:
-            _answer(connection, runners, *connection.recv())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the environments, or died
-    except BaseException:
-        with contextlib.suppress(OSError):
-            connection.send(("error", None, traceback.format_exc()))
-        os._exit(1)
-    os._exit(0)
-
-
-def _answer(connection: Connection, runners: dict[int, EpisodeRunner], command: str, argument: Any) -> None:
-    if command == "reset":
-        for runner in runners.values():
-            runner.reset(argument)
-        connection.send(("done", "reset", None))
-    else:
-        for env in _intersect(argument, range(min(runners), max(runners) + 1)):
-            runners[env].execute()
-        connection.send(("done", argument, None))
-
-
-@contextlib.contextmanager
-def _worker_environment() -> Iterator[None]:
-    """Set what a worker inherits: one thread per numeric library, and signals blocked until the worker ignores them."""
-    saved = {name: os.environ.get(name) for name in _NUM_THREADS}
-    resource_tracker.ensure_running()  # started later, it would unblock them again
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
-    os.environ.update(dict.fromkeys(_NUM_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _intersect(env_ids: range, block: range) -> range:
-    """Return the elements of `env_ids` within a contiguous block; its step is positive."""
-    first = max(0, -(-(block.start - env_ids.start) // env_ids.step))
-    last = max(0, -(-(block.stop - env_ids.start) // env_ids.step))
-    return env_ids[first:last]

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fake_simulator import HORIZON, SUCCEED, FakeSimulator
+from fake_simulator import HORIZON, NAN_OBS, NAN_REWARD, SUCCEED, FakeSimulator
 
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, check_actions
-from asyncflow.errors import EnvError
+from asyncflow.errors import ConfigError, EnvError
 from asyncflow.seeding import derive_seed
 
 H = 4
@@ -20,7 +20,7 @@ def board() -> ChunkBoard:
 @pytest.fixture
 def runner(board: ChunkBoard) -> EpisodeRunner:
     runner = EpisodeRunner(FakeSimulator(0), 2, board)
-    runner.reset(7)
+    runner.begin(7, 0)
     return runner
 
 
@@ -80,21 +80,82 @@ def test_success_comes_from_the_simulator_and_not_from_a_positive_reward(board, 
     assert not board.terminated[2]
 
 
-def test_resetting_again_starts_the_same_first_episode(board, runner):
+@pytest.mark.parametrize("episode", [0, 1, 5])
+def test_any_episode_begins_from_its_own_seed_and_the_next_one_follows(board, runner, episode):
     for _ in range(4):
         runner.execute()
-    runner.reset(7)
-    assert board.obs[2, 0] == first_draw(0)
+    runner.begin(7, episode)
+    assert board.obs[2, 0] == first_draw(episode)
+    board.actions[2, 0, SUCCEED] = 1.0
+    runner.execute()
+    assert board.obs[2, 0] == first_draw(episode + 1)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value", "complaint"),
+    [
+        (NAN_REWARD, 1.0, "the reward of its env step 6 "),
+        (NAN_OBS, 1.0, "the observation of its env step 8 "),
+        (0, torch.nan, "the action of its env step 6 "),
+        (0, torch.inf, "the action of its env step 6 "),
+    ],
+)
+def test_a_number_that_is_not_finite_gives_up_the_episode(board, runner, dimension, value, complaint):
+    runner.execute()
+    board.actions[2, 1, dimension] = value
+    runner.execute()
+    assert complaint in board.nonfinite_fault(2, 0).message
+    assert_counts_for_nothing(board)
+    assert board.obs[2, [0, 2]].tolist() == [first_draw(1), 0.0]
+
+
+def assert_counts_for_nothing(board: ChunkBoard) -> None:
+    assert board.rewards[2].tolist() == [0.0] * H
+    assert board.executed[2] == board.episode_return[2] == board.episode_length[2] == 0
+    assert not board.terminated[2]
+    assert not board.truncated[2]
+    assert torch.equal(board.final_obs[2, :4], board.obs[2, :4])
+
+
+def test_an_action_that_is_not_finite_is_noticed_though_the_episode_would_end_before_it(board, runner):
+    board.actions[2, 0, SUCCEED] = 1.0
+    board.actions[2, 3] = torch.nan
+    runner.execute()
+    assert board.executed[2] == 0
+
+
+def test_the_episode_after_one_that_was_given_up_is_whole(board, runner):
+    board.actions[2, 3, NAN_OBS] = 1.0
+    runner.execute()
+    board.actions.zero_()
+    for _ in range(3):
+        runner.execute()
+    assert (board.episode_length[2], board.episode_return[2]) == (HORIZON, 0.25 * HORIZON)
+
+
+class NeverFinite(FakeSimulator):
+    def observe(self):
+        return np.full(4, np.inf, np.float32)
+
+
+def test_a_first_observation_that_is_not_finite_is_an_error(board):
+    with pytest.raises(EnvError, match="environment 2: the first observation of episode 3 is not finite"):
+        EpisodeRunner(NeverFinite(0), 2, board).begin(7, 3)
 
 
 @pytest.mark.parametrize(
     ("actions", "pending", "complaint"),
     [
         (torch.zeros(2, H, 3), [], "shape"),
-        (torch.full((2, H, 4), torch.nan), [], "not finite"),
         (torch.zeros(2, H, 4), [range(1, 6, 2)], r"environments \[1\]"),
     ],
 )
 def test_a_chunk_that_cannot_be_executed_is_refused(actions, pending, complaint):
     with pytest.raises(EnvError, match=complaint):
         check_actions(actions, (2, H, 4), range(2), pending)
+
+
+def test_a_board_that_shared_memory_cannot_hold_is_refused_before_it_is_allocated(monkeypatch):
+    monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1000)
+    with pytest.raises(ConfigError, match=r"/dev/shm"):
+        ChunkBoard.allocate(4, 2)

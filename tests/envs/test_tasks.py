@@ -1,11 +1,13 @@
 """Tasks by name, and environment descriptions from files; every mistake is one line."""
 
 import json
+import re
 import subprocess
 import sys
 
 import h5py
 import pytest
+import torch
 
 from asyncflow.config import EnvConfig
 from asyncflow.envs.tasks import load_env_meta, resolve_task, task_names
@@ -68,3 +70,71 @@ def test_env_meta_that_cannot_be_used_is_one_line(tmp_path):
         with pytest.raises(ConfigError, match=reason) as error:
             load_env_meta(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def save_checkpoint(path, meta):
+    """Write what asyncflow needs of a checkpoint that robomimic saved."""
+    torch.save({"model": {}, "config": "{}", "algo_name": "bc", "env_metadata": meta, "shape_metadata": {}}, path)
+    return path
+
+
+def save_dataset(path, meta):
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["env_args"] = json.dumps(meta)
+    return path
+
+
+def save_json(path, meta):
+    path.write_text(json.dumps(meta))
+    return path
+
+
+WRITERS = {"model.pth": save_checkpoint, "demo.hdf5": save_dataset, "meta.json": save_json}
+
+
+def refused(path):
+    with pytest.raises(ConfigError) as error:
+        load_env_meta(path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"env.env_meta = {path}: ")
+    return str(error.value)
+
+
+def test_env_meta_is_read_from_a_checkpoint_of_robomimic(tmp_path):
+    path = save_checkpoint(tmp_path / "model.pth", META)
+    assert load_env_meta(path) == META
+    assert resolve_task(EnvConfig(env_meta=str(path))).horizon == 400
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(("kind", "shown"), [(2, r"2 \(gym\)"), (3, r"3 \(iGibson"), (99, "99;"), ("a", "'a';")])
+def test_env_meta_of_another_simulator_names_its_type(tmp_path, name, kind, shown):
+    path = WRITERS[name](tmp_path / name, META | {"type": kind})
+    assert re.search(rf"type {shown}.*allowed: 1 \(robosuite\)", refused(path))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("change", [{"env_name": ["Lift"]}, {"env_kwargs": None}], ids=str)
+def test_env_meta_of_the_wrong_types_is_one_line(tmp_path, name, change):
+    assert "env_name must be text and env_kwargs a mapping" in refused(WRITERS[name](tmp_path / name, META | change))
+
+
+def test_env_meta_of_a_hostile_checkpoint_is_refused_without_running_it(tmp_path):
+    path, mark = tmp_path / "model.pth", tmp_path / "mark"
+    path.write_bytes(f"cos\nsystem\n(Vtouch {mark}\ntR.".encode())
+    assert "os.system" in refused(path)
+    assert not mark.exists()
+
+
+def test_env_meta_of_a_broken_dataset_is_one_line(tmp_path):
+    path = save_dataset(tmp_path / "demo.hdf5", META)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "not a robomimic dataset" in refused(path)
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["env_args"] = 3
+    assert "not valid JSON" in refused(path)
+
+
+def test_env_meta_nested_without_end_is_one_line(tmp_path):
+    (tmp_path / "meta.json").write_text("[" * 100_000)
+    assert "not valid JSON" in refused(tmp_path / "meta.json")

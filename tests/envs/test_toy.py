@@ -1,10 +1,13 @@
 """The toy follows the contract of the simulators."""
 
+import time
+
 import pytest
 import torch
 
 from asyncflow.config import EnvConfig
 from asyncflow.envs import make_vec_env
+from asyncflow.envs.base import EnvInterrupted
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import EnvError
 
@@ -89,6 +92,54 @@ def test_results_are_owned_by_the_caller(toy):
     assert torch.equal(first.obs["state"], kept)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_action_that_is_not_finite_breaks_its_episode_and_names_it(toy, value):
+    step(toy, torch.zeros(N, H, 2))
+    actions = torch.zeros(N, H, 2)
+    actions[3, 1, 0] = value
+    result = step(toy, actions)
+    assert result.broken.tolist() == [env == 3 for env in range(N)]
+    (fault,) = result.faults
+    assert fault.message == "environment 3 gave up episode 0: the action of its env step 6 is not finite"
+    assert (result.executed[3], result.episode_length[3], result.rewards[3].sum()) == (0, 0, 0)
+    assert torch.equal(result.obs["state"][3], result.final_obs["state"][3])
+
+
+def test_the_next_episode_of_a_broken_one_follows_the_seeds_of_its_environment(toy):
+    actions = torch.zeros(N, H, 2)
+    actions[3] = torch.nan
+    broken = step(toy, actions).obs["state"]
+    toy.reset(0)
+    for _ in range(10):
+        idle = step(toy, torch.zeros(N, H, 2))
+    assert torch.equal(broken[3], idle.obs["state"][3])
+
+
+def test_a_neighbours_nan_changes_nothing(toy):
+    actions = torch.rand(N, H, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = step(toy, actions)
+    toy.reset(0)
+    actions[3] = torch.nan
+    beside = step(toy, actions)
+    others = torch.arange(N) != 3
+    assert torch.equal(beside.obs["state"][others], whole.obs["state"][others])
+    assert torch.equal(beside.rewards[others], whole.rewards[others])
+
+
+def test_after_an_interrupt_a_wait_is_refused(toy):
+    toy.step_async(torch.zeros(N, H, 2), range(N))
+    toy.interrupt()
+    with pytest.raises(EnvInterrupted):
+        toy.step_wait(range(N))
+    toy.close()
+
+
 def test_waiting_for_a_chunk_that_was_not_started_is_an_error(toy):
     with pytest.raises(EnvError, match="no chunk is under way"):
         toy.step_wait(range(N))
+
+
+def test_a_chunk_tells_when_it_was_simulated(toy):
+    before = time.perf_counter()
+    (span,) = step(toy, torch.zeros(N, H, 2)).spans
+    assert before <= span.start_s < span.end_s <= time.perf_counter()

@@ -1,0 +1,207 @@
+"""Building a run: from a configuration, and a checkpoint where one goes on, to the parts that `Trainer` runs.
+
+Owns which classes a configuration means and in which order they are built. Only this module tells the two buffer
+types apart. It must not know the order of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from asyncflow.buffer import RolloutBuffer
+from asyncflow.checkpoint import Checkpoint
+from asyncflow.collector import Collector, InlineCollector, ThreadedCollector
+from asyncflow.config import Config
+from asyncflow.device import resolve_device
+from asyncflow.envs import make_vec_env
+from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.errors import CheckpointError
+from asyncflow.latency import EmulatedLatency
+from asyncflow.policies import make_policy
+from asyncflow.policies.base import Policy
+from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.ppo import PPO
+from asyncflow.resources import check_memory
+from asyncflow.rollout_writer import Channel, CollectorSettings, RolloutWriter, plan_ring
+from asyncflow.run_folder import name_run_folder
+from asyncflow.seeding import derive_seed
+from asyncflow.timing import OverlapClock
+from asyncflow.weights import WeightPublisher, changing_tensors
+
+NUM_OPTIMIZER_COPIES = 5  # Adam's two moments, and what an abandoned update is put back from
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of; `build_parts` makes it. Without evaluations there is no `eval_env`."""
+
+    env: VecEnv
+    eval_env: VecEnv | None
+    policy: Policy
+    channel: Channel
+    collector: Collector
+    ppo: PPO
+
+    def interrupt(self) -> None:
+        """End every wait for simulators and for rollouts. Any thread or a signal handler; never waits."""
+        self.channel.buffer.close()
+        self.channel.publisher.close()
+        self.collector.interrupt()
+        if self.eval_env is not None:
+            self.eval_env.interrupt()
+
+    def close(self) -> None:
+        """Stop the collector, then the simulators. Main thread; waits for the decision under way."""
+        with ExitStack() as stack:
+            stack.callback(self.env.close)
+            if self.eval_env is not None:
+                stack.callback(self.eval_env.close)
+            stack.callback(self.collector.close)
+
+
+def check_start(config: Config) -> Path:
+    """Find a user's mistakes before simulators are built, which takes seconds; return the run folder to create.
+
+    Raises:
+        ConfigError: The device, the checkpoint or the policy cannot be had, or the folder already holds a run.
+    """
+    resolve_device(config.trainer.device)
+    folder = name_run_folder(config)
+    spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
+    if config.policy.checkpoint:
+        spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
+    build_policy(config, spec, torch.device("cpu"))
+    return folder
+
+
+def build_parts(
+    config: Config, on_plan: Callable[[int], None] = lambda num_bytes: None, resumed: Checkpoint | None = None
+) -> Parts:
+    """Build everything that trains and evaluates.
+
+    Args:
+        config: The run.
+        on_plan: Told the ring's bytes before it is allocated.
+        resumed: Where the run goes on.
+
+    Raises:
+        ConfigError: The device, the task or the checkpoint does not exist or does not fit, or memory does not suffice.
+        EnvError: A simulator could not be built.
+    """
+    device = resolve_device(config.trainer.device)
+    torch.set_num_threads(config.trainer.num_threads)
+    with ExitStack() as on_failure:
+        env = _build_env(config, "train", config.env.num_envs)
+        on_failure.callback(env.close)
+        eval_env = None
+        if config.trainer.eval_interval:
+            eval_env = _build_env(config, "evaluation", min(config.env.num_envs, config.trainer.eval_episodes))
+            on_failure.callback(eval_env.close)
+        policy = build_policy(config, env.spec, device, resumed)
+        channel = _build_channel(config, policy, env.spec, on_plan)
+        ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
+        if resumed is not None:
+            _restore(resumed, channel, ppo)
+        collector = _build_collector(config, env, policy, channel, resumed)
+        on_failure.pop_all()
+    return Parts(env, eval_env, policy, channel, collector, ppo)
+
+
+def _build_env(config: Config, purpose: str, num_envs: int) -> VecEnv:
+    seed = derive_seed(config.trainer.seed, purpose)
+    return make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+
+
+def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: Checkpoint | None = None) -> Policy:
+    """Return the policy that training starts from or goes on with, on `device`.
+
+    Raises:
+        ConfigError: The policy's keys do not fit together.
+        CheckpointError: `policy.checkpoint` does not exist or does not fit.
+    """
+    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed)
+    if resumed is not None:
+        try:
+            policy.load_state_dict(resumed.policy)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{resumed.path}: does not fit the run's policy: {' '.join(str(error).split())}"
+            ) from None
+    elif config.policy.checkpoint:
+        file = load_policy_file(resolve_checkpoint(config.policy.checkpoint))
+        if file.env_spec.obs_keys != spec.obs_keys:
+            raise CheckpointError(
+                f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
+                f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
+            )
+        load_into(policy, file)
+    policy.anneal(resumed.state["updates"] if resumed else 0)
+    return policy.to(device)
+
+
+def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:
+    """Plan the ring, check that it fits, and allocate it and the snapshots of the weights."""
+    num_slots = config.max_policy_lag + 1 if config.trainer.buffer_type == "vla" else 1
+    plan = plan_ring(policy, spec, config.env.num_envs, config.num_steps, num_slots)
+    device = next(policy.parameters()).device
+    snapshots = (config.max_policy_lag + 1) * sum(t.nbytes for t in changing_tensors(policy).values())
+    trained = NUM_OPTIMIZER_COPIES * sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    check_memory(plan.num_bytes + snapshots + trained, device, "buffer.buffer_size or buffer.max_policy_lag")
+    on_plan(plan.num_bytes)  # after the check: a run that does not fit leaves no folder
+    buffer = RolloutBuffer(plan, device, config.buffer.on_full == "overwrite")
+    return Channel(buffer, WeightPublisher(policy, config.max_policy_lag), OverlapClock())
+
+
+def _restore(resumed: Checkpoint, channel: Channel, ppo: PPO) -> None:
+    snapshots = read_snapshots(resumed.groups)
+    if resumed.state["updates"] not in snapshots:
+        raise CheckpointError(f"{resumed.path}: lacks the weights of its own update {resumed.state['updates']}")
+    channel.buffer.restore(resumed.state["next_rollout"], resumed.state["books"])
+    channel.publisher.restore(snapshots)
+    ppo.load_state_tensors(resumed.groups.get("optimizer", {}))
+    ppo.num_nonfinite_steps = resumed.state["num_nonfinite_steps"]
+
+
+def name_snapshots(snapshots: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+    """Return versions of the weights as groups of a checkpoint."""
+    return {f"weights_{version}": tensors for version, tensors in snapshots.items()}
+
+
+def read_snapshots(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[int, Mapping[str, Tensor]]:
+    """Return what `name_snapshots` named."""
+    return {int(name.removeprefix("weights_")): x for name, x in groups.items() if name.startswith("weights_")}
+
+
+def emulated_latency(config: Config, stage: str, mean_s: float) -> EmulatedLatency:
+    """Return how long a stage pretends to take."""
+    trainer = config.trainer
+    return EmulatedLatency(mean_s, trainer.emulated_spread, trainer.emulated_variation, trainer.seed, stage)
+
+
+def _build_collector(
+    config: Config, env: VecEnv, policy: Policy, channel: Channel, resumed: Checkpoint | None
+) -> Collector:
+    settings = CollectorSettings(
+        seed=config.trainer.seed,
+        gamma=config.algorithm.gamma,
+        num_env_groups=config.collector.num_env_groups,
+        max_policy_lag=config.max_policy_lag if config.buffer.lag_mode == "fixed" else None,
+        inference_latency=emulated_latency(config, "inference", config.policy.emulated_latency_s),
+        env_latency=emulated_latency(config, "env", config.env.emulated_latency_s),
+    )
+    journal = (
+        EpisodeJournal.from_tensors(resumed.groups["journal"]) if resumed and "journal" in resumed.groups else None
+    )
+    writer = RolloutWriter(env, policy, channel, settings, journal)
+    if config.trainer.buffer_type == "standard":
+        return InlineCollector(writer, channel)
+    total = config.trainer.total_updates if config.buffer.on_full == "block" else None
+    done = resumed.state["updates"] if resumed else 0
+    return ThreadedCollector(writer, channel, None if total is None else total - done)

@@ -1,0 +1,120 @@
+"""One environment step of robosuite, faster, with the same physics and the same observations bit for bit.
+
+Owns which environments are covered and the loop over substeps. robosuite itself takes the first substep, in which it
+sets goals and grippers, and computes reward and observations; the others leave out what changes nothing. What is not
+covered takes robosuite's own `step`. Nothing of robosuite is patched. It must not know about tasks or robomimic.
+
+robosuite is imported with this module, which takes seconds: import it where a simulator is built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mujoco
+from numpy.typing import NDArray
+from robosuite.controllers.composite.composite_controller import CompositeController
+from robosuite.controllers.parts.gripper.simple_grip import SimpleGripController
+from robosuite.environments.base import MujocoEnv
+from robosuite.environments.robot_env import RobotEnv
+from robosuite.robots.fixed_base_robot import FixedBaseRobot
+
+from asyncflow.envs.fast_observables import ObservableClock, has_covered_observables
+from asyncflow.envs.fast_osc import ArmControl, is_covered_arm
+
+Step = tuple[dict[str, Any], float, bool, dict[str, Any]]
+
+
+class FastStep:
+    """Steps one robosuite environment, which may be stepped and reset by itself as well.
+
+    Attributes:
+        is_covered: Whether steps are fast at present; otherwise `step` is the environment's own.
+    """
+
+    def __init__(self, env: Any) -> None:
+        self._env = env
+        self._clock = ObservableClock(env)
+        self._parts: list[Any] = []
+        self._arms: list[ArmControl] = []
+        self.is_covered = False
+        self._adopt(_list_parts(env))
+
+    def step(self, action: NDArray[Any]) -> Step:
+        """Execute one action, [A], as `robosuite.environments.base.MujocoEnv.step` does."""
+        parts = _list_parts(self._env)
+        if parts != self._parts:  # a reset has built new controllers
+            self._adopt(parts)
+        if not self.is_covered or self._env.done:
+            result: Step = self._env.step(action)
+            return result
+        return self._step(action)
+
+    def _adopt(self, parts: list[Any]) -> None:
+        self._parts = parts
+        self.is_covered = is_covered(self._env)
+        arms = [(robot, arm) for robot in self._env.robots for arm in robot.arms] if self.is_covered else []
+        self._arms = [ArmControl(robot, arm) for robot, arm in arms]
+
+    def _step(self, action: NDArray[Any]) -> Step:
+        env = self._env
+        env.timestep += 1
+        self._clock.start()
+        self._run_substeps(action, int(env.control_timestep / env.model_timestep))
+        self._clock.stop()
+        env.cur_time += env.control_timestep
+        reward, done, info = env._post_action(action)
+        return env._get_observations(), reward, done, info
+
+    def _run_substeps(self, action: NDArray[Any], num_substeps: int) -> None:
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        for substep in range(num_substeps):
+            mujoco.mj_step1(model, data)
+            if substep == 0:
+                self._set_goals(action)
+            else:
+                for arm in self._arms:
+                    arm.actuate()
+            mujoco.mj_step2(model, data)
+            self._clock.tick()
+
+    def _set_goals(self, action: NDArray[Any]) -> None:
+        # Grippers' commands last until the next action, so that they need no attention afterwards.
+        self._env._pre_action(action, True)
+        for arm in self._arms:
+            arm.hold_goal()
+
+
+def is_covered(env: Any) -> bool:
+    """Return whether `FastStep` does what the environment's own `step` would."""
+    kind = type(env)
+    return (
+        isinstance(env, RobotEnv)
+        and kind.step is MujocoEnv.step
+        and kind._pre_action is RobotEnv._pre_action
+        and kind._update_observables is MujocoEnv._update_observables
+        and env.lite_physics
+        and not env.has_renderer
+        and env.viewer is None
+        and has_covered_observables(env)
+        and all(map(_is_covered_robot, env.robots))
+    )
+
+
+def _is_covered_robot(robot: Any) -> bool:
+    if type(robot) is not FixedBaseRobot or type(robot.composite_controller) is not CompositeController:
+        return False
+    grippers = {robot.get_gripper_name(arm) for arm in robot.arms if robot.has_gripper[arm]}
+    parts = robot.part_controllers
+    return (
+        set(parts) == {*robot.arms, *grippers}
+        and all(robot._enabled_parts.get(part, False) for part in parts)
+        and all(is_covered_arm(robot, arm) for arm in robot.arms)
+        and all(type(parts[part]) is SimpleGripController and parts[part].interpolator is None for part in grippers)
+    )
+
+
+def _list_parts(env: Any) -> list[Any]:
+    """Return what a reset or a user may replace: the simulation, the controllers, and which of them are enabled."""
+    robots = [part for robot in env.robots for part in (robot.composite_controller, dict(robot._enabled_parts))]
+    return [env.sim, env.viewer, *robots]

@@ -1,0 +1,130 @@
+"""Presets and overrides: from YAML files and command lines to a validated configuration.
+
+Owns how values are read and which of them win. It must not know what a key means.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asyncflow.config import Config, validate
+from asyncflow.envs.tasks import find_task, task_names
+from asyncflow.errors import ConfigError
+
+# YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
+def choose_preset(values: dict[str, Any]) -> str | None:
+    """Return the preset of the task that was asked for; the lift preset's weights fit no other task.
+
+    Args:
+        values: Dotted key -> value, as a command line gives them.
+
+    Raises:
+        ConfigError: The task does not exist, or has neither a preset nor weights to start from.
+    """
+    task = values.get("env.task", "Lift")
+    if not isinstance(task, str):
+        return None  # the validation will say what is wrong with it
+    if task in task_names() and task.lower() in preset_names():
+        return task.lower()
+    find_task(task)
+    if "policy.checkpoint" not in values:
+        raise ConfigError(
+            f"env.task = {task!r}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "
+            "one), --config, or policy.checkpoint=null to start from scratch"
+        )
+    return None
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets."""
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def _preset_folder() -> Path:
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def load_config(preset: str | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Build a validated configuration.
+
+    Args:
+        preset: A shipped preset's name or the path of a YAML file; None means the defaults.
+        overrides: Dotted key -> value, applied last.
+
+    Raises:
+        ConfigError: An unknown preset or key, a wrong type or an impossible combination; the message is one line.
+    """
+    return validate(apply_overrides(read_preset(preset) if preset else {}, overrides or {}))
+
+
+def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values with dotted keys replaced.
+
+    Raises:
+        ConfigError: A key goes through something that is not a section.
+    """
+    for key, value in overrides.items():
+        _set_dotted(values, key, value)
+    return values
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """Return the nested values of a preset's YAML file.
+
+    Raises:
+        ConfigError: The preset does not exist or is not a YAML mapping.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else _preset_folder() / f"{preset}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--config {preset}: no such preset or file; presets: {', '.join(preset_names())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except YAML_ERRORS as error:
+        raise ConfigError(f"--config {preset}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {preset}: expected a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Parse `key.sub=value` arguments; values are YAML.
+
+    Raises:
+        ConfigError: An argument without `=`, or a value that is not YAML.
+    """
+    parsed = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{argument!r} is not an override; write section.key=value")
+        try:
+            parsed[key] = _parse_value(text)
+        except YAML_ERRORS:
+            raise ConfigError(f"{key}: cannot read the value {text!r}") from None
+    return parsed
+
+
+def _parse_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+    values[leaf] = value

@@ -1,0 +1,280 @@
+"""RolloutWriter: acts in the environments and fills one slot of the ring after another.
+
+Owns the acting copy of the policy and the order of inference and stepping. It must not know which thread it runs in,
+nor how rollouts are trained. Environments are split into groups: while one group's chunk runs in the simulators, the
+policy infers for another. All groups meet at a rollout's end.
+
+Shapes: T decisions, N environments, n of them in a group, H executed actions.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from asyncflow.buffer import BufferPlan, EpisodeStats, RolloutBuffer, RolloutInfo
+from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv, as_slice
+from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.errors import EnvError
+from asyncflow.latency import NO_LATENCY, EmulatedLatency, EmulatedSimulators
+from asyncflow.policies.base import Policy
+from asyncflow.seeding import policy_noise
+from asyncflow.timing import OverlapClock, Stopwatch
+from asyncflow.tracing import Tracer
+from asyncflow.weights import WeightPublisher, changing_tensors, make_acting_copy
+
+
+@dataclass(frozen=True)
+class CollectorSettings:
+    """What of the configuration collecting depends on.
+
+    Attributes:
+        seed: The run's seed.
+        gamma: Discount per env step.
+        num_env_groups: G.
+        max_policy_lag: L; None acts with the newest version instead of exactly `max(0, n - L)`.
+        inference_latency: Emulated, of a decision of all environments.
+        env_latency: Emulated, of a chunk of all environments.
+    """
+
+    seed: int
+    gamma: float
+    num_env_groups: int = 1
+    max_policy_lag: int | None = 0
+    inference_latency: EmulatedLatency = NO_LATENCY
+    env_latency: EmulatedLatency = NO_LATENCY
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What the collector and the trainer share: rollouts one way, weights the other, and who did what when."""
+
+    buffer: RolloutBuffer
+    publisher: WeightPublisher
+    clock: OverlapClock
+    tracer: Tracer = field(default_factory=Tracer)
+
+
+class RolloutWriter:
+    """Collects one rollout after another into the buffer; used by one thread."""
+
+    def __init__(
+        self,
+        env: VecEnv,
+        policy: Policy,
+        channel: Channel,
+        settings: CollectorSettings,
+        journal: EpisodeJournal | None = None,
+    ) -> None:
+        """Copy the policy; touches the environments only when the first rollout starts.
+
+        Args:
+            env: Used by nobody else from now on, but for `interrupt`.
+            policy: What to act with.
+            channel: Where rollouts go and weights come from.
+            settings: What of the configuration collecting depends on.
+            journal: The episodes that the first rollout goes on with; None begins episode 0 everywhere.
+        """
+        self._env, self._settings = env, settings
+        self._buffer, self._publisher, self._clock = channel.buffer, channel.publisher, channel.clock
+        self._policy = make_acting_copy(policy)
+        self._journal = journal
+        self._weights = list(changing_tensors(self._policy).values())
+        self._groups = [range(g, env.num_envs, settings.num_env_groups) for g in range(settings.num_env_groups)]
+        self._obs: list[TensorDict] = []
+        self._tracer = channel.tracer
+        self._watch = Stopwatch(channel.tracer.recorder("collector"))
+        self._simulators = EmulatedSimulators(settings.env_latency)
+        self._episodes = EpisodeStats()
+        self._faults: list[Fault] = []
+        self._num_truncations = torch.zeros(env.num_envs, dtype=torch.int64)
+        self._num_invalid = 0
+        self._episode_starts = [0] * env.num_envs  # first decision of the open episode within the slot being written
+
+    def collect_rollout(self) -> None:
+        """Fill one slot of the ring and hand it over.
+
+        Waits for a slot, then for the version that it needs, then for simulators.
+
+        Raises:
+            BufferClosed: The buffer was closed.
+            PublisherClosed: The publisher was closed.
+            EnvInterrupted: `interrupt` was called.
+            EnvError: Simulators failed too often, or not one decision of the rollout is valid.
+        """
+        with self._watch.measure("wait_slot_s"), self._clock.waiting("collector"):
+            index, slot = self._buffer.begin_rollout()
+            version = self._load_weights(index)
+        with self._watch.measure("collect_s"), torch.no_grad():
+            self._collect(index, slot)
+        self._hand_over(index, slot, version)
+
+    def interrupt(self) -> None:
+        """End a wait for simulators, now and later. Any thread or a signal handler; never waits."""
+        self._env.interrupt()
+
+    def _hand_over(self, index: int, slot: int, version: int) -> None:
+        if self._num_invalid == self._buffer.plan.num_steps * self._env.num_envs:
+            reason = self._faults[-1].message if self._faults else "every episode was given up"
+            raise EnvError(f"rollout {index}: not one decision is valid; {reason}")
+        faults, self._faults = tuple(self._faults), []
+        episodes, self._episodes = self._episodes, EpisodeStats()
+        journal = self._env.journal()
+        self._buffer.finish_rollout(slot, RolloutInfo(version, episodes, self._watch.take(), faults, journal))
+
+    def _load_weights(self, rollout_index: int) -> int:
+        lag = self._settings.max_policy_lag
+        wanted = None if lag is None else max(0, rollout_index - lag)
+        with self._publisher.lease(wanted) as (version, tensors), torch.no_grad():
+            torch._foreach_copy_(self._weights, tensors)
+        return version
+
+    def _collect(self, index: int, slot: int) -> None:
+        """Interleave the groups: each waits for its chunk, decides, and starts the next one."""
+        if not self._obs:
+            first = self._env.reset(self._settings.seed, self._journal)
+            self._obs = [first[as_slice(group)] for group in self._groups]
+        self._num_truncations.zero_()
+        self._num_invalid = 0
+        self._episode_starts = [0] * self._env.num_envs
+        num_steps = self._buffer.plan.num_steps
+        for t in range(num_steps):
+            for g in range(len(self._groups)):
+                if t > 0:
+                    self._receive(index, slot, t - 1, g)
+                self._decide(index, slot, t, g)
+        for g, group in enumerate(self._groups):
+            self._receive(index, slot, num_steps - 1, g)
+            self._buffer.write_obs(slot, num_steps, group, self._obs[g])
+
+    def _decide(self, index: int, slot: int, t: int, g: int) -> None:
+        """Infer for group `g`, start its chunk, and write the decision while the simulators run."""
+        group, obs = self._groups[g], self._obs[g]
+        with self._watch.measure("inference_s"):
+            decision = self._infer(obs, group, index * self._buffer.plan.num_steps + t)
+            executed = decision["actions"][:, : self._policy.n_action_steps]
+            actions = give_up_non_finite(executed, decision).cpu()  # sync: the simulators need them
+        self._env.step_async(actions, group)
+        if not bool(actions.isfinite().all()):
+            decision = without_non_finite(decision)
+        self._buffer.write_obs(slot, t, group, obs)
+        self._buffer.write(slot, t, group, decision)
+
+    def _infer(self, obs: TensorDict, group: range, decision_index: int) -> TensorDict:
+        noise = policy_noise(self._settings.seed, group, decision_index, self._policy.noise_size)
+        device = self._buffer.device
+        decision = self._policy.sample_actions(obs.to(device), "train", noise.to(device))
+        rollout, share = decision_index // self._buffer.plan.num_steps, len(group) / self._env.num_envs
+        self._settings.inference_latency.wait(rollout, share)
+        return decision
+
+    def _wait_for_chunk(self, index: int, t: int, g: int) -> ChunkResult:
+        """Wait for group `g`'s chunk, its emulated latency included, and trace who simulated it when."""
+        group = self._groups[g]
+        with self._watch.measure("env_step_s"):
+            result = self._env.step_wait(group)
+            spans = [(f"worker {span.worker}", span.start_s, span.end_s) for span in result.spans]
+            if self._settings.env_latency.mean_s:
+                ended_s = max((span.end_s for span in result.spans), default=time.perf_counter())
+                spans.append(("emulated", *self._simulators.wait(ended_s, index, len(group) / self._env.num_envs)))
+        for lane, start_s, end_s in spans:
+            self._tracer.add(lane, "chunk", start_s, end_s, rollout=index, step=t, group=g)
+        return result
+
+    def _receive(self, index: int, slot: int, t: int, g: int) -> None:
+        """Wait for group `g`'s chunk and write what decision `t` led to."""
+        group = self._groups[g]
+        result = self._wait_for_chunk(index, t, g)
+        final_index = self._store_final_obs(slot, group, result)
+        self._buffer.write(slot, t, group, outcome_fields(result, self._settings.gamma, final_index))
+        self._buffer.count(slot, len(group))
+        self._faults += result.faults
+        self._follow_episodes(slot, t, group, result)
+        self._obs[g] = result.obs
+
+    def _follow_episodes(self, slot: int, t: int, group: range, result: ChunkResult) -> None:
+        """Enter finished episodes into the statistics, and take back what the slot holds of broken ones."""
+        for i in (result.terminated | result.truncated | result.broken).nonzero().flatten().tolist():
+            env = group[i]
+            if result.broken[i]:
+                broken = range(self._episode_starts[env], t + 1)
+                self._buffer.invalidate(slot, broken, env)
+                self._num_invalid += len(broken)
+            else:
+                self._episodes.returns.append(float(result.episode_return[i]))
+                self._episodes.lengths.append(int(result.episode_length[i]))
+                self._episodes.successes.append(bool(result.terminated[i]))
+            self._episode_starts[env] = t + 1
+
+    def _store_final_obs(self, slot: int, group: range, result: ChunkResult) -> Tensor:
+        """Put true final observations into the side table and return each environment's row there, [n]."""
+        rows = self._num_truncations[as_slice(group)].clone()
+        for i in result.truncated.nonzero().flatten().tolist():
+            self._buffer.write_final_obs(slot, int(rows[i]), group[i], result.final_obs[i])
+            self._num_truncations[group[i]] += 1
+        return torch.where(result.truncated, rows, torch.zeros_like(rows))
+
+
+def give_up_non_finite(actions: Tensor, decision: TensorDict) -> Tensor:
+    """Return `actions`, [n, H, A], with NaN for whole decisions of which any number is not finite.
+
+    Environments refuse such actions and give up the episode. Stays on the device: no read.
+    """
+    numbers = [
+        x.flatten(1).sum(1, dtype=torch.float32) for x in decision.values() if x.is_floating_point() and x.dim() > 1
+    ]
+    numbers += [x.float() for x in decision.values() if x.is_floating_point() and x.dim() == 1]
+    is_finite = torch.stack(numbers).sum(0).isfinite()
+    return torch.where(is_finite[:, None, None], actions, torch.nan)
+
+
+def without_non_finite(decision: TensorDict) -> TensorDict:
+    """Return a decision with zeros for what is not finite; it is not going to be trained on."""
+    tensors: dict[str, Tensor] = decision.to_dict()
+    zeroed = {k: x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x for k, x in tensors.items()}
+    return TensorDict(zeroed, decision.batch_size)
+
+
+def outcome_fields(result: ChunkResult, gamma: float, final_index: Tensor) -> dict[str, Tensor]:
+    """Return what the ring stores of a chunk's outcome, each [n].
+
+    A chunk's reward is `sum_i gamma^i r_i`, its discount `gamma ** executed`.
+    """
+    powers = gamma ** torch.arange(result.rewards.shape[1], dtype=torch.float32)
+    return {
+        "rewards": (result.rewards * powers).sum(-1),
+        "discounts": gamma ** result.executed.float(),
+        "executed": result.executed,
+        "terminated": result.terminated,
+        "truncated": result.truncated,
+        "valid": ~result.broken,
+        "final_index": final_index,
+    }
+
+
+def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_slots: int) -> BufferPlan:
+    """Return the ring that rollouts of this policy in these environments need; allocates nothing of that size.
+
+    The horizon cuts an environment's episode at most once per `ceil(horizon / H)` decisions.
+    """
+    device = next(policy.parameters()).device
+    obs = TensorDict({k: torch.zeros(num_envs, *shape) for k, shape in spec.obs_shapes.items()}, [num_envs])
+    with torch.no_grad():
+        noise = torch.zeros(num_envs, policy.noise_size, device=device)
+        decision = make_acting_copy(policy).sample_actions(obs.to(device), "train", noise)
+    outcome = outcome_fields(_empty_result(obs, policy.n_action_steps), 1.0, torch.zeros(num_envs, dtype=torch.int64))
+    fields = dict(decision.cpu().items()) | outcome
+    decisions_per_episode = -(-spec.horizon // policy.n_action_steps)
+    max_truncations = -(-num_steps // decisions_per_episode)
+    return BufferPlan(TensorDict(fields, [num_envs]), obs, num_slots, num_steps, max_truncations)
+
+
+def _empty_result(obs: TensorDict, chunk_length: int) -> ChunkResult:
+    num_envs = len(obs)
+    zeros, counts = torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.int64)
+    false = torch.zeros(num_envs, dtype=torch.bool)
+    return ChunkResult(obs, obs, torch.zeros(num_envs, chunk_length), counts, false, false, zeros, counts, false)

@@ -1,0 +1,166 @@
+"""A run's folder: its name, its configuration, the versions it runs on, and who writes in it.
+
+Owns everything in a run folder but checkpoints and metrics. It must not know how a run is trained.
+
+    config.yaml  versions.json  metrics.jsonl  lock  checkpoints/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asyncflow.config import Config, validate
+from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.policy_file import write_atomically
+from asyncflow.presets import YAML_ERRORS, apply_overrides
+
+# What may differ in a resumed run: none of it changes what a finished update was.
+CHANGEABLE = (
+    "trainer.total_updates", "trainer.total_env_steps", "trainer.save_interval", "trainer.keep_last",
+    "trainer.eval_interval", "trainer.eval_episodes", "trainer.device", "logging.logger",
+    "env.num_workers", "env.step_timeout_s", "env.max_restarts", "env.restart_window_s",
+    "algorithm.max_nonfinite_steps", "policy.emulated_latency_s", "algorithm.emulated_latency_s",
+    "env.emulated_latency_s", "trainer.emulated_spread", "trainer.emulated_variation", "logging.trace",
+)  # fmt: skip
+_PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
+
+
+def name_run_folder(config: Config) -> Path:
+    """Return the folder of a new run; creates nothing.
+
+    Raises:
+        ConfigError: The folder already holds a run.
+    """
+    trainer = config.trainer
+    default = f"runs/{config.env.task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.logging.out or default)
+    _refuse_run(folder)
+    return folder
+
+
+def _refuse_run(folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"logging.out = {folder}: already holds a run; choose another folder, or go on with it: --resume {folder}"
+        )
+
+
+def create_run_folder(folder: Path, config: Config) -> int:
+    """Create the folder of a new run, with its configuration and the versions it runs on, and lock it.
+
+    Returns:
+        As `lock_run_folder`.
+
+    Raises:
+        ConfigError: The folder cannot be created, or another process has begun a run in it since it was named.
+    """
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"logging.out = {folder}: {error.strerror}") from None
+    descriptor = lock_run_folder(folder)
+    try:
+        _refuse_run(folder)
+        _describe_run(folder, config)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _describe_run(folder: Path, config: Config) -> None:
+    try:
+        write_atomically(folder / "versions.json", json.dumps(describe_versions(), indent=2).encode())
+        write_config(folder, config)
+    except OSError as error:
+        raise ConfigError(f"logging.out = {folder}: {error.strerror}") from None
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write or replace a run's resolved configuration."""
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+
+
+def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
+    """Return the configuration with which a run goes on.
+
+    Args:
+        folder: The run folder.
+        overrides: Dotted key -> value, of `CHANGEABLE` keys.
+
+    Raises:
+        CheckpointError: The folder holds no run.
+        ConfigError: A key cannot be changed in the middle of a run, or a value is wrong.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise CheckpointError(f"--resume {folder}: holds no run (no config.yaml); give the folder that a run wrote")
+    for key, value in overrides.items():
+        if key not in CHANGEABLE:
+            raise ConfigError(f"{key} = {value!r}: cannot change with --resume; may change: {', '.join(CHANGEABLE)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except YAML_ERRORS as error:
+        raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"--resume {folder}: config.yaml is damaged: it holds no sections")
+    return validate(apply_overrides(values, overrides))
+
+
+def lock_run_folder(folder: Path) -> int:
+    """Become the only process that writes in a run folder, until it ends; returns the descriptor to close.
+
+    Raises:
+        ConfigError: Another process trains there, or the folder cannot be written to.
+    """
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot write in it: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ConfigError(f"{folder}: another process is training in this run folder; stop it first") from None
+    return descriptor
+
+
+def describe_versions() -> dict[str, str]:
+    """Return what a result depends on besides its configuration: package versions, Python, git commit."""
+    versions = {"python": platform.python_version(), "git_commit": _git_commit()}
+    return versions | {package: _version(package) for package in _PACKAGES}
+
+
+def changed_versions(folder: Path) -> list[str]:
+    """Return, a line each, which versions are not those that the run began with."""
+    try:
+        before = json.loads((folder / "versions.json").read_text())
+    except (OSError, ValueError):
+        return ["versions.json is missing or damaged"]
+    now = describe_versions()
+    return [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

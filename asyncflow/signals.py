@@ -1,0 +1,46 @@
+"""What Ctrl-C and SIGTERM do: end the program at once, or first end a run with a checkpoint.
+
+Owns the process's signal handlers and its sudden end. It must not know what is stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_INTERRUPTED = 130
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def interrupt_on_signals() -> None:
+    """Let a signal raise `KeyboardInterrupt` in the main thread."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+
+
+def stop_on_signals(request_stop: Callable[[], None]) -> None:
+    """Let the first signal call `request_stop`, which must not wait, and the second end the process at once."""
+
+    def stop(*_: object) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, _leave_at_once)
+        request_stop()
+        with contextlib.suppress(OSError):  # the reader may be gone, as `tee` is after Ctrl-C
+            os.write(2, b"stopping: saving what was trained; once more to quit at once\n")  # safe in a handler
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+
+
+def _leave_at_once(*_: object) -> NoReturn:
+    """Kill the simulators and end the process, whatever its threads wait for. Files are whole at every moment."""
+    try:
+        for process in multiprocessing.active_children():
+            with contextlib.suppress(ValueError, OSError):  # another thread has just closed it
+                process.kill()
+    finally:
+        os._exit(EXIT_INTERRUPTED)

@@ -1,0 +1,208 @@
+"""A run that was cut and resumed equals the uncut one, bit for bit; and what a resumed run refuses."""
+
+import json
+import os
+import shutil
+
+import pytest
+from silent import LIFT, TOY, assert_equal, go_on, outcome, start
+
+from asyncflow.checkpoint import list_checkpoints, load_checkpoint
+from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.run_folder import lock_run_folder
+
+FLOW = {
+    "policy.kind": "flow",
+    "policy.log_prob": "joint_mean",
+    "policy.noise_level_final": 0.3,
+    "policy.anneal_updates": 5,
+    "policy.noise_method": "flow_sde",
+    "policy.hidden_sizes": [32],
+    "algorithm.lr_schedule": "linear",
+    "algorithm.critic_warmup_updates": 2,
+}
+
+
+@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("cut", [1, 4])
+def test_a_cut_and_resumed_run_equals_the_uncut_one(tmp_path, buffer_type, lag, cut):
+    changes = TOY | FLOW | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": lag}
+    changes |= {"trainer.eval_interval": 2, "trainer.eval_episodes": 6}
+    start(tmp_path / "uncut", "toy", changes)
+    start(tmp_path / "cut", "toy", changes, stop_at=cut)
+    assert len(list_checkpoints(tmp_path / "cut")) >= 1
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+FAR = {"buffer.max_policy_lag": 3, "collector.num_env_groups": 2, "algorithm.target_kl": 1e-3}
+N_STEP = {"buffer.max_policy_lag": 4, "algorithm.advantage": "n_step", "algorithm.n_step": 3}
+
+
+@pytest.mark.parametrize("options", [FAR, N_STEP], ids=["lag 3, groups, target_kl", "lag 4, n_step"])
+@pytest.mark.parametrize("cut", [2, 5])
+def test_a_cut_far_behind_the_newest_weights_changes_nothing(tmp_path, options, cut):
+    changes = TOY | FLOW | options | {"trainer.buffer_type": "vla", "trainer.total_updates": 8}
+    start(tmp_path / "uncut", "toy", changes)
+    start(tmp_path / "cut", "toy", changes, stop_at=cut)
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+def test_a_run_cut_twice_equals_the_uncut_one(tmp_path):
+    changes = TOY | {"trainer.buffer_type": "vla", "trainer.total_updates": 6}
+    start(tmp_path / "uncut", "toy", changes)
+    start(tmp_path / "cut", "toy", changes, stop_at=2)
+    go_on(tmp_path / "cut", **{"trainer.total_updates": 4})
+    go_on(tmp_path / "cut", **{"trainer.total_updates": 6})
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
+def test_a_cut_and_resumed_run_equals_the_uncut_one_on_lift(tmp_path, buffer_type):
+    """Episodes are open at the cut: their horizon is no multiple of a rollout."""
+    changes = LIFT | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": 1, "env.horizon": 26}
+    start(tmp_path / "uncut", "lift", changes)
+    start(tmp_path / "cut", "lift", changes, stop_at=2)
+    cut = load_checkpoint(list_checkpoints(tmp_path / "cut")[-1])
+    assert cut.groups["journal"]["num_chunks"].min() > 0
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("on_full", ["block", "overwrite"])
+def test_with_bounded_lag_nothing_is_trained_twice_and_the_books_balance(tmp_path, on_full):
+    changes = TOY | {"buffer.lag_mode": "bounded", "buffer.max_policy_lag": 2, "buffer.on_full": on_full}
+    changes |= {"trainer.buffer_type": "vla", "trainer.total_updates": 10}
+    start(tmp_path / "run", "toy", changes, stop_at=5)
+    reporter = go_on(tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["updates"] for row in rows] == list(range(1, 11))
+    assert [row["decisions"] for row in rows] == [32 * n for n in range(1, 11)]
+    assert all(row["staleness/policy_lag_max"] <= 2 for row in rows)
+    for row in reporter.rows:
+        books = {name: row[f"buffer/{name}"] for name in ("collected", "trained", "in_flight", "dropped", "invalid")}
+        assert books["trained"] == row["decisions"]
+        assert books["collected"] == sum(books.values()) - books["collected"]
+
+
+def stop_in_evaluation(updates):
+    """Return a hook that requests a stop in the evaluation after an update."""
+
+    def hook(trainer):
+        check = trainer._check_evaluation
+
+        def stop_there():
+            if trainer.progress.updates == updates:
+                trainer.request_stop()
+            check()
+
+        trainer._check_evaluation = stop_there
+
+    return hook
+
+
+@pytest.mark.parametrize("updates", [3, 6])
+def test_an_evaluation_that_a_stop_cut_is_made_up_for(tmp_path, updates):
+    changes = TOY | {"trainer.eval_interval": 3, "trainer.eval_episodes": 6}
+    start(tmp_path / "uncut", "toy", changes)
+    reporter = start(tmp_path / "cut", "toy", changes, on_built=stop_in_evaluation(updates))
+    assert "eval/success_rate" not in reporter.rows[-1]
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+def test_a_run_is_finished_once_its_last_evaluation_is_made_up_for(tmp_path):
+    changes = TOY | {"trainer.eval_interval": 6, "trainer.eval_episodes": 6}
+    start(tmp_path / "run", "toy", changes, on_built=stop_in_evaluation(6))
+    go_on(tmp_path / "run")
+    with pytest.raises(ConfigError, match="finished after 6 updates"):
+        go_on(tmp_path / "run")
+
+
+def test_what_fails_between_an_update_and_its_publication_leaves_a_run_that_goes_on(tmp_path):
+    def fail_at_three(trainer):
+        anneal = trainer.parts.policy.anneal
+
+        def fail(updates):
+            if updates == 3:
+                raise ArithmeticError("no noise level")
+            anneal(updates)
+
+        trainer.parts.policy.anneal = fail
+
+    changes = TOY | FLOW | {"trainer.save_interval": 1}
+    start(tmp_path / "uncut", "toy", changes)
+    with pytest.raises(ArithmeticError, match="no noise level"):
+        start(tmp_path / "cut", "toy", changes, on_built=fail_at_three)
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    start(tmp_path / "run", "toy", TOY, stop_at=2)
+    half = tmp_path / "run" / "checkpoints" / ".update_000003.1.tmp"
+    half.mkdir()
+    go_on(tmp_path / "run")
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+@pytest.mark.parametrize("name", ["policy.safetensors", "training.safetensors", "state.json", "checksums.json"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, damage, name):
+    folder = tmp_path / "run"
+    start(folder, "toy", TOY | {"trainer.save_interval": 2})
+    uncut = outcome(folder)
+    path = list_checkpoints(folder)[-1] / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    {
+        "truncate": lambda: path.write_bytes(content[: len(content) // 2]),
+        "flip": lambda: path.write_bytes(content),
+        "remove": path.unlink,
+    }[damage]()
+    reporter = go_on(folder)
+    assert any("update_000006" in notice and ("damaged" in notice) for notice in reporter.notices)
+    assert f"going on from {folder / 'checkpoints' / 'update_000004'}" in reporter.notices
+    assert_equal(uncut, outcome(folder))
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
+    start(tmp_path / "run", "toy", TOY)
+    for path in list_checkpoints(tmp_path / "run"):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"nothing to go on from: .*state.json: damaged"):
+        go_on(tmp_path / "run")
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_begins_again(tmp_path):
+    start(tmp_path / "uncut", "toy", TOY)
+    start(tmp_path / "cut", "toy", TOY, stop_at=3)
+    shutil.rmtree(tmp_path / "cut/checkpoints/update_000003")
+    reporter = go_on(tmp_path / "cut")
+    assert any("no checkpoint yet: beginning at update 0" in notice for notice in reporter.notices)
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+def test_a_finished_run_is_not_resumed(tmp_path):
+    start(tmp_path / "run", "toy", TOY)
+    with pytest.raises(ConfigError, match=r"finished after 6 updates .*raise trainer.total_updates"):
+        go_on(tmp_path / "run")
+
+
+def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path):
+    start(tmp_path / "run", "toy", TOY, stop_at=2)
+    descriptor = lock_run_folder(tmp_path / "run")
+    with pytest.raises(ConfigError, match="another process is training in this run folder"):
+        go_on(tmp_path / "run")
+    os.close(descriptor)
+
+
+def test_a_moved_run_goes_on_where_it_lies(tmp_path):
+    start(tmp_path / "run", "toy", TOY, stop_at=2)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    go_on(tmp_path / "moved")
+    assert len((tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()) == 6

@@ -1,0 +1,127 @@
+"""Steps that are skipped, undone or taken over from another optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from asyncflow.errors import CheckpointError
+from asyncflow.optimizer import GuardedAdam
+
+
+def make_optimizer(*sizes: int) -> GuardedAdam:
+    """Return an optimizer of parameters called a, b, ... with these sizes, and of none in a second group."""
+    rng = torch.Generator().manual_seed(0)
+    named = {name: nn.Parameter(torch.randn(n, generator=rng)) for name, n in zip("abc", sizes, strict=False)}
+    groups = [{"params": list(named.values()), "lr": 0.1}, {"params": [], "lr": 0.2}]
+    return GuardedAdam(groups, named, eps=1e-5)
+
+
+def step(optimizer: GuardedAdam, is_finite: bool = True, gradient: float = 1.0) -> None:
+    for parameter in parameters(optimizer):
+        parameter.grad = torch.full_like(parameter, gradient)
+    optimizer.step_if(torch.tensor(is_finite))
+
+
+def parameters(optimizer: GuardedAdam) -> list[Tensor]:
+    return optimizer.param_groups[0]["params"]
+
+
+def everything(optimizer: GuardedAdam) -> list[Tensor]:
+    return [x.detach().clone() for x in (*parameters(optimizer), *optimizer.state_tensors().values())]
+
+
+def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_finite_step_is_adam_s_bit_for_bit() -> None:
+    guarded, plain = make_optimizer(3, 2), make_optimizer(3, 2)
+    reference = torch.optim.Adam(parameters(plain), lr=0.1, eps=1e-5, fused=True)
+    for gradient in (1.0, -3.0, 0.5):
+        step(guarded, gradient=gradient)
+        for parameter in parameters(plain):
+            parameter.grad = torch.full_like(parameter, gradient)
+        reference.step()
+    assert_equal(parameters(guarded), parameters(plain))
+    assert_equal(list(guarded.state_tensors().values()), [x for s in reference.state.values() for x in s.values()])
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    optimizer = make_optimizer(3, 2)
+    step(optimizer)
+    before = everything(optimizer)
+    step(optimizer, is_finite=False, gradient=float("nan"))
+    assert_equal(everything(optimizer), before)
+
+
+def test_after_a_skipped_first_step_training_goes_on_as_without_it() -> None:
+    disturbed, undisturbed = make_optimizer(3), make_optimizer(3)
+    step(disturbed, is_finite=False, gradient=float("nan"))
+    for optimizer in (disturbed, undisturbed):
+        step(optimizer)
+    assert_equal(everything(disturbed), everything(undisturbed))
+
+
+def test_steps_are_put_back() -> None:
+    optimizer = make_optimizer(3, 2)
+    step(optimizer)
+    before = everything(optimizer)
+    optimizer.remember()
+    step(optimizer, gradient=-2.0)
+    optimizer.put_back()
+    assert_equal(everything(optimizer), before)
+
+
+def test_state_that_did_not_exist_is_removed() -> None:
+    optimizer = make_optimizer(3)
+    optimizer.remember()
+    step(optimizer)
+    optimizer.put_back()
+    assert optimizer.state_tensors() == {}
+
+
+def test_the_copy_is_allocated_once() -> None:
+    optimizer = make_optimizer(3, 2)
+    addresses = [tensor.data_ptr() for tensor in optimizer._copies.values()]
+    for _ in range(2):
+        optimizer.remember()
+        step(optimizer)
+    assert [tensor.data_ptr() for tensor in optimizer._copies.values()] == addresses
+
+
+def test_loaded_state_shares_no_memory_with_what_was_given() -> None:
+    optimizer, other = make_optimizer(3), make_optimizer(3)
+    step(optimizer)
+    other.load_state_tensors(optimizer.state_tensors())
+    assert_equal(list(other.state_tensors().values()), list(optimizer.state_tensors().values()))
+    assert other.state_tensors()["a.exp_avg"].data_ptr() != optimizer.state_tensors()["a.exp_avg"].data_ptr()
+
+
+def test_loading_removes_what_is_not_given() -> None:
+    optimizer = make_optimizer(3)
+    step(optimizer)
+    optimizer.load_state_tensors({})
+    assert optimizer.state_tensors() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"z.step": torch.zeros(())}, "unknown: z.step$"),
+        ({f"{name}.step": torch.zeros(()) for name in "vwxyz"}, "unknown: v.step, w.step, x.step and 2 more$"),
+        ({"b.exp_avg": None}, "missing: b.exp_avg$"),
+        ({"a.exp_avg_sq": torch.zeros(4)}, r"misshapen: a.exp_avg_sq \[4\] not \[3\]$"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused_and_nothing_changes(
+    changes: dict[str, Tensor | None], complaint: str
+) -> None:
+    optimizer = make_optimizer(3, 2)
+    step(optimizer)
+    before = everything(optimizer)
+    tensors = {name: x for name, x in (optimizer.state_tensors() | changes).items() if x is not None}
+    with pytest.raises(CheckpointError, match=complaint):
+        optimizer.load_state_tensors(tensors)
+    assert_equal(everything(optimizer), before)

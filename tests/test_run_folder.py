@@ -1,0 +1,103 @@
+"""A run's folder: one run, one writer, and what may change when it is resumed."""
+
+import os
+
+import pytest
+
+from asyncflow.config import describe_keys
+from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.presets import load_config
+from asyncflow.run_folder import (
+    CHANGEABLE,
+    changed_versions,
+    create_run_folder,
+    describe_versions,
+    lock_run_folder,
+    name_run_folder,
+    resume_config,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = load_config("toy", {"logging.out": str(tmp_path / "run")})
+    os.close(create_run_folder(name_run_folder(config), config))
+    return tmp_path / "run"
+
+
+def test_a_folder_that_holds_a_run_is_refused(folder):
+    config = load_config("toy", {"logging.out": str(folder)})
+    with pytest.raises(ConfigError, match=r"logging.out = .*already holds a run.*--resume"):
+        name_run_folder(config)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = load_config("toy", {"logging.out": str(tmp_path / "file" / "run")})
+    with pytest.raises(ConfigError, match=r"logging.out = .*: Not a directory"):
+        create_run_folder(name_run_folder(config), config)
+
+
+def test_versions_name_what_a_result_depends_on():
+    versions = describe_versions()
+    assert {"python", "git_commit", "torch", "mujoco", "robosuite"} <= set(versions)
+
+
+def test_a_resumed_run_keeps_its_configuration_but_for_what_may_change(folder):
+    config = resume_config(folder, {"trainer.total_updates": 77})
+    assert config.trainer.total_updates == 77
+    assert config.policy == load_config("toy").policy
+
+
+@pytest.mark.parametrize("key", ["trainer.seed", "env.num_envs", "buffer.max_policy_lag", "logging.out"])
+def test_what_would_make_it_another_run_is_refused(folder, key):
+    with pytest.raises(
+        ConfigError, match=rf"{key} = 3: cannot change with --resume; may change: trainer.total_updates"
+    ):
+        resume_config(folder, {key: 3})
+
+
+def test_whatever_may_change_is_a_key():
+    assert set(CHANGEABLE) <= {name for name, *_ in describe_keys()}
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(CheckpointError, match=r"--resume .*: holds no run"):
+        resume_config(tmp_path, {})
+
+
+def test_a_damaged_configuration_is_one_line(folder):
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged"):
+        resume_config(folder, {})
+
+
+def test_a_run_folder_has_one_writer(folder):
+    descriptor = lock_run_folder(folder)
+    with pytest.raises(ConfigError, match="another process is training"):
+        lock_run_folder(folder)
+    os.close(descriptor)
+    os.close(lock_run_folder(folder))
+
+
+def test_a_run_that_began_meanwhile_is_not_written_over(folder):
+    """Between naming the folder and creating it lie the seconds in which simulators are built."""
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        create_run_folder(folder, load_config("toy", {"trainer.seed": 9}))
+    assert (folder / "config.yaml").read_text() == before
+    os.close(lock_run_folder(folder))  # the refusal let go of the lock
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n"])
+def test_a_configuration_without_sections_is_damaged(folder, content):
+    (folder / "config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged: it holds no sections"):
+        resume_config(folder, {"trainer.total_updates": 3})
+
+
+def test_other_versions_than_at_the_beginning_are_named(folder):
+    assert changed_versions(folder) == []
+    path = folder / "versions.json"
+    path.write_text(path.read_text().replace(f'"torch": "{describe_versions()["torch"]}"', '"torch": "1.0"'))
+    assert changed_versions(folder) == [f"torch was 1.0, is {describe_versions()['torch']}"]

@@ -1,0 +1,191 @@
+"""Signals to a real command: saved and gone after the first, gone at once after the second, nothing left behind.
+
+A run that has to be at a certain place when the signal comes is held there (`held_run`).
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TOY = ["train", "--task", "Toy", "--logger", "none", "trainer.eval_interval=0"]
+ENDLESS = ["policy.emulated_latency_s=0.01", "trainer.total_updates=100000"]
+TWO_WORKERS = ["env.num_envs=2", "env.num_workers=2", "buffer.buffer_size=8", "algorithm.num_minibatches=2"]
+HELD_RUN = str(Path(__file__).with_name("held_run.py"))
+
+
+@pytest.fixture
+def launch():
+    """Return a function that starts Python in a process group of its own; what is left of it ends with the test."""
+    started = []
+
+    def start(*arguments, **streams):
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | streams
+        started.append(subprocess.Popen([sys.executable, *arguments], text=True, start_new_session=True, **streams))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+@pytest.fixture
+def hold(launch, tmp_path):
+    """Return a function that starts a run and returns when it is held at a place."""
+
+    def start(place, *overrides, count=1, environment="own"):
+        process = launch(HELD_RUN, place, str(count), environment, *TOY, "--out", str(tmp_path / "run"), *overrides)
+        wait_for_line(process, "held")
+        return process
+
+    return start
+
+
+def wait_for_line(process, beginning):
+    """Read the output up to a line."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"the run ended before {beginning!r}: {''.join(seen)}")
+
+
+def interrupt(process, number=signal.SIGINT, within_s=10):
+    """Send a signal as a terminal does, to the whole group; return what the run said until nobody can say more."""
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=within_s)  # workers, too, would keep the pipe open
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert survivors(process.pid) == []
+    return output
+
+
+def survivors(group, within_s=2.0):
+    """Return the processes of a group that do not end in time; multiprocessing's own helper ends last, by itself."""
+    for pid in members(group):
+        with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid)) as ended:
+            select.select([ended], [], [], within_s)
+    return members(group)
+
+
+def members(group):
+    """Return the processes of a group that run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def saved_state(run):
+    return json.loads((run / "checkpoints/last/state.json").read_text())
+
+
+def num_rows(run):
+    return len((run / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(("number", "buffer_type"), [(signal.SIGINT, "vla"), (signal.SIGTERM, "standard")])
+def test_the_first_signal_saves_and_leaves_with_130_within_ten_seconds(launch, tmp_path, number, buffer_type):
+    run = tmp_path / "run"
+    process = launch("-m", "asyncflow", *TOY, "--out", str(run), "--buffer-type", buffer_type, *ENDLESS)
+    wait_for_line(process, "update 1")
+    assert "stopping: saving" in interrupt(process, number)
+    assert saved_state(run)["updates"] == num_rows(run)
+
+
+def test_a_signal_after_the_reader_of_the_output_has_died_saves_too(hold, tmp_path):
+    """Ctrl-C reaches the whole pipeline: in `asyncflow train |& tee log` the reader dies first."""
+    process = hold("asyncflow.trainer:Trainer._check_update", count=2)
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    assert saved_state(tmp_path / "run")["updates"] == num_rows(tmp_path / "run") == 1
+
+
+def test_a_run_whose_output_goes_to_a_full_disk_trains_to_its_end(launch, tmp_path):
+    run = tmp_path / "run"
+    with Path("/dev/full").open("w") as full:
+        process = launch(
+            "-m", "asyncflow", *TOY, "--out", str(run), "trainer.total_updates=2", stdout=full, stderr=subprocess.PIPE
+        )
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert saved_state(run)["updates"] == num_rows(run) == 2
+
+
+def test_a_signal_before_the_run_is_built_ends_it(hold, tmp_path):
+    interrupt(hold("asyncflow.launch:build_parts"), signal.SIGTERM)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [("asyncflow.envs.worker:Finalize", 2), ("asyncflow.envs.worker:Worker.wait_ready", 1)],
+    ids=["second process just started", "simulators under construction"],
+)
+def test_a_signal_while_workers_are_started_leaves_none(hold, place, count):
+    interrupt(hold(place, *TWO_WORKERS, count=count, environment="stuck"))  # they would not see their pipe close
+
+
+@pytest.mark.slow
+def test_an_update_that_takes_too_long_is_abandoned_and_the_boundary_before_it_is_saved(hold, tmp_path):
+    slow_update = ["algorithm.emulated_latency_s=1.0", "algorithm.update_epochs=8", "algorithm.num_minibatches=8"]
+    process = hold("asyncflow.trainer:Trainer._check_update", *slow_update, count=2)  # in the second minibatch of 64
+    interrupt(process)
+    assert saved_state(tmp_path / "run")["updates"] == 0
+
+
+def test_a_signal_during_an_evaluation_leaves_it_owed(hold, tmp_path):
+    interrupt(hold("asyncflow.trainer:Trainer._check_evaluation", "trainer.eval_interval=1", count=2))
+    assert saved_state(tmp_path / "run")["is_evaluation_owed"]
+
+
+def test_a_signal_during_the_final_save_leaves_a_whole_checkpoint(hold, tmp_path):
+    interrupt(hold("asyncflow.checkpoint:publish_file", "trainer.total_updates=1", "trainer.save_interval=1000"))
+    assert saved_state(tmp_path / "run")["updates"] == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob(".*")] == []
+
+
+@pytest.mark.parametrize("environment", ["own", pytest.param("fake", marks=pytest.mark.slow)])
+def test_the_second_signal_leaves_at_once_whatever_the_policy_does(hold, environment):
+    slow_policy = [*TWO_WORKERS, "policy.emulated_latency_s=60"]
+    process = hold("asyncflow.latency:EmulatedLatency.wait", *slow_policy, environment=environment)
+    os.killpg(process.pid, signal.SIGINT)
+    wait_for_line(process, "stopping")
+    start = time.monotonic()
+    interrupt(process)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_neither_signal_leaves_a_process_or_shared_memory(launch, tmp_path, num_signals):
+    before = set(os.listdir("/dev/shm"))
+    lift = ["train", "--task", "Lift", "--logger", "none", "trainer.eval_interval=0", *TWO_WORKERS, *ENDLESS]
+    process = launch("-m", "asyncflow", *lift, "--out", str(tmp_path / "run"))
+    wait_for_line(process, "update 1")
+    if num_signals == 2:
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for_line(process, "stopping")
+    interrupt(process)
+    assert set(os.listdir("/dev/shm")) <= before

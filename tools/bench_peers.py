@@ -1,0 +1,81 @@
+"""Compare asyncflow with stable-baselines3, rsl_rl, CleanRL's shape and TorchRL, and write `docs/benchmarks/peers.md`.
+
+    python tools/bench_peers.py                 # everything, on a quiet machine; eight minutes
+    python tools/bench_peers.py --only update
+
+The peers live in `.venv-peers`, which the first call makes and a second leaves as it is. Every claim is a ratio within
+one run; what is compared takes turns. The page is written when both parts ran, or to the file that `--out` names. A
+missed target exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from bench_report import (
+    REPOSITORY,
+    Part,
+    describe_command,
+    describe_machine,
+    describe_setting,
+    describe_software,
+)
+from peers_setup import describe_peers, enter_environment
+
+PAGE = REPOSITORY / "docs" / "benchmarks" / "peers.md"
+PARTS = ("update", "end-to-end")
+
+
+def measure(options: argparse.Namespace) -> list[Part]:
+    """Run the parts asked for."""
+    from peers_end_to_end import bench_end_to_end  # noqa: PLC0415  exists in the environment of the peers alone
+    from peers_update import bench_update  # noqa: PLC0415
+
+    benches = {"update": bench_update, "end-to-end": bench_end_to_end}
+    return [benches[name](options) for name in options.only]
+
+
+def to_page(parts: list[Part]) -> str:
+    """Return setting, table and notes as Markdown."""
+    rows = ["| what | measured | target | met |", "|---|---|---|---|"]
+    for found in (found for part in parts for found in part.findings):
+        met = "" if found.target == "reported" else "yes" if found.is_met else "**no**"
+        rows.append(f"| {found.what} | {found.measured} | {found.target} | {met} |")
+    notes = [f"- {note}" for part in parts for note in part.notes]
+    setting = describe_setting(describe_machine(), describe_software())
+    head = f"# Beside other libraries\n\n{setting}- Peers: {describe_peers()}\n- Command: `{describe_command()}`\n"
+    return "\n".join([head, *rows, "", *notes, ""])
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--turns", type=int, default=6, help="update: turns of the large rollout; five times the small")
+    parser.add_argument("--repeats", type=int, default=2, help="end-to-end: runs of each contender")
+    parser.add_argument("--updates", type=int, default=4, help="end-to-end: updates measured in a run")
+    parser.add_argument("--rollout", type=int, default=480, help="end-to-end: decisions of a rollout")
+    parser.add_argument("--out", type=Path, help="page to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, print, write, and say which targets were missed."""
+    options = parse_arguments()
+    enter_environment()
+    parts = measure(options)
+    page = to_page(parts)
+    print(page)
+    if options.out or set(options.only) == set(PARTS):
+        (options.out or PAGE).parent.mkdir(parents=True, exist_ok=True)
+        (options.out or PAGE).write_text(page)
+    missed = [found.what for part in parts for found in part.findings if not found.is_met]
+    for what in missed:
+        print(f"missed: {what}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,15 @@
+"""Measure both buffer types in turns: throughput, its ceilings, and what limits it. The same as `asyncflow profile`.
+
+python tools/profile_throughput.py --task Toy --inference-latency-s 0.2 --update-latency-s 0.2
+"""
+
+from __future__ import annotations
+
+import sys
+
+from asyncflow.cli import run
+from asyncflow.signals import interrupt_on_signals
+
+if __name__ == "__main__":
+    interrupt_on_signals()
+    sys.exit(run(["profile", *sys.argv[1:]]))
