@@ -15,7 +15,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check format format-check lint types docs stress soak bench-core bench-peers bench-learning learning-page clean distclean
+.PHONY: help install train test test-all check format format-check lint types docs stress soak bench-core bench-overlap bench-peers bench-learning learning-page gpu-check clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +25,9 @@ train: $(STAMP) ## Set up, then fine-tune the shipped Lift policy asynchronously
 
 test: $(STAMP) ## Set up, then run the tests; ARGS="..." goes to pytest.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP) ## The same with the slow tests, which repeat at a larger scale what others show; some minutes more.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
 
 check: format-check lint types test ## Everything that a change must pass.
 
@@ -55,6 +58,9 @@ soak: $(STAMP) ## Train an hour of toy, then twenty minutes of Lift, and show wh
 bench-core: $(STAMP) ## Measure the core and write docs/benchmarks/core.md; needs a quiet machine.
 	$(BIN)/python tools/bench_core.py $(ARGS)
 
+bench-overlap: $(STAMP) ## Measure what overlap gives and write docs/benchmarks/overlap.md; an hour, needs a quiet machine, can be resumed.
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_overlap.py $(ARGS)
+
 bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/peers.md; eight minutes, needs a quiet machine.
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_peers.py $(ARGS)
 
@@ -63,6 +69,9 @@ bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, 
 
 learning-page: $(STAMP) ## Write docs/benchmarks/learning.md and its picture from the tables of bench-learning.
 	$(BIN)/python tools/learning_page.py $(ARGS)
+
+gpu-check: $(STAMP) ## Check both modes on a GPU and write docs/benchmarks/gpu.md; eight minutes, needs no simulator.
+	$(BIN)/python tools/gpu_check.py --out docs/benchmarks/gpu.md $(ARGS)
 
 install: $(STAMP) ## Set up .venv.
 

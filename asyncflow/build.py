@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,16 +18,17 @@ from asyncflow.buffer import RolloutBuffer
 from asyncflow.checkpoint import Checkpoint
 from asyncflow.collector import Collector, InlineCollector, ThreadedCollector
 from asyncflow.config import Config
-from asyncflow.device import resolve_device
+from asyncflow.device import check_compile, resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
-from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.tasks import TOY, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.policies import make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
+from asyncflow.progress import Progress
 from asyncflow.resources import check_memory
 from asyncflow.rollout_writer import Channel, CollectorSettings, RolloutWriter, plan_ring
 from asyncflow.run_folder import name_run_folder
@@ -40,7 +41,17 @@ NUM_OPTIMIZER_COPIES = 5  # Adam's two moments, and what an abandoned update is 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of; `build_parts` makes it. Without evaluations there is no `eval_env`."""
+    """What a run is made of; `build_parts` makes it.
+
+    Attributes:
+        env: The collector's simulators.
+        eval_env: The evaluation's own; None without evaluations.
+        policy: What is trained.
+        channel: What collector and trainer share.
+        collector: Where rollouts come from.
+        ppo: What trains on them.
+        progress: How far the run is; the trainer moves it on.
+    """
 
     env: VecEnv
     eval_env: VecEnv | None
@@ -48,6 +59,7 @@ class Parts:
     channel: Channel
     collector: Collector
     ppo: PPO
+    progress: Progress
 
     def interrupt(self) -> None:
         """End every wait for simulators and for rollouts. Any thread or a signal handler; never waits."""
@@ -70,13 +82,16 @@ def check_start(config: Config) -> Path:
     """Find a user's mistakes before simulators are built, which takes seconds; return the run folder to create.
 
     Raises:
-        ConfigError: The device, the checkpoint or the policy cannot be had, or the folder already holds a run.
+        ConfigError: The device, the task, its observations, the checkpoint or the policy cannot be had, or the folder
+            already holds a run.
     """
-    resolve_device(config.trainer.device)
+    check_compile(config.policy.compile, resolve_device(config.trainer.device))
     folder = name_run_folder(config)
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
     if config.policy.checkpoint:
         spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
+    if config.env.task != TOY:
+        spec = replace(spec, obs_keys=resolve_task(config.env).obs_keys)
     build_policy(config, spec, torch.device("cpu"))
     return folder
 
@@ -92,10 +107,12 @@ def build_parts(
         resumed: Where the run goes on.
 
     Raises:
+        CheckpointError: The checkpoint lacks weights that the next rollouts act with, or does not fit the policy.
         ConfigError: The device, the task or the checkpoint does not exist or does not fit, or memory does not suffice.
         EnvError: A simulator could not be built.
     """
     device = resolve_device(config.trainer.device)
+    check_compile(config.policy.compile, device)
     torch.set_num_threads(config.trainer.num_threads)
     with ExitStack() as on_failure:
         env = _build_env(config, "train", config.env.num_envs)
@@ -107,11 +124,13 @@ def build_parts(
         policy = build_policy(config, env.spec, device, resumed)
         channel = _build_channel(config, policy, env.spec, on_plan)
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
+        progress = Progress()
         if resumed is not None:
-            _restore(resumed, channel, ppo)
-        collector = _build_collector(config, env, policy, channel, resumed)
+            progress = Progress.from_checkpoint(resumed)
+            _restore(config, resumed, channel, ppo)
+        collector = _build_collector(config, env, policy, channel, progress)
         on_failure.pop_all()
-    return Parts(env, eval_env, policy, channel, collector, ppo)
+    return Parts(env, eval_env, policy, channel, collector, ppo, progress)
 
 
 def _build_env(config: Config, purpose: str, num_envs: int) -> VecEnv:
@@ -159,14 +178,21 @@ def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Calla
     return Channel(buffer, WeightPublisher(policy, config.max_policy_lag), OverlapClock())
 
 
-def _restore(resumed: Checkpoint, channel: Channel, ppo: PPO) -> None:
-    snapshots = read_snapshots(resumed.groups)
-    if resumed.state["updates"] not in snapshots:
-        raise CheckpointError(f"{resumed.path}: lacks the weights of its own update {resumed.state['updates']}")
+def _restore(config: Config, resumed: Checkpoint, channel: Channel, ppo: PPO) -> None:
     channel.buffer.restore(resumed.state["next_rollout"], resumed.state["books"])
-    channel.publisher.restore(snapshots)
+    channel.publisher.restore(read_snapshots(resumed.groups))
+    updates, lag = resumed.state["updates"], _fixed_lag(config) or 0
+    missing = set(range(max(0, updates - lag), updates + 1)) - channel.publisher.snapshots().keys()
+    if missing:  # the collector would wait for them for ever
+        versions = ", ".join(str(version) for version in sorted(missing))
+        raise CheckpointError(f"{resumed.path}: lacks the weights of version {versions}, with which the run goes on")
     ppo.load_state_tensors(resumed.groups.get("optimizer", {}))
     ppo.num_nonfinite_steps = resumed.state["num_nonfinite_steps"]
+
+
+def _fixed_lag(config: Config) -> int | None:
+    """Return L where every rollout has a version of its own to act with; None where that is the newest."""
+    return config.max_policy_lag if config.buffer.lag_mode == "fixed" else None
 
 
 def name_snapshots(snapshots: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
@@ -179,29 +205,18 @@ def read_snapshots(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[int, Mapp
     return {int(name.removeprefix("weights_")): x for name, x in groups.items() if name.startswith("weights_")}
 
 
-def emulated_latency(config: Config, stage: str, mean_s: float) -> EmulatedLatency:
-    """Return how long a stage pretends to take."""
-    trainer = config.trainer
-    return EmulatedLatency(mean_s, trainer.emulated_spread, trainer.emulated_variation, trainer.seed, stage)
-
-
-def _build_collector(
-    config: Config, env: VecEnv, policy: Policy, channel: Channel, resumed: Checkpoint | None
-) -> Collector:
+def _build_collector(config: Config, env: VecEnv, policy: Policy, channel: Channel, progress: Progress) -> Collector:
     settings = CollectorSettings(
         seed=config.trainer.seed,
         gamma=config.algorithm.gamma,
         num_env_groups=config.collector.num_env_groups,
-        max_policy_lag=config.max_policy_lag if config.buffer.lag_mode == "fixed" else None,
-        inference_latency=emulated_latency(config, "inference", config.policy.emulated_latency_s),
-        env_latency=emulated_latency(config, "env", config.env.emulated_latency_s),
+        max_policy_lag=_fixed_lag(config),
+        inference_latency=EmulatedLatency.from_config(config.trainer, "inference", config.policy.emulated_latency_s),
+        env_latency=EmulatedLatency.from_config(config.trainer, "env", config.env.emulated_latency_s),
+        compile=config.policy.compile,
     )
-    journal = (
-        EpisodeJournal.from_tensors(resumed.groups["journal"]) if resumed and "journal" in resumed.groups else None
-    )
-    writer = RolloutWriter(env, policy, channel, settings, journal)
+    writer = RolloutWriter(env, policy, channel, settings, progress.journal)
     if config.trainer.buffer_type == "standard":
         return InlineCollector(writer, channel)
     total = config.trainer.total_updates if config.buffer.on_full == "block" else None
-    done = resumed.state["updates"] if resumed else 0
-    return ThreadedCollector(writer, channel, None if total is None else total - done)
+    return ThreadedCollector(writer, channel, None if total is None else total - progress.updates)

@@ -212,7 +212,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
     from asyncflow.presets import load_config, parse_overrides
 
-    resolved = load_config(config, parse_overrides(overrides or []))  # no task's preset: the dataset names its task
+    resolved = load_config(config, parse_overrides(overrides or []))  # without a preset: the dataset names its task
     with _quiet_imports():
         from asyncflow.pretrain import PretrainOptions, pretrain
 
@@ -242,14 +242,11 @@ def tasks() -> int:
 def config(overrides: Overrides = None, config: Preset = None) -> int:
     """Show every key: its value in a run, its default and its meaning."""
     resolved = _load(config, overrides, {})
-    from asyncflow.config import describe_keys
-    from asyncflow.console import ConsoleReporter, differences, plain
+    from asyncflow.config import describe_keys, values_by_key
+    from asyncflow.console import ConsoleReporter, plain
 
-    meanings = [meaning for _, _, _, meaning in describe_keys()]
-    rows = [
-        [key, plain(value), plain(default), meaning]
-        for (key, value, default), meaning in zip(differences(resolved), meanings, strict=True)
-    ]
+    values = values_by_key(resolved)
+    rows = [[key, plain(values[key]), plain(default), meaning] for key, default, meaning in describe_keys()]
     ConsoleReporter().table(["key", "value", "default", "meaning"], rows)
     return 0
 

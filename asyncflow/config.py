@@ -11,11 +11,12 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
 
 BufferType = Literal["vla", "standard"]
+CompileMode = Literal["none", "compile", "graph"]
 
 
 class Section(BaseModel):
@@ -37,7 +38,7 @@ class EnvConfig(Section):
         None, ge=1, description="Env steps until an episode is truncated; null means the task's."
     )
     obs_keys: list[str] | None = Field(
-        None, description="Low-dimensional observations concatenated into `state`; null means the task's."
+        None, min_length=1, description="Low-dimensional observations concatenated into `state`; null means the task's."
     )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
     emulated_latency_s: float = Field(
@@ -55,8 +56,8 @@ class PolicyConfig(Section):
     checkpoint: str | None = Field(
         None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
     )
-    hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
-    critic_hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
+    hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
+    critic_hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
     horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
     n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
     num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")
@@ -81,6 +82,9 @@ class PolicyConfig(Section):
     )
     min_std: float = Field(0.0, ge=0, description="Floor of the sampler's std, in sampling and in log-probs alike.")
     initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
+    compile: CompileMode = Field(
+        "none", description="Inference while collecting: as it is, by torch.compile, or as a CUDA graph."
+    )
     emulated_latency_s: float = Field(
         0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
     )
@@ -204,11 +208,6 @@ class Config(Section):
             return self.buffer.max_policy_lag
         return 1 if self.trainer.buffer_type == "vla" else 0
 
-    @property
-    def minibatch_size(self) -> int:
-        """Decisions in a minibatch."""
-        return self.buffer.buffer_size // self.algorithm.num_minibatches
-
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
         size, envs = self.buffer.buffer_size, self.env.num_envs
@@ -249,23 +248,22 @@ def validate(values: dict[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
 
 
-def describe_keys() -> Iterator[tuple[str, str, Any, str]]:
-    """Yield (dotted key, type, default, meaning) of every key."""
+def describe_keys() -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, default, meaning) of every key."""
     for section, field in Config.model_fields.items():
         for key, info in type(field.default).model_fields.items():
-            yield f"{section}.{key}", _type_name(info.annotation), getattr(field.default, key), info.description or ""
+            yield f"{section}.{key}", getattr(field.default, key), info.description or ""
 
 
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+def values_by_key(config: Config) -> dict[str, Any]:
+    """Return the value of every key, by its dotted name."""
+    return {f"{section}.{key}": value for section, values in config for key, value in values}
 
 
 def _explain(error: ValidationError) -> str:
     """Return one line about the first problem: key, value, what is allowed, nearest right name."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{_suggest(key)}"
     if problem["type"] == "value_error":

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncflow import __version__
-from asyncflow.config import Config, describe_keys
+from asyncflow.config import Config, describe_keys, values_by_key
 from asyncflow.metrics import GLOSSARY
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
@@ -179,11 +179,8 @@ class ConsoleReporter:
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, value, default) of every key."""
-    found = []
-    for key, _, default, _ in describe_keys():
-        section, leaf = key.split(".")
-        found.append((key, getattr(getattr(config, section), leaf), default))
-    return found
+    values = values_by_key(config)
+    return [(key, values[key], default) for key, default, _ in describe_keys()]
 
 
 def progress_share(config: Config, updates: int, env_steps: int) -> float:

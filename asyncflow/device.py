@@ -1,4 +1,4 @@
-"""Which device a run uses: the name in the configuration, checked against what this machine has."""
+"""Which device a run uses: the names in the configuration, checked against what this machine has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from asyncflow.config import CompileMode
 from asyncflow.errors import ConfigError
 
 
@@ -27,6 +28,18 @@ def resolve_device(name: str) -> torch.device:
     if index >= num_cuda:
         raise ConfigError(f"trainer.device = {name!r}: no such device here; available: {_available(num_cuda)}")
     return torch.device("cuda", index)
+
+
+def check_compile(mode: CompileMode, device: torch.device) -> None:
+    """Refuse a CUDA graph of what does not run on CUDA.
+
+    Raises:
+        ConfigError: The device cannot do it.
+    """
+    if mode == "graph" and device.type != "cuda":
+        raise ConfigError(
+            f"policy.compile = {mode!r}: needs a CUDA device, trainer.device is {device} here; allowed: none, compile"
+        )
 
 
 def _available(num_cuda: int) -> str:

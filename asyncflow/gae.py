@@ -52,11 +52,11 @@ def compute_gae(transitions: Transitions, gae_lambda: float) -> tuple[Tensor, Te
     """
     deltas = transitions.rewards + transitions.bootstrap - transitions.values
     decay = transitions.discounts * gae_lambda * ~transitions.boundary
-    advantages = torch.empty_like(deltas)
-    running = torch.zeros_like(deltas[0])
-    for t in reversed(range(len(deltas))):
-        running = deltas[t] + decay[t] * running
-        advantages[t] = running
+    running, backwards = torch.zeros_like(deltas[0]), []
+    for delta, factor in zip(deltas.flip(0), decay.flip(0), strict=True):
+        running = delta + factor * running
+        backwards.append(running)
+    advantages = torch.stack(backwards).flip(0)
     return advantages, advantages + transitions.values
 
 

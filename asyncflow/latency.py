@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from asyncflow.config import TrainerConfig
 from asyncflow.seeding import derive_seed
 
 Spread = Literal["constant", "uniform", "exponential", "lognormal"]
@@ -36,6 +37,11 @@ class EmulatedLatency:
     coefficient: float = 0.0
     seed: int = 0
     purpose: str = ""
+
+    @classmethod
+    def from_config(cls, config: TrainerConfig, purpose: str, mean_s: float) -> EmulatedLatency:
+        """Return how long a stage of a run pretends to take; `mean_s` stands in the section of that stage."""
+        return cls(mean_s, config.emulated_spread, config.emulated_variation, config.seed, purpose)
 
     def factor(self, rollout: int) -> float:
         """Return by how much the calls of one rollout are longer than the mean."""

@@ -102,11 +102,11 @@ def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
 def _check_unfinished(config: Config, checkpoint: Checkpoint | None) -> None:
     if checkpoint is None:
         return
-    progress = Progress.from_checkpoint(checkpoint)
-    if progress.is_at_end(config.trainer) and not checkpoint.state["is_evaluation_owed"]:
+    clocks = Progress(updates=checkpoint.state["updates"], env_steps=checkpoint.state["env_steps"])
+    if clocks.is_at_end(config.trainer) and not checkpoint.state["is_evaluation_owed"]:
         raise ConfigError(
-            f"--resume {checkpoint.path.parent.parent}: the run is finished after {progress.updates} updates and "
-            f"{progress.env_steps} env steps; raise trainer.total_updates or trainer.total_env_steps to go on"
+            f"--resume {checkpoint.path.parent.parent}: the run is finished after {clocks.updates} updates and "
+            f"{clocks.env_steps} env steps; raise trainer.total_updates or trainer.total_env_steps to go on"
         )
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from asyncflow.config import Config, validate
-from asyncflow.envs.tasks import find_task, task_names
+from asyncflow.envs.tasks import TASKS, Task, find_task, task_names
 from asyncflow.errors import ConfigError
 
 # YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
-YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def choose_preset(values: dict[str, Any]) -> str | None:
@@ -85,11 +85,31 @@ def read_preset(preset: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"--config {preset}: no such preset or file; presets: {', '.join(preset_names())}")
     try:
+        return read_sections(path)
+    except ValueError as error:
+        raise ConfigError(f"--config {preset}: {error}") from None
+
+
+def default_horizon(task: Task) -> int:
+    """Return the env steps after which `asyncflow train` ends an episode of a task, unless it is told otherwise."""
+    for name, known in TASKS.items():
+        if known is task and name.lower() in preset_names():
+            return load_config(name.lower()).env.horizon or task.horizon
+    return task.horizon
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """Return the nested values that a YAML file holds.
+
+    Raises:
+        ValueError: It is not YAML, or no mapping; the message is one line that does not name the file.
+    """
+    try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except YAML_ERRORS as error:
-        raise ConfigError(f"--config {preset}: not valid YAML: {' '.join(str(error).split())}") from None
+    except _YAML_ERRORS as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {preset}: expected a mapping of sections, got {type(values).__name__}")
+        raise ValueError(f"expected a mapping of sections, got {type(values).__name__}")
     return values
 
 
@@ -106,7 +126,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{argument!r} is not an override; write section.key=value")
         try:
             parsed[key] = _parse_value(text)
-        except YAML_ERRORS:
+        except _YAML_ERRORS:
             raise ConfigError(f"{key}: cannot read the value {text!r}") from None
     return parsed
 

@@ -25,6 +25,7 @@ from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.policies import FlowPolicy, make_policy
 from asyncflow.policy_file import check_output, save_policy
+from asyncflow.presets import default_horizon
 from asyncflow.seeding import derive_seed
 
 
@@ -104,7 +105,7 @@ def pretrain(
         dataset: HDF5 file in robomimic's layout.
         out: The policy file to write.
         policy_config: What to build; `checkpoint` is ignored.
-        env_config: Supplies `obs_keys` and `horizon`; the task itself is the dataset's.
+        env_config: Supplies `obs_keys` and `horizon`, both the task's own by default; the task is the dataset's.
         options: Length, batch and seed.
 
     Raises:
@@ -177,7 +178,7 @@ def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> 
     actions = [_read(group["actions"]) for group in groups]
     if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
         raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
-    return Demonstrations(env_meta, env_config.horizon or task.horizon, obs_keys, states, actions)
+    return Demonstrations(env_meta, env_config.horizon or default_horizon(task), obs_keys, states, actions)
 
 
 def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:

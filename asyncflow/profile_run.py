@@ -21,6 +21,7 @@ from asyncflow.config import Config, validate
 from asyncflow.evaluate import EvalResult
 from asyncflow.presets import apply_overrides
 from asyncflow.profile_legs import Leg, Memory, Mode, Window, read_leg
+from asyncflow.signals import signals_held
 from asyncflow.tracing import Tracer, read_spans
 from asyncflow.trainer import Trainer
 
@@ -76,7 +77,9 @@ class Watcher:
 
 def run_leg(config: Config, mode: Mode, window: Window) -> Leg:
     """Run one leg in a folder that is removed, and return what it showed; its end is not measured."""
-    with tempfile.TemporaryDirectory(prefix="asyncflow_profile_") as parent:
+    with contextlib.ExitStack() as stack:
+        with signals_held():
+            parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncflow_profile_"))
         folder, watcher = Path(parent) / "leg", Watcher(window.last)
         reset_peak_memory()
         launch.train(leg_config(config, mode, window, folder), watcher, watcher.watch)

@@ -2,7 +2,8 @@
 
 Owns the acting copy of the policy and the order of inference and stepping. It must not know which thread it runs in,
 nor how rollouts are trained. Environments are split into groups: while one group's chunk runs in the simulators, the
-policy infers for another. All groups meet at a rollout's end.
+policy infers for another. All groups meet at a rollout's end. What goes to a CUDA device or comes back is staged
+(`staging`); all of it is queued on the stream of the thread that collects.
 
 Shapes: T decisions, N environments, n of them in a group, H executed actions.
 """
@@ -17,12 +18,16 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.buffer import BufferPlan, EpisodeStats, RolloutBuffer, RolloutInfo
+from asyncflow.config import CompileMode
 from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv, as_slice
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
+from asyncflow.inference import make_sampler
 from asyncflow.latency import NO_LATENCY, EmulatedLatency, EmulatedSimulators
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import policy_noise
+from asyncflow.staging import Staging
+from asyncflow.streams import record_event, wait_event
 from asyncflow.timing import OverlapClock, Stopwatch
 from asyncflow.tracing import Tracer
 from asyncflow.weights import WeightPublisher, changing_tensors, make_acting_copy
@@ -39,6 +44,7 @@ class CollectorSettings:
         max_policy_lag: L; None acts with the newest version instead of exactly `max(0, n - L)`.
         inference_latency: Emulated, of a decision of all environments.
         env_latency: Emulated, of a chunk of all environments.
+        compile: How the acting copy infers.
     """
 
     seed: int
@@ -47,6 +53,7 @@ class CollectorSettings:
     max_policy_lag: int | None = 0
     inference_latency: EmulatedLatency = NO_LATENCY
     env_latency: EmulatedLatency = NO_LATENCY
+    compile: CompileMode = "none"
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class RolloutWriter:
         settings: CollectorSettings,
         journal: EpisodeJournal | None = None,
     ) -> None:
-        """Copy the policy; touches the environments only when the first rollout starts.
+        """Copy the policy, and compile or capture it; touches the environments only when the first rollout starts.
 
         Args:
             env: Used by nobody else from now on, but for `interrupt`.
@@ -78,6 +85,9 @@ class RolloutWriter:
             channel: Where rollouts go and weights come from.
             settings: What of the configuration collecting depends on.
             journal: The episodes that the first rollout goes on with; None begins episode 0 everywhere.
+
+        Raises:
+            ConfigError: The policy cannot be compiled or captured.
         """
         self._env, self._settings = env, settings
         self._buffer, self._publisher, self._clock = channel.buffer, channel.publisher, channel.clock
@@ -85,7 +95,10 @@ class RolloutWriter:
         self._journal = journal
         self._weights = list(changing_tensors(self._policy).values())
         self._groups = [range(g, env.num_envs, settings.num_env_groups) for g in range(settings.num_env_groups)]
-        self._obs: list[TensorDict] = []
+        self._staging = [Staging(self._buffer.device) for _ in self._groups]
+        self._sample = make_sampler(self._policy, settings.compile, *self._example_inputs())
+        self._built = record_event(self._buffer.device)
+        self._obs: list[TensorDict] = []  # of each group, on the device
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
         self._simulators = EmulatedSimulators(settings.env_latency)
@@ -117,6 +130,14 @@ class RolloutWriter:
         """End a wait for simulators, now and later. Any thread or a signal handler; never waits."""
         self._env.interrupt()
 
+    def _example_inputs(self) -> tuple[TensorDict, Tensor]:
+        """Return observations and noise of one group, as every decision has them."""
+        n, device = len(self._groups[0]), self._buffer.device
+        shapes = {name: (n, *x.shape[1:]) for name, x in self._buffer.plan.obs.items()}
+        dtypes = {name: x.dtype for name, x in self._buffer.plan.obs.items()}
+        obs = {name: torch.zeros(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
+        return TensorDict(obs, [n]), torch.zeros(n, self._policy.noise_size, device=device)
+
     def _hand_over(self, index: int, slot: int, version: int) -> None:
         if self._num_invalid == self._buffer.plan.num_steps * self._env.num_envs:
             reason = self._faults[-1].message if self._faults else "every episode was given up"
@@ -129,6 +150,7 @@ class RolloutWriter:
     def _load_weights(self, rollout_index: int) -> int:
         lag = self._settings.max_policy_lag
         wanted = None if lag is None else max(0, rollout_index - lag)
+        wait_event(self._built, self._buffer.device)  # the acting copy was made on the building thread's stream
         with self._publisher.lease(wanted) as (version, tensors), torch.no_grad():
             torch._foreach_copy_(self._weights, tensors)
         return version
@@ -137,7 +159,8 @@ class RolloutWriter:
         """Interleave the groups: each waits for its chunk, decides, and starts the next one."""
         if not self._obs:
             first = self._env.reset(self._settings.seed, self._journal)
-            self._obs = [first[as_slice(group)] for group in self._groups]
+            pairs = zip(self._staging, self._groups, strict=True)
+            self._obs = [staging.send_rows("obs", first[as_slice(group)]) for staging, group in pairs]
         self._num_truncations.zero_()
         self._num_invalid = 0
         self._episode_starts = [0] * self._env.num_envs
@@ -153,21 +176,22 @@ class RolloutWriter:
 
     def _decide(self, index: int, slot: int, t: int, g: int) -> None:
         """Infer for group `g`, start its chunk, and write the decision while the simulators run."""
-        group, obs = self._groups[g], self._obs[g]
+        group = self._groups[g]
         with self._watch.measure("inference_s"):
-            decision = self._infer(obs, group, index * self._buffer.plan.num_steps + t)
+            decision = self._infer(g, index * self._buffer.plan.num_steps + t)
             executed = decision["actions"][:, : self._policy.n_action_steps]
-            actions = give_up_non_finite(executed, decision).cpu()  # sync: the simulators need them
+            actions = self._staging[g].fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
         self._env.step_async(actions, group)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
-        self._buffer.write_obs(slot, t, group, obs)
+        self._buffer.write_obs(slot, t, group, self._obs[g])
         self._buffer.write(slot, t, group, decision)
 
-    def _infer(self, obs: TensorDict, group: range, decision_index: int) -> TensorDict:
+    def _infer(self, g: int, decision_index: int) -> TensorDict:
+        group = self._groups[g]
         noise = policy_noise(self._settings.seed, group, decision_index, self._policy.noise_size)
-        device = self._buffer.device
-        decision = self._policy.sample_actions(obs.to(device), "train", noise.to(device))
+        noise = self._staging[g].send("noise", {"noise": noise})["noise"]
+        decision = self._sample(self._obs[g], noise)
         rollout, share = decision_index // self._buffer.plan.num_steps, len(group) / self._env.num_envs
         self._settings.inference_latency.wait(rollout, share)
         return decision
@@ -189,12 +213,12 @@ class RolloutWriter:
         """Wait for group `g`'s chunk and write what decision `t` led to."""
         group = self._groups[g]
         result = self._wait_for_chunk(index, t, g)
-        final_index = self._store_final_obs(slot, group, result)
-        self._buffer.write(slot, t, group, outcome_fields(result, self._settings.gamma, final_index))
+        outcome = outcome_fields(result, self._settings.gamma, self._store_final_obs(slot, g, result))
+        self._buffer.write(slot, t, group, self._staging[g].send("outcome", outcome))
         self._buffer.count(slot, len(group))
         self._faults += result.faults
         self._follow_episodes(slot, t, group, result)
-        self._obs[g] = result.obs
+        self._obs[g] = self._staging[g].send_rows("obs", result.obs)
 
     def _follow_episodes(self, slot: int, t: int, group: range, result: ChunkResult) -> None:
         """Enter finished episodes into the statistics, and take back what the slot holds of broken ones."""
@@ -210,11 +234,14 @@ class RolloutWriter:
                 self._episodes.successes.append(bool(result.terminated[i]))
             self._episode_starts[env] = t + 1
 
-    def _store_final_obs(self, slot: int, group: range, result: ChunkResult) -> Tensor:
+    def _store_final_obs(self, slot: int, g: int, result: ChunkResult) -> Tensor:
         """Put true final observations into the side table and return each environment's row there, [n]."""
+        group = self._groups[g]
         rows = self._num_truncations[as_slice(group)].clone()
-        for i in result.truncated.nonzero().flatten().tolist():
-            self._buffer.write_final_obs(slot, int(rows[i]), group[i], result.final_obs[i])
+        cut = result.truncated.nonzero().flatten().tolist()
+        final_obs = self._staging[g].send_rows("final_obs", result.final_obs) if cut else result.final_obs
+        for i in cut:
+            self._buffer.write_final_obs(slot, int(rows[i]), group[i], final_obs[i])
             self._num_truncations[group[i]] += 1
         return torch.where(result.truncated, rows, torch.zeros_like(rows))
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import yaml
 
-from asyncflow.config import Config, validate
+from asyncflow.config import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policy_file import write_atomically
-from asyncflow.presets import YAML_ERRORS, apply_overrides
+from asyncflow.presets import apply_overrides, read_sections
 
 # What may differ in a resumed run: none of it changes what a finished update was.
 CHANGEABLE = (
     "trainer.total_updates", "trainer.total_env_steps", "trainer.save_interval", "trainer.keep_last",
     "trainer.eval_interval", "trainer.eval_episodes", "trainer.device", "logging.logger",
     "env.num_workers", "env.step_timeout_s", "env.max_restarts", "env.restart_window_s",
-    "algorithm.max_nonfinite_steps", "policy.emulated_latency_s", "algorithm.emulated_latency_s",
+    "algorithm.max_nonfinite_steps", "policy.compile", "policy.emulated_latency_s", "algorithm.emulated_latency_s",
     "env.emulated_latency_s", "trainer.emulated_spread", "trainer.emulated_variation", "logging.trace",
 )  # fmt: skip
 _PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
@@ -96,25 +96,32 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
 
     Args:
         folder: The run folder.
-        overrides: Dotted key -> value, of `CHANGEABLE` keys.
+        overrides: Dotted key -> value; only `CHANGEABLE` keys may differ from the run's.
 
     Raises:
-        CheckpointError: The folder holds no run.
+        CheckpointError: The folder holds no run, or its configuration is damaged.
         ConfigError: A key cannot be changed in the middle of a run, or a value is wrong.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise CheckpointError(f"--resume {folder}: holds no run (no config.yaml); give the folder that a run wrote")
-    for key, value in overrides.items():
-        if key not in CHANGEABLE:
-            raise ConfigError(f"{key} = {value!r}: cannot change with --resume; may change: {', '.join(CHANGEABLE)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except YAML_ERRORS as error:
-        raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"--resume {folder}: config.yaml is damaged: it holds no sections")
+        values = read_sections(path)
+    except ValueError as error:
+        raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {error}") from None
+    _refuse_changes(validate(values), overrides)
     return validate(apply_overrides(values, overrides))
+
+
+def _refuse_changes(run: Config, overrides: dict[str, Any]) -> None:
+    """Refuse another value than the run's, where that must stay; what is no key is left to the validation."""
+    own = values_by_key(run)
+    for key, value in overrides.items():
+        if key in own and key not in CHANGEABLE and value != own[key]:
+            raise ConfigError(
+                f"{key} = {value!r}: cannot change with --resume, the run has {own[key]!r}; "
+                f"may change: {', '.join(CHANGEABLE)}"
+            )
 
 
 def lock_run_folder(folder: Path) -> int:

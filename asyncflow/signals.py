@@ -9,7 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
@@ -20,6 +20,16 @@ def interrupt_on_signals() -> None:
     """Let a signal raise `KeyboardInterrupt` in the main thread."""
     for number in _SIGNALS:
         signal.signal(number, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals wait until the block's end, so that what is made in it has an owner who frees it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def stop_on_signals(request_stop: Callable[[], None]) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from asyncflow.buffer import BufferClosed, Rollout
-from asyncflow.build import Parts, emulated_latency, name_snapshots
+from asyncflow.build import Parts, name_snapshots
 from asyncflow.checkpoint import Checkpoint, PolicyToSave, point_at, prune_checkpoints, save_checkpoint
 from asyncflow.config import Config
 from asyncflow.envs.base import EnvInterrupted, Fault
 from asyncflow.errors import AsyncflowError, TrainingError
 from asyncflow.evaluate import EvalResult, evaluate
+from asyncflow.latency import EmulatedLatency
 from asyncflow.metrics import MetricLogger
-from asyncflow.progress import Progress
 from asyncflow.rates import RateMeter, memory_metrics, rollout_metrics
 from asyncflow.timing import Stopwatch
 
@@ -58,7 +58,7 @@ class Trainer:
     ) -> None:
         """Open the run's logs; `resumed` is what `parts` were built from."""
         self.config, self.parts, self.run_dir, self.reporter = config, parts, run_dir, reporter
-        self.progress = Progress.from_checkpoint(resumed) if resumed else Progress()
+        self.progress = parts.progress
         self.is_stopping = False
         self._stop_deadline = float("inf")
         self._row: dict[str, float] = resumed.state["row"] if resumed else {}
@@ -66,8 +66,9 @@ class Trainer:
         self._newest = resumed.path if resumed else None
         kept_rows = self.progress.updates - self._is_evaluation_owed if resumed else 0
         self._logger = MetricLogger(run_dir, config.logging.logger, kept_rows)
+        self._logged = self.progress.updates  # the newest update whose row was written, or is owed with its evaluation
         self._watch = Stopwatch(parts.channel.tracer.recorder("trainer"))
-        self._latency = emulated_latency(config, "update", config.algorithm.emulated_latency_s)
+        self._latency = EmulatedLatency.from_config(config.trainer, "update", config.algorithm.emulated_latency_s)
         if config.logging.trace:
             name = f"trace_{self.progress.updates:06d}.json" if resumed else "trace.json"
             parts.channel.tracer.open(run_dir / name)
@@ -88,8 +89,7 @@ class Trainer:
         except TrainingError as error:
             raise TrainingError(f"{error}; last good checkpoint: {self._newest or 'none'}") from error
         except Exception:
-            is_whole = self.parts.channel.publisher.newest == self.progress.updates  # else it failed in between
-            if is_whole and self._save():
+            if self._is_whole and self._save():
                 self.reporter.notice(f"saved {self._newest}; go on with: asyncflow train --resume {self.run_dir}")
             raise
         if not self._save():
@@ -119,6 +119,11 @@ class Trainer:
     def is_finished(self) -> bool:
         """Whether a limit was reached or a stop was requested."""
         return self.is_stopping or self.progress.is_at_end(self.config.trainer)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether a run can go on from here: the newest update is published and its row written, or owed with it."""
+        return self._is_evaluation_owed or self._logged == self.progress.updates
 
     def _run_updates(self) -> None:
         """The loop, the same for both buffer types."""
@@ -186,7 +191,9 @@ class Trainer:
             self.progress.best_success, self.progress.best_update = before  # what is not saved cannot be the best
 
     def _log(self) -> None:
-        for problem in (*self._logger.write(self._row), self.parts.channel.tracer.flush()):
+        problems = self._logger.write(self._row)
+        self._logged = self.progress.updates
+        for problem in (*problems, self.parts.channel.tracer.flush()):
             if problem is not None:
                 self.reporter.notice(problem)
         self.reporter.update(self._row)

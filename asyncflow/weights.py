@@ -81,8 +81,12 @@ class WeightPublisher:
         }
 
     def restore(self, snapshots: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Take over what `snapshots` returned in a run that was cut. Called before the collector starts."""
-        for version, tensors in snapshots.items():
+        """Take over what `snapshots` returned in a run that was cut. Called before the collector starts.
+
+        Nothing else remains, the version that the constructor published included.
+        """
+        self._versions = [-1] * self._num_snapshots
+        for version, tensors in sorted(snapshots.items()):
             index = version % self._num_snapshots
             for name, target in zip(self._names, self._snapshots[index], strict=True):
                 target.copy_(tensors[name])

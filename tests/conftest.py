@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from silent import LIFT_VLA, record, start
 
 REPOSITORY = Path(__file__).parent.parent
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -26,3 +29,25 @@ def run_cli(tmp_path: Path) -> CommandLine:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
+    """Return a function that trains the toy without a cut, once for the same changes; its folder is only read."""
+    folders: dict[str, Path] = {}
+
+    def train_once(changes: dict[str, Any]) -> Path:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("uncut") / "run"
+            start(folders[key], "toy", changes)
+        return folders[key]
+
+    return train_once
+
+
+@pytest.fixture(scope="session")
+def lift_vla(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Return the folder, which is only read, of an uncut run with `LIFT_VLA` on real simulators, and its record."""
+    folder = tmp_path_factory.mktemp("lift") / "run"
+    return folder, record(folder, "lift", LIFT_VLA)

@@ -6,6 +6,11 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asyncflow import trainer
 
 
 @contextmanager
@@ -18,3 +23,15 @@ def full_disk(folder: Path, num_bytes: int = 10) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def fail_to_save(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Let no checkpoint be written after so many updates; those of others are."""
+    save = trainer.save_checkpoint
+
+    def save_or_fail(run_dir: Path, source: Any, state: dict[str, Any], groups: Any) -> Path:
+        if state["updates"] == updates:
+            raise OSError(28, "No space left on device")
+        return save(run_dir, source, state, groups)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", save_or_fail)

@@ -2,7 +2,6 @@
 
 PLACE is a function, as `module:name`, COUNT which of its calls is held before it begins. ENVIRONMENT is `own`, the
 task's, `fake`, worker processes with simulators that take no time, or `stuck`, with some whose construction never ends.
-Workers import this file, too.
 """
 
 import functools
@@ -12,27 +11,8 @@ import os
 import select
 import signal
 import sys
-import threading
-from pathlib import Path
 
-import numpy as np
-
-sys.path.append(str(Path(__file__).parent / "envs"))
-from fake_simulator import ACTION_DIM, FakeSimulator
-
-
-class HarmlessSimulator(FakeSimulator):
-    """The fake, deaf to what it is told."""
-
-    def step(self, action):
-        return super().step(np.zeros(ACTION_DIM))
-
-
-class StuckSimulator:
-    """One whose construction never ends."""
-
-    def __init__(self, seed):
-        threading.Event().wait()
+from fake_simulator import HarmlessSimulator, StuckSimulator
 
 
 def hold_at(place, count):
@@ -57,13 +37,13 @@ def hold_at(place, count):
 
 def simulate_with(make_simulator):
     """Let every run simulate in worker processes, without robosuite."""
-    from asyncflow import build  # noqa: PLC0415  not in the workers
-    from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
+    from inline_worker import simulators, workers  # noqa: PLC0415  not in the workers
 
-    def make(config, chunk_length, num_envs, seed):
-        return WorkerVecEnv(make_simulator, config, num_envs, chunk_length, seed)
+    from asyncflow import build  # noqa: PLC0415
 
-    build.make_vec_env = make
+    build.make_vec_env = simulators(make_simulator)
+    if make_simulator is StuckSimulator:
+        workers._CLOSE_TIMEOUT_S = 0.1  # none of them leaves by itself
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Small runs, cut, resumed and compared, and a reporter that keeps what it is told."""
+"""Small runs, recorded, cut, resumed and compared, and a reporter that keeps what it is told."""
 
 import json
 
+import pytest
 import torch
 
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.launch import resume, train
 from asyncflow.metrics import is_timing
+from asyncflow.ppo import PPO
 from asyncflow.presets import load_config
 from asyncflow.run_folder import resume_config
 
 TOY = {
     "env.num_envs": 4,
     "buffer.buffer_size": 32,
+    "algorithm.update_epochs": 2,
     "trainer.device": "cpu",
     "trainer.total_updates": 6,
     "trainer.eval_interval": 0,
@@ -29,6 +32,15 @@ LIFT = {
     "trainer.total_updates": 4,
     "trainer.eval_interval": 0,
     "logging.logger": "none",
+}
+
+
+# Checkpoints after updates 2 and 4; episodes end within a rollout and are open at the first of them.
+LIFT_VLA = LIFT | {
+    "env.horizon": 26,
+    "buffer.max_policy_lag": 1,
+    "trainer.buffer_type": "vla",
+    "trainer.save_interval": 2,
 }
 
 
@@ -67,6 +79,26 @@ def start(folder, preset, changes, stop_at=None, on_built=lambda trainer: None):
     config = load_config(preset, changes | {"logging.out": str(folder)})
     train(config, reporter, lambda trainer: (trainers.append(trainer), on_built(trainer)))
     return reporter
+
+
+def record(folder, preset, changes):
+    """Train and return everything computed that must not depend on the mode: tensors, batches, rows."""
+    batches, reporter = [], Silent()
+    prepare = PPO._prepare
+
+    def keep(self, rollout, version):
+        batch = prepare(self, rollout, version)
+        batches.append(batch.clone())
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PPO, "_prepare", keep)
+        done = train(load_config(preset, changes | {"logging.out": str(folder)}), reporter)
+    state = done.parts.ppo.optimizer.state_dict()["state"]
+    tensors = [p.detach() for p in done.parts.policy.parameters()]
+    tensors += [value for index in sorted(state) for value in state[index].values()]
+    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in reporter.rows]
+    return tensors, batches, rows
 
 
 def go_on(folder, on_built=lambda trainer: None, **changes):

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from tensordict import TensorDict
+from waiting import PATIENCE_S, Waiting
 
 from asyncflow.buffer import BufferClosed, BufferPlan, RolloutBuffer, RolloutInfo
 from asyncflow.envs.base import Fault
@@ -74,21 +75,18 @@ def test_a_full_ring_blocks_the_collector_until_a_release():
     buffer = make_buffer(num_slots=1)
     fill(buffer)
     rollout = buffer.take()
-    started = threading.Event()
-    thread = threading.Thread(target=lambda: (buffer.begin_rollout(), started.set()), daemon=True)
-    thread.start()
-    assert not started.wait(0.05)
+    collector = Waiting(buffer.begin_rollout, buffer._changed)
+    assert collector.waits()
     buffer.release(rollout)
-    assert started.wait(5)
+    assert collector.finish() == (1, 0)
 
 
 def test_the_trainer_waits_for_a_rollout_and_is_woken_by_it():
-    buffer, taken = make_buffer(), []
-    thread = threading.Thread(target=lambda: taken.append(buffer.take().index), daemon=True)
-    thread.start()
+    buffer = make_buffer()
+    trainer = Waiting(buffer.take, buffer._changed)
+    assert trainer.waits()
     fill(buffer)
-    thread.join(5)
-    assert taken == [0]
+    assert trainer.finish().index == 0
 
 
 @pytest.mark.parametrize("wait", ["take", "begin_rollout"])
@@ -96,19 +94,11 @@ def test_close_wakes_whoever_waits(wait):
     buffer = make_buffer(num_slots=1)
     if wait == "begin_rollout":
         fill(buffer)
-    errors = []
-
-    def run():
-        try:
-            getattr(buffer, wait)()
-        except BufferClosed as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    thread = Waiting(getattr(buffer, wait), buffer._changed)
+    assert thread.waits()
     buffer.close()
-    thread.join(5)
-    assert len(errors) == 1
+    with pytest.raises(BufferClosed):
+        thread.finish()
 
 
 def test_overwriting_recycles_the_oldest_ready_rollout_and_counts_it_as_dropped():
@@ -124,20 +114,11 @@ def test_overwriting_never_takes_a_rollout_that_is_being_trained():
     buffer = make_buffer(num_slots=1, is_overwriting=True)
     fill(buffer)
     buffer.take()
-    started = threading.Event()
-
-    def run():
-        try:
-            buffer.begin_rollout()
-            started.set()
-        except BufferClosed:
-            pass
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert not started.wait(0.05)
+    collector = Waiting(buffer.begin_rollout, buffer._changed)
+    assert collector.waits()
     buffer.close()
-    thread.join(5)
+    with pytest.raises(BufferClosed):
+        collector.finish()
 
 
 def test_the_books_balance_in_every_state():
@@ -220,5 +201,5 @@ def test_two_racing_threads_pass_every_rollout_once_in_order_and_whole(num_slots
         assert torch.equal(rollout.data["ticket"], expected(index))
         buffer.books()
         buffer.release(rollout)
-    collector.join(5)
+    collector.join(PATIENCE_S)
     assert buffer.books()["trained"] == 200 * 12

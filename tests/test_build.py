@@ -1,4 +1,4 @@
-"""What building a run refuses: a ring that does not fit, a checkpoint without its own weights."""
+"""What building a run refuses: a ring that does not fit, a checkpoint without the weights that rollouts act with."""
 
 from dataclasses import replace
 
@@ -11,6 +11,7 @@ from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.launch import train
 from asyncflow.presets import load_config
+from asyncflow.weights import WeightPublisher
 
 
 def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
@@ -21,10 +22,58 @@ def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, mo
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_without_the_weights_of_its_own_update_is_refused(tmp_path):
-    start(tmp_path / "run", "toy", TOY | {"buffer.max_policy_lag": 1})
-    whole = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
-    groups = {name: tensors for name, tensors in whole.groups.items() if name != "weights_6"}
-    config = load_config("toy", TOY | {"buffer.max_policy_lag": 1, "trainer.total_updates": 8})
-    with pytest.raises(CheckpointError, match=r"update_000006: lacks the weights of its own update 6$"):
-        build_parts(config, resumed=replace(whole, groups=groups))
+@pytest.mark.parametrize(
+    ("obs_keys", "said"), [(["object", "cube"], r"Lift has no cube; it has"), (["object"], r"made for env.obs_keys = ")]
+)
+def test_observations_that_do_not_fit_are_found_before_simulators_are_built(tmp_path, monkeypatch, obs_keys, said):
+    monkeypatch.setattr(build, "make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    config = load_config("lift", {"env.obs_keys": obs_keys, "logging.out": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match=said):
+        train(config, Silent())
+
+
+LAG_4 = TOY | {"buffer.max_policy_lag": 4, "trainer.buffer_type": "vla", "trainer.total_updates": 8}
+
+
+def checkpoint_with(folder, kept):
+    """Return the checkpoint after 6 updates of a run of lag 4, with the weights of the versions `kept` alone."""
+    start(folder, "toy", LAG_4 | {"trainer.total_updates": 6})
+    whole = load_checkpoint(list_checkpoints(folder)[-1])
+    lost = {f"weights_{version}" for version in range(2, 7)} - {f"weights_{version}" for version in kept}
+    return replace(whole, groups={name: tensors for name, tensors in whole.groups.items() if name not in lost})
+
+
+@pytest.mark.parametrize(
+    ("kept", "lacking"),
+    [([2, 3, 4, 5], "6"), ([3, 4, 5, 6], "2"), ([2, 4, 6], "3, 5"), ([4, 5, 6], "2, 3"), ([6], "2, 3, 4, 5")],
+)
+def test_a_checkpoint_without_weights_that_rollouts_act_with_is_refused_by_version(tmp_path, kept, lacking):
+    checkpoint = checkpoint_with(tmp_path / "run", kept)
+    with pytest.raises(CheckpointError, match=rf"update_000006: lacks the weights of version {lacking}, with which"):
+        build_parts(load_config("toy", LAG_4), resumed=checkpoint)
+
+
+def test_with_bounded_lag_the_newest_weights_suffice(tmp_path):
+    checkpoint = checkpoint_with(tmp_path / "run", [6])
+    parts = build_parts(load_config("toy", LAG_4 | {"buffer.lag_mode": "bounded"}), resumed=checkpoint)
+    parts.close()
+    assert list(parts.channel.publisher.snapshots()) == [6]
+
+
+def test_a_lag_limit_that_was_raised_by_hand_is_refused(tmp_path):
+    start(tmp_path / "run", "toy", LAG_4 | {"buffer.max_policy_lag": 1, "trainer.total_updates": 6})
+    checkpoint = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
+    with pytest.raises(CheckpointError, match=r"lacks the weights of version 2, 3, 4, with which"):
+        build_parts(load_config("toy", LAG_4), resumed=checkpoint)
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 3])
+def test_weights_that_were_not_restored_are_noticed_before_anything_waits_for_them(tmp_path, monkeypatch, num_kept):
+    restore = WeightPublisher.restore
+
+    def forget_the_oldest(publisher, snapshots):
+        restore(publisher, {version: snapshots[version] for version in sorted(snapshots)[len(snapshots) - num_kept :]})
+
+    monkeypatch.setattr(WeightPublisher, "restore", forget_the_oldest)
+    with pytest.raises(CheckpointError, match=r"lacks the weights of version 2, 3"):
+        build_parts(load_config("toy", LAG_4), resumed=checkpoint_with(tmp_path / "run", range(2, 7)))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,13 +45,16 @@ def test_help_imports_nothing_slow() -> None:
 
 
 def test_help_answers_within_three_tenths_of_a_second() -> None:
-    def seconds() -> float:
+    """Of a core: other programs may be running. On a slow machine, within thrice what its libraries take to load."""
+
+    def seconds(*arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "asyncflow", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(5)) < 0.3  # of a core: other programs may be running
+    libraries_s = min(seconds("-c", "import typer, rich.console, rich.panel, rich.table") for _ in range(5))
+    assert min(seconds("-m", "asyncflow", "--help") for _ in range(5)) < max(0.3, 3 * libraries_s)
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "demos", "pretrain", "profile", "tasks", "config"])
@@ -92,9 +93,13 @@ def test_version(run_cli: RunCli) -> None:
     ],
     ids=" ".join,
 )
-def test_a_mistake_is_refused_in_one_line(run_cli: RunCli, arguments: list[str], named: list[str]) -> None:
-    line = refusal(run_cli(*arguments))
+def test_a_mistake_is_refused_in_one_line(run_here: RunCli, arguments: list[str], named: list[str]) -> None:
+    line = refusal(run_here(*arguments))
     assert [words for words in named if words not in line] == []
+
+
+def test_a_refusal_is_the_exit_code_of_the_process(run_cli: RunCli) -> None:
+    assert "'trian'" in refusal(run_cli("trian"))
 
 
 @pytest.mark.parametrize(
@@ -155,13 +160,13 @@ def toy_run(out: Path, *more: str) -> list[str]:
     return ["train", "--task", "Toy", "--device", "cpu", "--logger", "none", "--out", str(out), *more]
 
 
-@pytest.mark.parametrize("buffer_type", ["vla", "standard"])
+@pytest.mark.parametrize(("buffer_type", "runner"), [("vla", "run_cli"), ("standard", "run_here")])
 def test_a_toy_run_trains_and_says_what_comes_next(
-    run_cli: RunCli, run_here: RunCli, tmp_path: Path, buffer_type: str
+    request: pytest.FixtureRequest, run_here: RunCli, tmp_path: Path, buffer_type: str, runner: str
 ) -> None:
     out = tmp_path / "run"
     short = ["trainer.total_updates=3", "trainer.eval_interval=0"]
-    result = run_cli(*toy_run(out, "--buffer-type", buffer_type, *short))
+    result = request.getfixturevalue(runner)(*toy_run(out, "--buffer-type", buffer_type, *short))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
@@ -174,20 +179,10 @@ def test_a_toy_run_trains_and_says_what_comes_next(
     assert "already holds a run" in refusal(run_here(*toy_run(out)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_run_is_saved(tmp_path: Path, number: signal.Signals) -> None:
-    out = tmp_path / "run"
-    endless = toy_run(out, "trainer.total_updates=100000", "trainer.eval_interval=0")
-    command = [sys.executable, "-m", "asyncflow", *endless]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    ) as process:
-        assert process.stdout is not None
-        while not process.stdout.readline().startswith("update 2"):
-            assert process.poll() is None
-        process.send_signal(number)
-        said, complaints = process.communicate(timeout=60)
-    assert process.returncode == 130, complaints
-    assert "stopped, and saved" in said
-    assert "Traceback" not in complaints
-    assert list((out / "checkpoints" / "last").glob("*.safetensors"))
+def test_a_resumed_run_takes_the_flags_it_was_begun_with_and_no_others(run_here: RunCli, tmp_path: Path) -> None:
+    out, short = tmp_path / "run", ["trainer.eval_interval=0", "env.num_envs=4"]
+    assert run_here(*toy_run(out, *short, "trainer.total_updates=1")).returncode == 0
+    again = ["train", "--resume", str(out), *toy_run(out, *short, "trainer.total_updates=2")[1:]]
+    line = refusal(run_here(*again, "--seed", "1"))
+    assert "trainer.seed = 1: cannot change with --resume, the run has 0; may change: " in line
+    assert run_here(*again, "--seed", "0").returncode == 0

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from counting_env import CountingEnv, build, finish_update
+from waiting import PATIENCE_S
 
 from asyncflow.buffer import BufferClosed
 from asyncflow.envs.base import EnvInterrupted
@@ -62,13 +63,13 @@ def test_an_interrupted_wait_for_simulators_is_a_stop_and_not_a_failure():
 
     def step_wait(env_ids):
         entered.set()
-        assert env.interrupted.wait(10)
+        assert env.interrupted.wait(PATIENCE_S)
         raise EnvInterrupted("interrupted")
 
     env.step_wait = step_wait
     _, _, collector = build(env, num_slots=2, threaded=True)
     collector.start()
-    assert entered.wait(10)
+    assert entered.wait(PATIENCE_S)
     collector.close()
     collector.check()
     with pytest.raises(BufferClosed):

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from asyncflow import latency
+from asyncflow.config import TrainerConfig
 from asyncflow.latency import EmulatedLatency, EmulatedSimulators
 
 NUM_ROLLOUTS = 4000
@@ -46,8 +47,10 @@ def test_fewer_environments_take_their_share(clock):
 
 
 def test_nothing_emulated_is_no_wait(monkeypatch):
-    monkeypatch.setattr(latency.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    slept = []
+    monkeypatch.setattr(latency.time, "sleep", slept.append)
     EmulatedLatency().wait(rollout=0)
+    assert slept == []
 
 
 def test_emulated_simulators_take_one_chunk_after_another(clock):
@@ -64,3 +67,8 @@ def test_emulated_simulators_do_not_wait_for_a_chunk_that_would_be_done(clock):
     clock[0] = 20.0
     assert simulators.wait(ended_s=10.0, rollout=0, share=1.0) == (10.0, 12.0)
     assert clock == [20.0]
+
+
+def test_a_run_s_latencies_differ_in_their_stage_and_mean_alone():
+    config = TrainerConfig(seed=3, emulated_spread="lognormal", emulated_variation=0.3)
+    assert EmulatedLatency.from_config(config, "env", 0.5) == EmulatedLatency(0.5, "lognormal", 0.3, 3, "env")

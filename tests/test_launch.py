@@ -5,10 +5,12 @@ import os
 import shutil
 
 import pytest
-from silent import LIFT, TOY, assert_equal, go_on, outcome, start
+from silent import LIFT_VLA, TOY, Silent, assert_equal, go_on, outcome, start
 
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
-from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.errors import CheckpointError, ConfigError, EnvError
+from asyncflow.launch import train
+from asyncflow.presets import load_config
 from asyncflow.run_folder import lock_run_folder
 
 FLOW = {
@@ -26,14 +28,13 @@ FLOW = {
 @pytest.mark.parametrize("buffer_type", ["standard", "vla"])
 @pytest.mark.parametrize("lag", [0, 1, 2])
 @pytest.mark.parametrize("cut", [1, 4])
-def test_a_cut_and_resumed_run_equals_the_uncut_one(tmp_path, buffer_type, lag, cut):
+def test_a_cut_and_resumed_run_equals_the_uncut_one(tmp_path, uncut, buffer_type, lag, cut):
     changes = TOY | FLOW | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": lag}
     changes |= {"trainer.eval_interval": 2, "trainer.eval_episodes": 6}
-    start(tmp_path / "uncut", "toy", changes)
     start(tmp_path / "cut", "toy", changes, stop_at=cut)
     assert len(list_checkpoints(tmp_path / "cut")) >= 1
     go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
 
 
 FAR = {"buffer.max_policy_lag": 3, "collector.num_env_groups": 2, "algorithm.target_kl": 1e-3}
@@ -42,33 +43,39 @@ N_STEP = {"buffer.max_policy_lag": 4, "algorithm.advantage": "n_step", "algorith
 
 @pytest.mark.parametrize("options", [FAR, N_STEP], ids=["lag 3, groups, target_kl", "lag 4, n_step"])
 @pytest.mark.parametrize("cut", [2, 5])
-def test_a_cut_far_behind_the_newest_weights_changes_nothing(tmp_path, options, cut):
+def test_a_cut_far_behind_the_newest_weights_changes_nothing(tmp_path, uncut, options, cut):
     changes = TOY | FLOW | options | {"trainer.buffer_type": "vla", "trainer.total_updates": 8}
-    start(tmp_path / "uncut", "toy", changes)
     start(tmp_path / "cut", "toy", changes, stop_at=cut)
     go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
 
 
-def test_a_run_cut_twice_equals_the_uncut_one(tmp_path):
+def test_a_run_cut_twice_equals_the_uncut_one(tmp_path, uncut):
     changes = TOY | {"trainer.buffer_type": "vla", "trainer.total_updates": 6}
-    start(tmp_path / "uncut", "toy", changes)
     start(tmp_path / "cut", "toy", changes, stop_at=2)
     go_on(tmp_path / "cut", **{"trainer.total_updates": 4})
     go_on(tmp_path / "cut", **{"trainer.total_updates": 6})
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
+
+
+@pytest.mark.sim
+def test_a_cut_and_resumed_run_equals_the_uncut_one_on_lift(tmp_path, lift_vla):
+    """As a killed process leaves it; episodes are open at the cut: their horizon is no multiple of a rollout."""
+    whole, _ = lift_vla
+    shutil.copytree(whole, tmp_path / "cut", symlinks=True)
+    middle, last = list_checkpoints(tmp_path / "cut")
+    shutil.rmtree(last)
+    assert load_checkpoint(middle).groups["journal"]["num_chunks"].min() > 0
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(whole), outcome(tmp_path / "cut"))
 
 
 @pytest.mark.sim
 @pytest.mark.slow
-@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
-def test_a_cut_and_resumed_run_equals_the_uncut_one_on_lift(tmp_path, buffer_type):
-    """Episodes are open at the cut: their horizon is no multiple of a rollout."""
-    changes = LIFT | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": 1, "env.horizon": 26}
+def test_a_cut_and_resumed_run_equals_the_uncut_one_on_lift_without_a_thread(tmp_path):
+    changes = LIFT_VLA | {"trainer.buffer_type": "standard"}
     start(tmp_path / "uncut", "lift", changes)
     start(tmp_path / "cut", "lift", changes, stop_at=2)
-    cut = load_checkpoint(list_checkpoints(tmp_path / "cut")[-1])
-    assert cut.groups["journal"]["num_chunks"].min() > 0
     go_on(tmp_path / "cut")
     assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
 
@@ -106,13 +113,12 @@ def stop_in_evaluation(updates):
 
 
 @pytest.mark.parametrize("updates", [3, 6])
-def test_an_evaluation_that_a_stop_cut_is_made_up_for(tmp_path, updates):
+def test_an_evaluation_that_a_stop_cut_is_made_up_for(tmp_path, uncut, updates):
     changes = TOY | {"trainer.eval_interval": 3, "trainer.eval_episodes": 6}
-    start(tmp_path / "uncut", "toy", changes)
     reporter = start(tmp_path / "cut", "toy", changes, on_built=stop_in_evaluation(updates))
     assert "eval/success_rate" not in reporter.rows[-1]
     go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
 
 
 def test_a_run_is_finished_once_its_last_evaluation_is_made_up_for(tmp_path):
@@ -123,7 +129,7 @@ def test_a_run_is_finished_once_its_last_evaluation_is_made_up_for(tmp_path):
         go_on(tmp_path / "run")
 
 
-def test_what_fails_between_an_update_and_its_publication_leaves_a_run_that_goes_on(tmp_path):
+def test_what_fails_between_an_update_and_its_publication_leaves_a_run_that_goes_on(tmp_path, uncut):
     def fail_at_three(trainer):
         anneal = trainer.parts.policy.anneal
 
@@ -135,11 +141,79 @@ def test_what_fails_between_an_update_and_its_publication_leaves_a_run_that_goes
         trainer.parts.policy.anneal = fail
 
     changes = TOY | FLOW | {"trainer.save_interval": 1}
-    start(tmp_path / "uncut", "toy", changes)
     with pytest.raises(ArithmeticError, match="no noise level"):
         start(tmp_path / "cut", "toy", changes, on_built=fail_at_three)
     go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
+
+
+WHERE_IT_FAILS = {  # between the publication of an update and the end of its row
+    "release": lambda trainer: (trainer.parts.channel.buffer, "release"),
+    "books": lambda trainer: (trainer.parts.channel.buffer, "books"),
+    "logger": lambda trainer: (trainer._logger, "write"),
+    "reporter": lambda trainer: (trainer.reporter, "update"),
+}
+
+
+def fail_after_update_3(trainer, owner, name):
+    """Let a method raise once three updates are published."""
+    method = getattr(owner, name)
+
+    def fail(*arguments):
+        if trainer.parts.channel.publisher.newest == 3:
+            raise ArithmeticError("lost the thread")
+        return method(*arguments)
+
+    setattr(owner, name, fail)
+
+
+@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
+@pytest.mark.parametrize("where", WHERE_IT_FAILS)
+def test_what_fails_between_a_publication_and_its_row_leaves_no_update_without_a_row(
+    tmp_path, uncut, buffer_type, where
+):
+    changes = TOY | FLOW | {"trainer.buffer_type": buffer_type, "trainer.save_interval": 2}
+    with pytest.raises(ArithmeticError, match="lost the thread"):
+        start(
+            tmp_path / "cut",
+            "toy",
+            changes,
+            on_built=lambda trainer: fail_after_update_3(trainer, *WHERE_IT_FAILS[where](trainer)),
+        )
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
+    state = load_checkpoint(list_checkpoints(tmp_path / "cut")[-1]).state
+    assert state["books"]["trained"] == state["decisions"] == 6 * 32
+
+
+def test_an_update_whose_row_was_written_is_saved_when_its_reporter_fails(tmp_path):
+    with pytest.raises(ArithmeticError, match="lost the thread"):
+        start(
+            tmp_path / "run",
+            "toy",
+            TOY,
+            on_built=lambda trainer: fail_after_update_3(trainer, trainer.reporter, "update"),
+        )
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["update_000003"]
+
+
+def test_an_evaluation_that_fails_is_made_up_for_with_its_row(tmp_path, uncut):
+    def fail_in_evaluation(trainer):
+        check = trainer._check_evaluation
+
+        def fail():
+            if trainer.progress.updates == 3:
+                raise EnvError("workers were replaced too often")
+            check()
+
+        trainer._check_evaluation = fail
+
+    changes = TOY | {"trainer.eval_interval": 3, "trainer.eval_episodes": 6}
+    with pytest.raises(EnvError, match="too often"):
+        start(tmp_path / "cut", "toy", changes, on_built=fail_in_evaluation)
+    assert load_checkpoint(list_checkpoints(tmp_path / "cut")[-1]).state["updates"] == 3
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
@@ -152,10 +226,9 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 @pytest.mark.parametrize("name", ["policy.safetensors", "training.safetensors", "state.json", "checksums.json"])
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, damage, name):
-    folder = tmp_path / "run"
-    start(folder, "toy", TOY | {"trainer.save_interval": 2})
-    uncut = outcome(folder)
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, uncut, damage, name):
+    whole, folder = uncut(TOY | {"trainer.save_interval": 2}), tmp_path / "run"
+    shutil.copytree(whole, folder, symlinks=True)
     path = list_checkpoints(folder)[-1] / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -167,7 +240,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tm
     reporter = go_on(folder)
     assert any("update_000006" in notice and ("damaged" in notice) for notice in reporter.notices)
     assert f"going on from {folder / 'checkpoints' / 'update_000004'}" in reporter.notices
-    assert_equal(uncut, outcome(folder))
+    assert_equal(outcome(whole), outcome(folder))
 
 
 def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
@@ -178,13 +251,12 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
         go_on(tmp_path / "run")
 
 
-def test_a_run_that_was_cut_before_its_first_checkpoint_begins_again(tmp_path):
-    start(tmp_path / "uncut", "toy", TOY)
+def test_a_run_that_was_cut_before_its_first_checkpoint_begins_again(tmp_path, uncut):
     start(tmp_path / "cut", "toy", TOY, stop_at=3)
     shutil.rmtree(tmp_path / "cut/checkpoints/update_000003")
     reporter = go_on(tmp_path / "cut")
     assert any("no checkpoint yet: beginning at update 0" in notice for notice in reporter.notices)
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+    assert_equal(outcome(uncut(TOY)), outcome(tmp_path / "cut"))
 
 
 def test_a_finished_run_is_not_resumed(tmp_path):
@@ -206,3 +278,19 @@ def test_a_moved_run_goes_on_where_it_lies(tmp_path):
     shutil.move(tmp_path / "run", tmp_path / "moved")
     go_on(tmp_path / "moved")
     assert len((tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_run_folder_is_never_written_over(tmp_path):
+    changes = TOY | {"logging.out": str(tmp_path / "run"), "trainer.total_updates": 1}
+    train(load_config("toy", changes), Silent())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(load_config("toy", changes), Silent())
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_holds_what_reproduces_it(tmp_path):
+    train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "logging.logger": "tensorboard"}), Silent())
+    names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
+    assert {"config", "versions", "metrics", "checkpoints", "events"} <= names
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6

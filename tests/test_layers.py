@@ -16,9 +16,9 @@ LAYERS = [
     {"errors", "signals"},
     {"config"},
     {
-        "buffer", "console", "device", "envs", "flags", "gae", "latency", "losses", "metric_files", "metrics",
-        "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model", "profile_plot", "rates",
-        "resources", "robomimic_file", "seeding", "streams", "timing", "tracing", "weights",
+        "buffer", "console", "device", "envs", "flags", "gae", "inference", "latency", "losses", "metric_files",
+        "metrics", "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model", "profile_plot",
+        "rates", "resources", "robomimic_file", "seeding", "staging", "streams", "timing", "tracing", "weights",
     },
     {"checkpoint", "collector", "ppo", "rollout_writer", "run_folder"},
     {"build", "progress"},
@@ -77,6 +77,27 @@ def test_there_is_no_import_cycle() -> None:
     # A folder's `__init__` may import its modules, and they may import each other: files are the nodes here.
     graph = {name: internal_imports(name) for name in SOURCES}
     assert set(graphlib.TopologicalSorter(graph).static_order()) >= set(SOURCES)  # a cycle raises
+
+
+def loaded_with(name: str) -> set[str]:
+    """Return the packages that importing a module loads, the package's own modules included."""
+    loaded, waiting = set(), {name}
+    while waiting:
+        module = waiting.pop()
+        loaded.add(module)
+        if module in SOURCES:
+            tree = ast.parse(SOURCES[module].read_text())
+            nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            found = {each for node in nodes for each in imported_modules(node)}
+            waiting |= {each.removeprefix("asyncflow.") for each in found} - loaded
+    return {each.split(".")[0] for each in loaded}
+
+
+@pytest.mark.parametrize("name", ["envs.worker", "envs.robomimic"])
+def test_a_worker_process_does_not_load_tensordict(name: str) -> None:
+    """It takes as long as torch, and whoever waits for workers or their replacement would wait for it."""
+    assert "torch" in loaded_with(name)
+    assert "tensordict" not in loaded_with(name)
 
 
 def test_there_is_no_module_called_utils() -> None:

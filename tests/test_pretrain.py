@@ -9,6 +9,7 @@ from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file
+from asyncflow.presets import load_config
 from asyncflow.pretrain import Demonstrations, PretrainOptions, cut_chunks, pretrain, read_dataset
 
 CONFIG = PolicyConfig(hidden_sizes=[32], critic_hidden_sizes=[8], horizon=2, n_action_steps=2)
@@ -139,6 +140,13 @@ def test_missing_observations_are_named_with_those_available(tmp_path):
     message = refused(path)
     assert "lacks the observations robot0_eef_quat, robot0_gripper_qpos, object" in message
     assert "available: agentview_image, robot0_eef_pos" in message
+
+
+@pytest.mark.parametrize(("env_name", "horizon"), [("Lift", load_config("lift").env.horizon), ("ToolHang", 700)])
+def test_the_horizon_is_that_with_which_the_task_is_trained(tmp_path, env_name, horizon):
+    path = write(tmp_path / "demos.hdf5", meta=META | {"env_name": env_name})
+    run(path, tmp_path / "policy.safetensors")
+    assert load_policy_file(tmp_path / "policy.safetensors").env_spec.horizon == horizon
 
 
 def test_unknown_environment_needs_horizon_and_observations(tmp_path):

@@ -1,12 +1,16 @@
 """One leg on the toy task: it is traced, ends itself and leaves nothing behind."""
 
+import signal
 import tempfile
 from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
-from silent import LIFT, TOY
+from fake_simulator import HarmlessSimulator
+from inline_worker import simulators
+from silent import TOY
 
+from asyncflow import build
 from asyncflow.presets import load_config
 from asyncflow.profile_legs import Window
 from asyncflow.profile_run import leg_config, measure_span_cost, num_warmup, peak_memory, run_leg
@@ -32,6 +36,21 @@ def test_a_leg_leaves_no_file_and_no_process(tmp_path, monkeypatch):
     run_leg(toy(), "vla", WINDOW)
     assert list(tmp_path.iterdir()) == []
     assert active_children() == []
+
+
+def test_an_interrupt_while_a_legs_folder_is_made_leaves_none(tmp_path, monkeypatch):
+    mkdtemp = tempfile.mkdtemp
+
+    def interrupted(*arguments):
+        folder = mkdtemp(*arguments)
+        signal.raise_signal(signal.SIGINT)
+        return folder
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_leg(toy(), "vla", WINDOW)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_serial_leg_has_one_group_and_the_others_have_theirs():
@@ -69,10 +88,9 @@ def test_a_span_costs_microseconds():
     assert measure_span_cost(1000) < 1e-3
 
 
-@pytest.mark.sim
-@pytest.mark.slow
-def test_on_lift_every_worker_has_a_lane_and_memory():
-    leg = run_leg(load_config("lift", LIFT), "vla", WINDOW)
+def test_every_worker_has_a_lane_and_memory(monkeypatch):
+    monkeypatch.setattr(build, "make_vec_env", simulators(HarmlessSimulator))
+    leg = run_leg(toy(**{"env.num_workers": 2}), "vla", WINDOW)
     assert {span.lane for span in leg.spans} == {"collector", "trainer", "worker 0", "worker 1"}
     assert leg.memory.workers_bytes > 50e6
     assert 0 < sum(leg.samples["env"]) <= sum(leg.samples["collect"])

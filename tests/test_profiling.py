@@ -1,9 +1,5 @@
-"""The order of legs, emulated stages, sweeps, and the command itself, on the toy task or on legs written by hand."""
+"""The order of legs, emulated stages, sweeps, and what the command refuses, on legs written by hand."""
 
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -120,25 +116,3 @@ def test_a_mistake_is_one_line_and_exit_2(capsys, arguments, named):
     said = capsys.readouterr().err
     assert named in said
     assert len(said.splitlines()) == 1
-
-
-def test_equal_stages_overlap():
-    config = toy()
-    options = ProfileOptions(inference_latency_s=0.2, update_latency_s=0.2, num_repeats=1, num_updates=4)
-    assert measure_profile(config, options, silent).speedup().value > 1.2
-
-
-def test_an_interrupt_ends_with_130_and_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "asyncflow", "profile", "--task", "Toy", "--inference-latency-s", "0.2"]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
-    ) as process:
-        assert process.stdout is not None
-        while not process.stdout.readline().startswith("leg 1"):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=60)
-    assert process.returncode == 130, complaints
-    assert "Traceback" not in complaints
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("asyncflow_profile")] == []

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from full_disk import fail_to_save
 from silent import TOY, assert_equal, go_on, outcome, start
 
 from asyncflow import trainer
@@ -149,14 +150,7 @@ def test_an_update_that_is_the_best_so_far_is_saved_out_of_turn(tmp_path, monkey
 
 
 def test_a_best_update_that_could_not_be_saved_gives_way_to_a_worse_one(tmp_path, monkeypatch):
-    save = trainer.save_checkpoint
-
-    def fail_at_two(run_dir, source, state, groups):
-        if state["updates"] == 2:
-            raise OSError(28, "No space left on device")
-        return save(run_dir, source, state, groups)
-
-    monkeypatch.setattr(trainer, "save_checkpoint", fail_at_two)
+    fail_to_save(monkeypatch, updates=2)
     script_success(monkeypatch, [0.0, 0.2, 0.9, 0.1, 0.5, 0.3, 0.4])
     start(tmp_path / "run", "toy", EVALUATED)
     assert best_of(tmp_path / "run") == "update_000004"

@@ -11,11 +11,12 @@ import torch
 from counting_env import CHUNK, NUM_ENVS, NUM_STEPS, CountingEnv, build, finish_update
 from tensordict import TensorDict
 
-from asyncflow import latency
+from asyncflow import latency, staging
 from asyncflow.envs.base import ChunkResult, ChunkSpan
 from asyncflow.errors import CollectorError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.rollout_writer import give_up_non_finite, outcome_fields
+from asyncflow.staging import Staging
 from asyncflow.tracing import read_spans
 
 
@@ -30,6 +31,30 @@ def test_every_decision_stands_beside_the_observation_it_was_made_on(groups):
     second = collector.next_rollout()
     assert second.obs["state"][0, :, 1].tolist() == [3.0] * 4  # goes on where the first one ended
     assert env.calls.count(("reset", 0)) == 1
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups):
+    """As on a GPU, but that buffers are overwritten as soon as they were copied: nobody may keep one."""
+
+    def upload(buffer, device):
+        sent = buffer.clone()
+        buffer.fill_(77)
+        return sent
+
+    rings = []
+    for device in ("cpu", "cuda"):
+        _, channel, collector = build(CountingEnv(), num_slots=2, groups=groups, lag=1)
+        collector._writer._staging = [Staging(torch.device(device)) for _ in range(groups)]
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "_pin", torch.empty_like)
+            patch.setattr(staging, "_start_upload", upload)
+            patch.setattr(staging, "record_event", lambda device: None)
+            for _ in range(2):
+                finish_update(channel, collector.next_rollout())
+        rings.append(channel.buffer._ring.flatten_keys())
+    assert rings[0].keys() == rings[1].keys()
+    assert all(torch.equal(rings[0][name], rings[1][name]) for name in rings[0].keys())  # noqa: SIM118 - TensorDict
 
 
 def test_a_stored_log_prob_is_that_of_the_stored_action():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from asyncflow.config import describe_keys
+from asyncflow.config import describe_keys, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.presets import load_config
 from asyncflow.run_folder import (
@@ -49,12 +49,28 @@ def test_a_resumed_run_keeps_its_configuration_but_for_what_may_change(folder):
     assert config.policy == load_config("toy").policy
 
 
-@pytest.mark.parametrize("key", ["trainer.seed", "env.num_envs", "buffer.max_policy_lag", "logging.out"])
-def test_what_would_make_it_another_run_is_refused(folder, key):
-    with pytest.raises(
-        ConfigError, match=rf"{key} = 3: cannot change with --resume; may change: trainer.total_updates"
-    ):
+@pytest.mark.parametrize(
+    ("key", "own"), [("trainer.seed", 0), ("env.num_envs", 16), ("buffer.max_policy_lag", None), ("env.task", "'Toy'")]
+)
+def test_what_would_make_it_another_run_is_refused_with_both_values(folder, key, own):
+    said = rf"{key} = 3: cannot change with --resume, the run has {own}; may change: trainer.total_updates"
+    with pytest.raises(ConfigError, match=said):
         resume_config(folder, {key: 3})
+
+
+def test_a_moved_output_folder_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"logging.out = 'x': cannot change with --resume, the run has '.*run'"):
+        resume_config(folder, {"logging.out": "x"})
+
+
+def test_values_that_the_run_has_anyway_may_be_given_again(folder):
+    run = resume_config(folder, {})
+    assert resume_config(folder, values_by_key(run)) == run
+
+
+def test_an_unknown_key_is_named_with_the_nearest(folder):
+    with pytest.raises(ConfigError, match=r"unknown key trainer.sed; did you mean trainer.seed\?"):
+        resume_config(folder, {"trainer.sed": 3})
 
 
 def test_whatever_may_change_is_a_key():
@@ -92,7 +108,7 @@ def test_a_run_that_began_meanwhile_is_not_written_over(folder):
 @pytest.mark.parametrize("content", ["", "- 1\n"])
 def test_a_configuration_without_sections_is_damaged(folder, content):
     (folder / "config.yaml").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config.yaml is damaged: it holds no sections"):
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged: expected a mapping of sections, got "):
         resume_config(folder, {"trainer.total_updates": 3})
 
 

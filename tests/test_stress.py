@@ -1,5 +1,6 @@
 """The stress suite in short: every part runs on a small scale, and notices what it is there to notice."""
 
+import random
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,9 @@ import stress_cuts
 import stress_faults
 import stress_ring
 import stress_weights
-from stress_process import shared_memory
 from stress_report import Row, page
 
 from asyncflow.buffer import RolloutBuffer
-from asyncflow.weights import WeightPublisher
 
 FAILED = Row("a fault", 3, "a decision", "nothing", ("it did not hold",))
 
@@ -35,16 +34,15 @@ def test_no_lease_is_torn_or_of_another_version():
 
 
 def test_the_hunt_notices_torn_weights(monkeypatch):
-    def publish_without_waiting(self, version):
-        index = version % self._num_snapshots
-        self._versions[index] = version
-        for target, source in zip(self._snapshots[index], self._sources, strict=True):
-            target.copy_(source)
-        with self._changed:
-            self._changed.notify_all()
+    hunt = stress_weights.Hunt(lag=0, num_leases=1, seed=0, is_exact=True)
 
-    monkeypatch.setattr(WeightPublisher, "publish", publish_without_waiting)
-    assert any("torn" in failure for failure in failures(stress_weights.hunt_torn_weights(200, seed=0)))
+    def overwrite_what_is_leased(delays):
+        for tensor in hunt._publisher._snapshots[0]:
+            tensor.fill_(7)
+
+    monkeypatch.setattr(stress_weights, "_pause", overwrite_what_is_leased)  # between the reads of two tensors
+    hunt._lease(0, random.Random(0))
+    assert hunt.checks.failures == ["L = 0: torn: version 0 holds {0.0, 7.0}"]
 
 
 def test_rollouts_pass_the_ring_in_order_once_and_whole():
@@ -70,14 +68,16 @@ def test_the_race_notices_a_row_of_another_rollout(monkeypatch):
     assert "rollout 0 holds other rows than were written" in race.checks.failures
 
 
-@pytest.mark.slow
-def test_a_run_survives_a_killed_worker_counts_it_and_leaves_nothing_behind(tmp_path):
-    before = shared_memory()
+def test_a_run_survives_a_killed_worker_counts_it_and_leaves_no_process(tmp_path):
     assert not stress_faults.kill_workers(tmp_path, times=1, seed=0).failures
-    assert not stress_faults.check_nothing_is_left(before).failures
 
 
-@pytest.mark.slow
+def test_shared_memory_that_is_left_behind_is_noticed(monkeypatch):
+    monkeypatch.setattr(stress_faults, "shared_memory", lambda: {"old", "new"})
+    assert stress_faults.check_nothing_is_left({"old"}).failures == ("/dev/shm holds ['new']",)
+    assert stress_faults.check_nothing_is_left({"old", "new", "gone"}).failures == ()
+
+
 def test_a_run_that_is_killed_and_resumed_equals_the_uncut_one(tmp_path):
     lane = stress_cuts.Lane(tmp_path / "cut", tmp_path / "uncut", start_s=1.0)
     with ThreadPoolExecutor(1) as pool:

@@ -1,15 +1,15 @@
 """The test that carries the project: both modes are the same function of configuration and seed, bit for bit."""
 
+import itertools
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from silent import LIFT, TOY, Silent
+from full_disk import fail_to_save
+from silent import LIFT, LIFT_VLA, TOY, Silent, record
 
 from asyncflow import trainer
-from asyncflow.buffer import Rollout
 from asyncflow.build import build_parts, build_policy
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.envs.base import EnvSpec
@@ -17,9 +17,9 @@ from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import AsyncflowError, CheckpointError, CollectorError, ConfigError, EnvError, TrainingError
 from asyncflow.evaluate import EvalResult
 from asyncflow.launch import train
-from asyncflow.metrics import is_timing
 from asyncflow.ppo import PPO
 from asyncflow.presets import load_config
+from asyncflow.tracing import read_spans
 from asyncflow.trainer import Trainer
 
 FLOW = {
@@ -30,26 +30,8 @@ FLOW = {
 }
 
 
-def run(tmp_path, monkeypatch, preset, changes):
-    """Train a run and return everything that must not depend on the mode."""
-    batches = []
-    prepare = PPO._prepare
-
-    def record(self: PPO, rollout: Rollout, version: int):
-        batch = prepare(self, rollout, version)
-        batches.append(batch.clone())
-        return batch
-
-    reporter = Silent()
-    out = str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
-    with monkeypatch.context() as patch:
-        patch.setattr(PPO, "_prepare", record)
-        done = train(load_config(preset, changes | {"logging.out": out}), reporter)
-    state = done.parts.ppo.optimizer.state_dict()["state"]
-    tensors = [p.detach() for p in done.parts.policy.parameters()]
-    tensors += [value for index in sorted(state) for value in state[index].values()]
-    rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in reporter.rows]
-    return tensors, batches, rows
+def run(tmp_path, preset, changes):
+    return record(tmp_path / f"run{len(list(tmp_path.iterdir()))}", preset, changes)
 
 
 def assert_same(first, second):
@@ -63,72 +45,78 @@ def assert_same(first, second):
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
 @pytest.mark.parametrize("policy", [{}, FLOW], ids=["gaussian", "flow"])
-def test_vla_equals_standard_on_the_toy(tmp_path, monkeypatch, lag, policy):
+def test_vla_equals_standard_on_the_toy(tmp_path, lag, policy):
     changes = TOY | policy | {"buffer.max_policy_lag": lag}
-    vla = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": "vla"})
-    standard = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": "standard"})
+    vla = run(tmp_path, "toy", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, "toy", changes | {"trainer.buffer_type": "standard"})
     assert_same(vla, standard)
 
 
 @pytest.mark.sim
+def test_vla_equals_standard_on_lift(tmp_path, lift_vla):
+    _, vla = lift_vla
+    assert_same(vla, run(tmp_path, "lift", LIFT_VLA | {"trainer.buffer_type": "standard"}))
+
+
+@pytest.mark.sim
 @pytest.mark.slow
-@pytest.mark.parametrize("lag", [0, 1, 2])
-def test_vla_equals_standard_on_lift(tmp_path, monkeypatch, lag):
+@pytest.mark.parametrize("lag", [0, 2])
+def test_vla_equals_standard_on_lift_with_another_lag(tmp_path, lag):
     changes = LIFT | {"buffer.max_policy_lag": lag}
-    vla = run(tmp_path, monkeypatch, "lift", changes | {"trainer.buffer_type": "vla"})
-    standard = run(tmp_path, monkeypatch, "lift", changes | {"trainer.buffer_type": "standard"})
+    vla = run(tmp_path, "lift", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, "lift", changes | {"trainer.buffer_type": "standard"})
     assert_same(vla, standard)
 
 
-def test_the_lag_changes_the_run(tmp_path, monkeypatch):
+def test_the_lag_changes_the_run(tmp_path):
     """Otherwise the equality above would prove nothing."""
-    runs = [run(tmp_path, monkeypatch, "toy", TOY | {"buffer.max_policy_lag": lag}) for lag in (0, 2)]
+    runs = [run(tmp_path, "toy", TOY | {"buffer.max_policy_lag": lag}) for lag in (0, 2)]
     assert not torch.equal(runs[0][0][0], runs[1][0][0])
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 4])
-def test_fixed_lag_is_exact(tmp_path, monkeypatch, lag):
+def test_fixed_lag_is_exact(tmp_path, lag):
     changes = TOY | {"buffer.max_policy_lag": lag, "trainer.buffer_type": "vla"}
-    _, _, rows = run(tmp_path, monkeypatch, "toy", changes)
+    _, _, rows = run(tmp_path, "toy", changes)
     assert [row["staleness/policy_lag_max"] for row in rows] == [min(update, lag) for update in range(6)]
 
 
-def test_bounded_lag_stays_within_its_bound(tmp_path, monkeypatch):
-    changes = TOY | {"buffer.max_policy_lag": 2, "buffer.lag_mode": "bounded", "trainer.total_updates": 30}
-    _, _, rows = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": "vla"})
+def test_bounded_lag_stays_within_its_bound(tmp_path):
+    changes = TOY | {"buffer.max_policy_lag": 2, "buffer.lag_mode": "bounded", "trainer.total_updates": 15}
+    _, _, rows = run(tmp_path, "toy", changes | {"trainer.buffer_type": "vla"})
     assert max(row["staleness/policy_lag_max"] for row in rows) <= 2
 
 
-def test_overwriting_trains_only_whole_rollouts_and_the_books_balance(tmp_path, monkeypatch):
+def test_overwriting_trains_only_whole_rollouts_and_the_books_balance(tmp_path):
     changes = TOY | {"buffer.lag_mode": "bounded", "buffer.on_full": "overwrite", "trainer.buffer_type": "vla"}
-    _, batches, rows = run(tmp_path, monkeypatch, "toy", changes | {"algorithm.emulated_latency_s": 0.002})
+    _, batches, rows = run(tmp_path, "toy", changes | {"algorithm.emulated_latency_s": 0.002})
     assert rows[-1]["buffer/trained"] == rows[-1]["decisions"] == 6 * 32
     assert all(batch["valid"].all() for batch in batches)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_groups_give_the_same_transitions(tmp_path, monkeypatch, groups):
+def test_groups_give_the_same_transitions(tmp_path, groups):
     """To float tolerance: a matrix product of another height may round differently."""
-    reference = run(tmp_path, monkeypatch, "toy", TOY | FLOW | {"trainer.total_updates": 1})
+    reference = run(tmp_path, "toy", TOY | FLOW | {"trainer.total_updates": 1})
     changes = TOY | FLOW | {"trainer.total_updates": 1, "collector.num_env_groups": groups}
-    other = run(tmp_path, monkeypatch, "toy", changes)
+    other = run(tmp_path, "toy", changes)
     torch.testing.assert_close(other[1][0]["chains"], reference[1][0]["chains"], atol=1e-4, rtol=1e-4)
     assert torch.equal(other[1][0]["executed"], reference[1][0]["executed"])
 
 
-def test_steps_are_counted_fresh(tmp_path, monkeypatch):
+def test_steps_are_counted_fresh(tmp_path):
     """A predecessor trained the same full buffer again and again and reported 14 times its speed."""
-    _, batches, rows = run(tmp_path, monkeypatch, "toy", TOY | {"trainer.buffer_type": "vla"})
+    _, batches, rows = run(tmp_path, "toy", TOY | {"trainer.buffer_type": "vla"})
     assert [row["decisions"] for row in rows] == [32 * n for n in range(1, 7)]
     assert rows[-1]["env_steps"] == sum(int(batch["executed"].sum()) for batch in batches)
     distinct = {batch["obs", "state"].sum().item() for batch in batches}
     assert len(distinct) == len(batches)
 
 
-def test_evaluation_does_not_disturb_training(tmp_path, monkeypatch):
+def test_evaluation_does_not_disturb_training(tmp_path):
     """Evaluation has simulators of its own, so a run with it equals one without."""
-    plain = run(tmp_path, monkeypatch, "toy", TOY)
-    evaluated = run(tmp_path, monkeypatch, "toy", TOY | {"trainer.eval_interval": 2, "trainer.eval_episodes": 5})
+    plain = run(tmp_path, "toy", TOY)
+    evaluated = run(tmp_path, "toy", TOY | {"trainer.eval_interval": 2, "trainer.eval_episodes": 5})
     assert all(torch.equal(a, b) for a, b in zip(plain[0], evaluated[0], strict=True))
 
 
@@ -174,15 +162,50 @@ def test_a_failed_collector_ends_an_evaluation(tmp_path, monkeypatch):
     assert decisions == [0, 0]
 
 
-def test_env_steps_end_a_run_too(tmp_path, monkeypatch):
+def test_env_steps_end_a_run_too(tmp_path):
     changes = TOY | {"trainer.total_updates": None, "trainer.total_env_steps": 100}
     for buffer_type in ("vla", "standard"):
-        _, _, rows = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": buffer_type})
+        _, _, rows = run(tmp_path, "toy", changes | {"trainer.buffer_type": buffer_type})
         assert rows[-2]["env_steps"] < 100 <= rows[-1]["env_steps"]
 
 
-def test_nothing_is_left_running(tmp_path, monkeypatch):
-    run(tmp_path, monkeypatch, "toy", TOY | {"trainer.buffer_type": "vla"})
+def test_collecting_goes_on_during_an_update(tmp_path, monkeypatch):
+    """Update n waits at its first minibatch for rollout n + 1, which waits for it at its first decision."""
+    meeting, met, decisions = threading.Barrier(2, timeout=60), [], itertools.count()
+    step_async = ToyVecEnv.step_async
+
+    def collect(env, actions, env_ids):
+        rollout, decision = divmod(next(decisions), 8)
+        if rollout > 0 and decision == 0:
+            meeting.wait()
+        step_async(env, actions, env_ids)
+
+    def meet(built):
+        check = built._check_update
+
+        def check_and_meet():
+            check()
+            updates = built.progress.updates
+            if updates not in met and updates < 3:  # of 4: no rollout follows the last one
+                met.append(updates)
+                meeting.wait()
+
+        built._check_update = check_and_meet
+
+    monkeypatch.setattr(ToyVecEnv, "step_async", collect)
+    changes = TOY | {"trainer.buffer_type": "vla", "trainer.total_updates": 4, "logging.trace": True}
+    train(load_config("toy", changes | {"logging.out": str(tmp_path / "run")}), Silent(), meet)
+    spans = read_spans(tmp_path / "run" / "trace.json")
+    updates, rollouts = ([span for span in spans if span.name == name] for name in ("update", "collect"))
+    assert all(
+        update.start_s < rollout.end_s and rollout.start_s < update.end_s
+        for update, rollout in zip(updates[:3], rollouts[1:], strict=True)
+    )
+    assert met == [0, 1, 2]
+
+
+def test_nothing_is_left_running(tmp_path):
+    run(tmp_path, "toy", TOY | {"trainer.buffer_type": "vla"})
     assert [t.name for t in threading.enumerate() if "asyncflow" in t.name] == []
 
 
@@ -200,22 +223,6 @@ def test_a_stop_ends_with_a_checkpoint(tmp_path):
     state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
     assert state["updates"] == 3
     assert reporter.ended
-
-
-def test_a_run_folder_is_never_written_over(tmp_path):
-    changes = TOY | {"logging.out": str(tmp_path / "run"), "trainer.total_updates": 1}
-    train(load_config("toy", changes), Silent())
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="already holds a run"):
-        train(load_config("toy", changes), Silent())
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_run_folder_holds_what_reproduces_it(tmp_path):
-    train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "logging.logger": "tensorboard"}), Silent())
-    names = {path.name.split(".")[0] for path in (tmp_path / "run").iterdir()}
-    assert {"config", "versions", "metrics", "checkpoints", "events"} <= names
-    assert len(Path(tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("key", ["policy.checkpoint", "trainer.device", "policy.log_prob"])
@@ -248,14 +255,7 @@ def test_weights_for_other_observations_are_refused(tmp_path):
 
 def test_a_full_disk_at_a_checkpoint_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
     """The save at update 2 fails; that at update 4 and the end succeed."""
-    save = trainer.save_checkpoint
-
-    def fail_at_two(run_dir, source, state, groups):
-        if state["updates"] == 2:
-            raise OSError(28, "No space left on device")
-        return save(run_dir, source, state, groups)
-
-    monkeypatch.setattr(trainer, "save_checkpoint", fail_at_two)
+    fail_to_save(monkeypatch, updates=2)
     reporter = Silent()
     train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "trainer.save_interval": 2}), reporter)
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["update_000004", "update_000006"]
@@ -331,7 +331,7 @@ def test_training_that_diverges_names_the_last_good_checkpoint(tmp_path, monkeyp
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("buffer_type", ["vla", "standard"])
-def test_the_toy_trains_on_a_gpu(tmp_path, monkeypatch, buffer_type):
+def test_the_toy_trains_on_a_gpu(tmp_path, buffer_type):
     changes = TOY | FLOW | {"trainer.device": "cuda", "algorithm.critic_warmup_updates": 1}
-    _, _, rows = run(tmp_path, monkeypatch, "toy", changes | {"trainer.buffer_type": buffer_type})
+    _, _, rows = run(tmp_path, "toy", changes | {"trainer.buffer_type": buffer_type})
     assert len(rows) == 6

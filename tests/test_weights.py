@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from waiting import PATIENCE_S, Waiting
 
 from asyncflow.weights import PublisherClosed, WeightPublisher, changing_tensors, make_acting_copy
 
@@ -48,32 +49,26 @@ def test_the_trainer_waits_for_a_lease_before_it_overwrites():
     policy = Constant()
     publisher = WeightPublisher(policy, 0)
     policy.fill(1)
-    published = threading.Event()
-    thread = threading.Thread(target=lambda: (publisher.publish(1), published.set()), daemon=True)
     with publisher.lease(0) as (_, tensors):
-        thread.start()
-        assert not published.wait(0.05)
+        trainer = Waiting(lambda: publisher.publish(1), publisher._changed)
+        assert trainer.waits()
         assert all((tensor == 0).all() for tensor in tensors)
-    thread.join(5)
+    trainer.finish()
     assert publisher.newest == 1
 
 
 def test_a_lease_waits_for_its_version_and_close_wakes_it():
     publisher = WeightPublisher(Constant(), 0)
-    errors = []
 
     def lease():
-        try:
-            with publisher.lease(5):
-                pass
-        except PublisherClosed as error:
-            errors.append(error)
+        with publisher.lease(5):
+            pass
 
-    thread = threading.Thread(target=lease, daemon=True)
-    thread.start()
+    collector = Waiting(lease, publisher._changed)
+    assert collector.waits()
     publisher.close()
-    thread.join(5)
-    assert len(errors) == 1
+    with pytest.raises(PublisherClosed):
+        collector.finish()
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 4])
@@ -97,10 +92,10 @@ def test_no_lease_is_ever_torn(lag):
     collector = threading.Thread(target=collect, daemon=True)
     collector.start()
     for version in range(1, num_rollouts):
-        assert collected.acquire(timeout=10)  # rollout version - 1 is there, as before an update
+        assert collected.acquire(timeout=PATIENCE_S)  # rollout version - 1 is there, as before an update
         policy.fill(version)
         publisher.publish(version)
-    collector.join(10)
+    collector.join(PATIENCE_S)
     assert not torn
     assert seen == [max(0, n - lag) for n in range(num_rollouts)]
 
@@ -113,11 +108,26 @@ def test_restored_snapshots_are_those_of_their_versions():
         publisher.publish(version)
     resumed = WeightPublisher(Constant(), 2)
     resumed.restore(publisher.snapshots())
+    assert list(resumed.snapshots()) == [3, 4, 5]
     assert resumed.newest == 5
     for version in (3, 4, 5):
         with resumed.lease(version) as (taken, tensors):
             assert taken == version
             assert all((tensor == version).all() for tensor in tensors)
+
+
+def test_nothing_but_what_is_restored_is_published():
+    policy = Constant()
+    publisher = WeightPublisher(policy, 4)
+    publisher.restore({version: changing_tensors(policy) for version in (6, 8)})
+    assert list(publisher.snapshots()) == [6, 8]
+
+
+def test_of_more_versions_than_there_is_room_for_the_newest_are_restored():
+    policy = Constant()
+    publisher = WeightPublisher(policy, 1)
+    publisher.restore({version: changing_tensors(policy) for version in (9, 7, 10, 8)})
+    assert list(publisher.snapshots()) == [9, 10]
 
 
 def test_the_acting_copy_shares_frozen_weights_only():

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_report import REPOSITORY, Finding, Part, isolated, to_markdown, with_range
+from bench_report import REPOSITORY, Finding, Part, finish, isolated, to_markdown, with_range
 from bench_workers import NUM_ENVS, bench_workers
 from numpy.typing import NDArray
 
@@ -328,16 +328,8 @@ def main() -> int:
     for name in options.only:
         print(f"measuring: {name}", file=sys.stderr, flush=True)
         parts.append(benches[name](options))
-    page = to_markdown(parts)
-    print(page)
     is_whole = set(options.only) == set(PARTS) and set(options.task) == {"Toy", "Lift"}
-    if options.out or is_whole:
-        (options.out or PAGE).parent.mkdir(parents=True, exist_ok=True)
-        (options.out or PAGE).write_text(page)
-    missed = [found.what for part in parts for found in part.findings if not found.is_met]
-    for what in missed:
-        print(f"missed: {what}", file=sys.stderr)
-    return 1 if missed else 0
+    return finish(to_markdown("The core", parts), parts, options.out or (PAGE if is_whole else None))
 
 
 if __name__ == "__main__":

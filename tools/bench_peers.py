@@ -14,14 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench_report import (
-    REPOSITORY,
-    Part,
-    describe_command,
-    describe_machine,
-    describe_setting,
-    describe_software,
-)
+from bench_report import REPOSITORY, Part, finish, to_markdown
 from peers_setup import describe_peers, enter_environment
 
 PAGE = REPOSITORY / "docs" / "benchmarks" / "peers.md"
@@ -35,18 +28,6 @@ def measure(options: argparse.Namespace) -> list[Part]:
 
     benches = {"update": bench_update, "end-to-end": bench_end_to_end}
     return [benches[name](options) for name in options.only]
-
-
-def to_page(parts: list[Part]) -> str:
-    """Return setting, table and notes as Markdown."""
-    rows = ["| what | measured | target | met |", "|---|---|---|---|"]
-    for found in (found for part in parts for found in part.findings):
-        met = "" if found.target == "reported" else "yes" if found.is_met else "**no**"
-        rows.append(f"| {found.what} | {found.measured} | {found.target} | {met} |")
-    notes = [f"- {note}" for part in parts for note in part.notes]
-    setting = describe_setting(describe_machine(), describe_software())
-    head = f"# Beside other libraries\n\n{setting}- Peers: {describe_peers()}\n- Command: `{describe_command()}`\n"
-    return "\n".join([head, *rows, "", *notes, ""])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,15 +47,8 @@ def main() -> int:
     options = parse_arguments()
     enter_environment()
     parts = measure(options)
-    page = to_page(parts)
-    print(page)
-    if options.out or set(options.only) == set(PARTS):
-        (options.out or PAGE).parent.mkdir(parents=True, exist_ok=True)
-        (options.out or PAGE).write_text(page)
-    missed = [found.what for part in parts for found in part.findings if not found.is_met]
-    for what in missed:
-        print(f"missed: {what}", file=sys.stderr)
-    return 1 if missed else 0
+    page = to_markdown("Beside other libraries", parts, f"- Peers: {describe_peers()}\n")
+    return finish(page, parts, options.out or (PAGE if set(options.only) == set(PARTS) else None))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from asyncflow.run_folder import describe_versions
 
 REPOSITORY = Path(__file__).parent.parent
+REPORTED = "reported"  # the target of a finding that has none
 
 T = TypeVar("T")
 Turns = dict[str, Callable[[float], float]]
@@ -106,15 +107,25 @@ def describe_setting(machine: dict[str, str], software: dict[str, str]) -> str:
     )
 
 
-def to_markdown(parts: list[Part]) -> str:
-    """Return the page."""
-    rows = [
-        f"| {found.what} | {found.measured} | {found.target} | {'yes' if found.is_met else '**no**'} |"
-        for part in parts
-        for found in part.findings
-    ]
-    table = ["| what | measured | target | met |", "|---|---|---|---|", *rows]
+def to_markdown(title: str, parts: list[Part], more_setting: str = "") -> str:
+    """Return the page; `more_setting` is a line, or nothing, that belongs to hardware and versions."""
+    rows = ["| what | measured | target | met |", "|---|---|---|---|"]
+    for found in (found for part in parts for found in part.findings):
+        met = "" if found.target == REPORTED else "yes" if found.is_met else "**no**"
+        rows.append(f"| {found.what} | {found.measured} | {found.target} | {met} |")
     notes = [f"- {note}" for part in parts for note in part.notes]
-    setting = describe_setting(describe_machine(), describe_software())
-    head = f"# The core\n\n{setting}- Command: `{describe_command()}`\n"
-    return "\n".join([head, *table, "", *notes, ""])
+    setting = describe_setting(describe_machine(), describe_software()) + more_setting
+    head = f"# {title}\n\n{setting}- Command: `{describe_command()}`\n"
+    return "\n".join([head, *rows, "", *notes, ""])
+
+
+def finish(page: str, parts: list[Part], path: Path | None) -> int:
+    """Print a page, write it if there is a path, name the targets that were missed, and return the exit code."""
+    print(page)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page)
+    missed = [found.what for part in parts for found in part.findings if not found.is_met]
+    for what in missed:
+        print(f"missed: {what}", file=sys.stderr)
+    return 1 if missed else 0

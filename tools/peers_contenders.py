@@ -19,6 +19,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from peers_cleanrl import CleanRLAgent, train_like_cleanrl
 from peers_setting import (
+    ALGORITHM,
     CHUNK_DIM,
     CHUNK_GAMMA,
     CLIP,
@@ -71,20 +72,7 @@ class Contender:
 
 def make_asyncflow(policy: GaussianPolicy, batch: Batch, version: int) -> Contender:
     """Return asyncflow; the rollout is of version 0, so that one of version 1 is trained with lag 1."""
-    config = AlgorithmConfig(
-        gae_lambda=LAMBDA,
-        update_epochs=NUM_EPOCHS,
-        num_minibatches=NUM_MINIBATCHES,
-        learning_rate=LEARNING_RATE,
-        critic_learning_rate=LEARNING_RATE,
-        critic_warmup_updates=0,
-        clip_coef=CLIP,
-        vf_coef=VF_COEF,
-        ent_coef=ENT_COEF,
-        max_grad_norm=MAX_GRAD_NORM,
-        dual_clip=None,
-    )
-    ppo = PPO(policy, config, seed=0)
+    ppo = PPO(policy, AlgorithmConfig(**ALGORITHM, dual_clip=None), seed=0)
     data = batch.rollout.data.clone()
     data["obs"] = batch.rollout.obs[:-1]
     return Contender(
@@ -106,22 +94,11 @@ class SpacesOnly(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 def make_sb3(env: VecEnv, num_steps: int) -> SB3PPO:
     """Return stable-baselines3's PPO for the network and the batch of the comparison."""
     network = {"net_arch": {"pi": HIDDEN, "vf": HIDDEN}, "activation_fn": nn.ReLU, "log_std_init": float(np.log(STD))}
-    return SB3PPO(
-        "MlpPolicy",
-        env,
-        learning_rate=LEARNING_RATE,
-        n_steps=num_steps,
-        batch_size=num_steps * env.num_envs // NUM_MINIBATCHES,
-        n_epochs=NUM_EPOCHS,
-        gamma=CHUNK_GAMMA,
-        gae_lambda=LAMBDA,
-        clip_range=CLIP,
-        max_grad_norm=MAX_GRAD_NORM,
-        vf_coef=VF_COEF,
-        ent_coef=ENT_COEF,
-        policy_kwargs=network,
-        device="cpu",
-    )
+    rollout = {"n_steps": num_steps, "gamma": CHUNK_GAMMA, "gae_lambda": LAMBDA}
+    loss = {"clip_range": CLIP, "vf_coef": VF_COEF, "ent_coef": ENT_COEF}
+    size = num_steps * env.num_envs // NUM_MINIBATCHES
+    steps = {"n_epochs": NUM_EPOCHS, "batch_size": size, "learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM}
+    return SB3PPO("MlpPolicy", env, **rollout, **loss, **steps, policy_kwargs=network, device="cpu")
 
 
 def make_sb3_contender(policy: GaussianPolicy, batch: Batch) -> Contender:
@@ -155,22 +132,11 @@ def make_rsl_rl(policy: GaussianPolicy, batch: Batch) -> Contender:
     actor = MLPModel(rows[0], groups, "actor", CHUNK_DIM, distribution_cfg=gaussian, **network)
     critic = MLPModel(rows[0], groups, "critic", 1, **network)
     storage = RolloutStorage("rl", NUM_ENVS, len(batch.obs), rows[0], [CHUNK_DIM])
-    ppo = RslPPO(
-        actor,
-        critic,
-        storage,
-        num_learning_epochs=NUM_EPOCHS,
-        num_mini_batches=NUM_MINIBATCHES,
-        clip_param=CLIP,
-        gamma=CHUNK_GAMMA,
-        lam=LAMBDA,
-        value_loss_coef=VF_COEF,
-        entropy_coef=ENT_COEF,
-        learning_rate=LEARNING_RATE,
-        max_grad_norm=MAX_GRAD_NORM,
-        use_clipped_value_loss=False,
-        schedule="fixed",
-    )
+    returns, loss = {"gamma": CHUNK_GAMMA, "lam": LAMBDA}, {"value_loss_coef": VF_COEF, "entropy_coef": ENT_COEF}
+    clip = {"clip_param": CLIP, "use_clipped_value_loss": False, "max_grad_norm": MAX_GRAD_NORM}
+    epochs = {"num_learning_epochs": NUM_EPOCHS, "num_mini_batches": NUM_MINIBATCHES}
+    rate = {"learning_rate": LEARNING_RATE, "schedule": "fixed"}
+    ppo = RslPPO(actor, critic, storage, **returns, **loss, **clip, **epochs, **rate)
     copy_linears([policy.actor], [actor.mlp])
     copy_linears([policy.critic], [critic.mlp])
     fill_storage(ppo, batch)

@@ -13,23 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_report import Finding, Part, count_cores, isolated
+from bench_report import REPORTED, Finding, Part, count_cores, isolated
 from bench_workers import CHUNK_LENGTH, HORIZON, NUM_ENVS
 from peers_contenders import make_sb3
 from peers_env import ChunkEnv, EnvPlan
-from peers_setting import (
-    CLIP,
-    ENT_COEF,
-    GAMMA,
-    HIDDEN,
-    LAMBDA,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
-    NUM_EPOCHS,
-    NUM_MINIBATCHES,
-    STD,
-    VF_COEF,
-)
+from peers_setting import ALGORITHM, HIDDEN, NUM_EPOCHS, NUM_MINIBATCHES, STD
 from peers_torchrl import run_torchrl
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv
@@ -82,17 +70,7 @@ def make_config(plan: EnvPlan, rollout_size: int, num_updates: int, folder: Path
         "policy.horizon": CHUNK_LENGTH,
         "policy.n_action_steps": CHUNK_LENGTH,
         "policy.initial_std": STD,
-        "algorithm.gamma": GAMMA,
-        "algorithm.gae_lambda": LAMBDA,
-        "algorithm.update_epochs": NUM_EPOCHS,
-        "algorithm.num_minibatches": NUM_MINIBATCHES,
-        "algorithm.learning_rate": LEARNING_RATE,
-        "algorithm.critic_learning_rate": LEARNING_RATE,
-        "algorithm.critic_warmup_updates": 0,
-        "algorithm.clip_coef": CLIP,
-        "algorithm.vf_coef": VF_COEF,
-        "algorithm.ent_coef": ENT_COEF,
-        "algorithm.max_grad_norm": MAX_GRAD_NORM,
+        **{f"algorithm.{key}": value for key, value in ALGORITHM.items()},
         "buffer.buffer_size": rollout_size,
         "trainer.buffer_type": "vla",
         "trainer.seed": plan.seed,
@@ -187,7 +165,7 @@ def describe_end_to_end(rates: dict[tuple[str, bool], list[float]], options: arg
         steps = f"{name_step(ours)} over {peer} with {name_step(theirs)}"
         what = f"env steps/s, collecting and training on Lift: asyncflow vla with {steps}, the faster peer"
         is_met = not target or ratio >= target
-        findings.append(Finding(what, f"{ratio:.2f}", f">= {target}" if target else "reported", is_met))
+        findings.append(Finding(what, f"{ratio:.2f}", f">= {target}" if target else REPORTED, is_met))
     return Part(findings, [describe_options(options), *describe_rates(rates)])
 
 

@@ -6,6 +6,7 @@ Shapes: T decisions, N environments, D state size, H executed actions, A action 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bench_workers import CHUNK_LENGTH, HORIZON, NUM_ENVS
@@ -23,6 +24,19 @@ NUM_EPOCHS, NUM_MINIBATCHES, CLIP, LEARNING_RATE = 8, 4, 0.2, 3e-4
 VF_COEF, ENT_COEF, MAX_GRAD_NORM = 0.5, 0.0, 1.0
 GAMMA, LAMBDA = 0.995, 0.95  # per env step; per decision
 CHUNK_GAMMA = GAMMA**CHUNK_LENGTH
+ALGORITHM: dict[str, Any] = {  # asyncflow's own names for them
+    "gamma": GAMMA,
+    "gae_lambda": LAMBDA,
+    "update_epochs": NUM_EPOCHS,
+    "num_minibatches": NUM_MINIBATCHES,
+    "learning_rate": LEARNING_RATE,
+    "critic_learning_rate": LEARNING_RATE,
+    "critic_warmup_updates": 0,
+    "clip_coef": CLIP,
+    "vf_coef": VF_COEF,
+    "ent_coef": ENT_COEF,
+    "max_grad_norm": MAX_GRAD_NORM,
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import statistics
 import time
 
 import torch
-from bench_report import Finding, Part, isolated
+from bench_report import REPORTED, Finding, Part, isolated
 from bench_workers import NUM_ENVS
 from peers_contenders import Contender, make_asyncflow, make_cleanrl, make_rsl_rl, make_sb3_contender
 from peers_setting import ACTION_DIM, CHUNK_LENGTH, HIDDEN, NUM_EPOCHS, NUM_MINIBATCHES, STATE_DIM, STD, make_batch
@@ -117,7 +117,7 @@ def compare(what: str, ratios: list[float], target: float | None) -> Finding:
     median = statistics.median(ratios)
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [median] * 3
     measured = f"{median:.2f} ({low:.2f} to {high:.2f}, half of {len(ratios)} turns)"
-    return Finding(what, measured, f">= {target}" if target else "reported", not target or median >= target)
+    return Finding(what, measured, f">= {target}" if target else REPORTED, not target or median >= target)
 
 
 def bench_update(options: argparse.Namespace) -> Part:

@@ -84,6 +84,10 @@ class Hunt:
             for tensor in (*tensors, tensors[0]):
                 values |= {float(tensor.min()), float(tensor.max())}
                 _pause(delays)
+        self._judge(version, values, wanted, newest)
+
+    def _judge(self, version: int, values: set[float], wanted: int | None, newest: int) -> None:
+        """Check a lease: its version's numbers alone, and of the right version; `newest` was there before it."""
         self.checks.expect(values == {float(version)}, f"L = {self._lag}: torn: version {version} holds {values}")
         oldest = max(newest, self._last) if wanted is None else wanted
         is_right = version >= oldest if wanted is None else version == wanted

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
+
+if TYPE_CHECKING:
+    from tensordict import TensorDict  # loading it would double the time in which a worker process starts
 
 
 class EnvInterrupted(EnvError):

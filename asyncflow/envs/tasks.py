@@ -22,6 +22,10 @@ ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
+_ARM_OBS = (
+    "eef_pos", "eef_quat", "eef_quat_site", "gripper_qpos", "gripper_qvel",
+    "joint_acc", "joint_pos", "joint_pos_cos", "joint_pos_sin", "joint_vel",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Task:
     obs_keys: tuple[str, ...] = (*_ARM_KEYS, "object")
     robots: tuple[str, ...] = ("Panda",)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def available_obs_keys(self) -> list[str]:
+        """Return the names of all that the simulator of a known task observes, as robomimic names it."""
+        return ["object", *(f"robot{arm}_{name}" for arm in range(len(self.robots)) for name in _ARM_OBS)]
 
 
 TASKS: dict[str, Task] = {
@@ -105,16 +113,25 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
     """Return what `env` describes, with the task's horizon and observations where the configuration has none.
 
     Raises:
-        ConfigError: An unknown task; an `env.env_meta` that cannot be used, or one of an environment that the table
-            lacks without `env.horizon`.
+        ConfigError: An unknown task, or an observation that it lacks; an `env.env_meta` that cannot be used, or one of
+            an environment that the table lacks without `env.horizon`.
     """
     if config.env_meta is None:
         env_meta, task = None, find_task(config.task)
+        _check_obs_keys(config, task)
     else:
-        env_meta = load_env_meta(config.env_meta)
+        env_meta = load_env_meta(config.env_meta)  # only its simulator knows what it observes
         task = _task_of_meta(env_meta, config)
     obs_keys = task.obs_keys if config.obs_keys is None else tuple(config.obs_keys)
     return SimulatorSettings(task, config.horizon or task.horizon, obs_keys, env_meta, config.fast_step)
+
+
+def _check_obs_keys(config: EnvConfig, task: Task) -> None:
+    available = task.available_obs_keys()
+    missing = [key for key in config.obs_keys or [] if key not in available]
+    if missing:
+        lacking = f"{config.task} has no {', '.join(missing)}; it has {', '.join(available)}"
+        raise ConfigError(f"env.obs_keys = {config.obs_keys}: {lacking}")
 
 
 def _task_of_meta(env_meta: dict[str, Any], config: EnvConfig) -> Task:

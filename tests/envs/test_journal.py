@@ -7,7 +7,6 @@ import torch
 from fake_simulator import ACTION_DIM, SUCCEED, FakeSimulator
 
 from asyncflow.config import EnvConfig
-from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.toy import ToyVecEnv
@@ -141,12 +140,3 @@ def test_an_episode_that_ends_in_its_replay_is_followed_by_the_next_one(fake):
     journal.record(range(1), actions, torch.tensor([False]))
     fake.reset(SEED, journal)
     assert fake.journal() == EpisodeJournal([1, 0], [[], []], [False, False])
-
-
-@pytest.mark.sim
-def test_lift_resumes_bit_for_bit_in_the_middle_of_an_episode():
-    vec_env = make_vec_env(EnvConfig(task="Lift", horizon=10, num_workers=1), H, N, seed=9)
-    try:
-        assert_resumes_bit_for_bit(vec_env, 2 * random_chunks(7, vec_env.spec.action_dim), cut=5)
-    finally:
-        vec_env.close()

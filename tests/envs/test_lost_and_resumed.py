@@ -1,43 +1,22 @@
 """A run cut while an environment was lost, and the policy not yet told, equals the uncut one, bit for bit."""
 
-import os
+from functools import partial
 
-import numpy as np
-import pytest
-from fake_simulator import FakeSimulator
+from fake_simulator import MortalSimulator
+from inline_worker import simulators, work_inline
 from silent import TOY, assert_equal, go_on, outcome, start
 
 from asyncflow import build
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
-from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.seeding import derive_seed
 
-DOOMED = derive_seed(
-    0, "episode", 1, 1
-)  # environment 1's episode 1: decisions 5 to 9, of which the rollout ends with 7
+DOOMED = derive_seed(0, "episode", 1, 1)  # of environment 1: decisions 5 to 9, of which the rollout ends with 7
 
 
-class MortalSimulator(FakeSimulator):
-    """Heeds no command of its actions, and dies in the third chunk of the doomed episode."""
-
-    def reset(self, seed: int) -> None:
-        self.is_doomed = seed == DOOMED
-        super().reset(seed)
-
-    def step(self, action):
-        if self.is_doomed and self.state[2] == 4:
-            os._exit(3)
-        return super().step(np.minimum(action, 0.5))
-
-
-@pytest.mark.slow
 def test_an_environment_lost_at_a_rollouts_end_is_reported_by_the_resumed_run(tmp_path, monkeypatch):
     """Its worker dies for the second group, after the first group's last chunk was received."""
-
-    def make(config, chunk_length, num_envs, seed):
-        return WorkerVecEnv(MortalSimulator, config, num_envs, chunk_length, seed)
-
-    monkeypatch.setattr(build, "make_vec_env", make)
+    work_inline(monkeypatch)
+    monkeypatch.setattr(build, "make_vec_env", simulators(partial(MortalSimulator, DOOMED)))
     changes = TOY | {"env.num_workers": 2, "collector.num_env_groups": 2, "trainer.total_updates": 2}
     start(tmp_path / "uncut", "toy", changes)
     start(tmp_path / "cut", "toy", changes, stop_at=1)

@@ -38,6 +38,19 @@ def test_the_configuration_wins_over_the_tasks_defaults():
     assert resolve_task(EnvConfig(task="ToolHang", horizon=30)).horizon == 30
 
 
+def test_an_observation_that_a_task_lacks_is_one_line_with_all_that_it_has():
+    with pytest.raises(
+        ConfigError, match=r"env.obs_keys = .*: Lift has no cube_colour; it has object, .*_vel$"
+    ) as error:
+        resolve_task(EnvConfig(obs_keys=["object", "cube_colour"]))
+    assert "\n" not in str(error.value)
+
+
+def test_the_observations_of_an_env_meta_are_left_to_its_simulator(tmp_path):
+    path = save_json(tmp_path / "meta.json", META)
+    assert resolve_task(EnvConfig(env_meta=str(path), obs_keys=["cube_colour"])).obs_keys == ("cube_colour",)
+
+
 def test_env_meta_is_read_from_json_and_from_a_dataset_alike(tmp_path):
     text = json.dumps(META)
     (tmp_path / "meta.json").write_text(text)

@@ -1,0 +1,71 @@
+"""Fake simulators in any run, and workers without processes: starting one takes no time."""
+
+import traceback
+
+import fake_simulator
+
+from asyncflow.envs import worker, workers
+from asyncflow.envs.worker import WorkerFailure
+
+
+class Died(BaseException):
+    """The process would have ended."""
+
+
+class InlineWorker:
+    """It obeys at once, in the process of the test. After its death or an exception it answers nothing more."""
+
+    def __init__(self, index, env_ids, setup, waker):
+        self.index, self.env_ids = index, env_ids
+        self._setup, self._runners, self._answers, self._failure = setup, {}, {}, None
+        self._attempt("ready", self._construct)
+
+    def wait_ready(self):
+        return self.receive("ready", 0.0)
+
+    def send(self, command, key, argument):
+        self._attempt(key, lambda: worker._obey(self._runners, command, argument))
+
+    def receive(self, key, timeout_s):
+        if key not in self._answers:
+            raise self._failure
+        return self._answers.pop(key)
+
+    def dismiss(self):
+        pass
+
+    def stop(self, deadline):
+        pass
+
+    def _construct(self):
+        self._runners = {env: worker._build_runner(self._setup, env) for env in self.env_ids}
+        return self._runners[self.env_ids[0]].spec
+
+    def _attempt(self, key, work):
+        if self._failure is not None:
+            return
+        try:
+            self._answers[key] = work()
+        except Died:
+            self._failure = WorkerFailure("died", f"worker {self.index} died")
+        except Exception as error:
+            self._failure = WorkerFailure("raised", f"worker {self.index} raised {error}", traceback.format_exc())
+
+
+def simulators(make_simulator):
+    """Return a `make_vec_env` that puts these simulators, whatever the task, into workers."""
+
+    def make(config, chunk_length, num_envs, seed):
+        return workers.WorkerVecEnv(make_simulator, config, num_envs, chunk_length, seed)
+
+    return make
+
+
+def work_inline(monkeypatch):
+    """Let every `WorkerVecEnv` of a test have such workers."""
+
+    def die():
+        raise Died
+
+    monkeypatch.setattr(workers, "Worker", InlineWorker)
+    monkeypatch.setattr(fake_simulator, "die", die)

@@ -1,0 +1,124 @@
+"""A policy file is evaluated in the environment that it carries; the configuration gives the rest."""
+
+import json
+from pathlib import Path
+
+import pytest
+from silent import TOY
+
+from asyncflow import evaluate_checkpoint as module
+from asyncflow.config import PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.toy import ToyVecEnv
+from asyncflow.errors import ConfigError, EnvError
+from asyncflow.evaluate_checkpoint import evaluate_checkpoint
+from asyncflow.policies import make_policy
+from asyncflow.policy_file import save_policy
+from asyncflow.presets import load_config
+from asyncflow.seeding import derive_seed
+
+POLICY = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8], horizon=4, n_action_steps=3)
+TOY_SPEC = EnvSpec({"state": (4,)}, 2, horizon=7)
+META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
+LIFT_SPEC = EnvSpec({"state": (4,)}, 2, horizon=33, env_meta=META, obs_keys=("object",))
+
+
+def config(**changes):
+    return load_config("toy", TOY | changes)
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    """Return a function that writes a policy made for an environment."""
+
+    def write(spec):
+        path = tmp_path / "policy.safetensors"
+        save_policy(path, make_policy(POLICY, spec.obs_shapes, spec.action_dim, seed=0), POLICY, spec)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Return what is asked of `make_vec_env`, which always builds a toy, and whether that was closed."""
+    asked = {"num_closed": 0}
+
+    class Toy(ToyVecEnv):
+        def close(self):
+            asked["num_closed"] += 1
+            super().close()
+
+    def make(env_config, chunk_length, num_envs, seed):
+        meta = env_config.env_meta and json.loads(Path(env_config.env_meta).read_text())
+        asked.update(config=env_config, meta=meta, chunk_length=chunk_length, num_envs=num_envs, seed=seed)
+        return Toy(num_envs, chunk_length, env_config.horizon)
+
+    monkeypatch.setattr(module, "make_vec_env", make)
+    return asked
+
+
+def test_the_episodes_are_those_of_an_evaluation_of_a_run_with_this_seed(uncut):
+    changes = TOY | {"trainer.eval_interval": 6, "trainer.eval_episodes": 6}
+    run = uncut(changes)
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = evaluate_checkpoint(str(run), load_config("toy", changes), 6)
+    assert found.as_metrics() == {name: row[name] for name in row if name.startswith("eval/")}
+
+
+def test_the_environment_is_the_files_and_not_the_configurations(policy_file, built):
+    evaluate_checkpoint(policy_file(LIFT_SPEC), config(**{"env.horizon": 5}), 4)
+    assert built["meta"] == META
+    assert (built["config"].horizon, built["config"].obs_keys) == (33, ["object"])
+    assert built["chunk_length"] == POLICY.n_action_steps
+
+
+def test_workers_are_the_configurations(policy_file, built):
+    evaluate_checkpoint(policy_file(LIFT_SPEC), config(**{"env.num_workers": 3}), 4)
+    assert built["config"].num_workers == 3
+
+
+def test_a_file_without_a_simulator_is_evaluated_on_the_toy_with_its_horizon(policy_file, built):
+    result = evaluate_checkpoint(policy_file(TOY_SPEC), load_config("lift", {"trainer.device": "cpu"}), 4)
+    assert (built["config"].task, built["meta"]) == ("Toy", None)
+    assert 0 < result.episode_length <= 7
+
+
+@pytest.mark.parametrize(("num_episodes", "num_envs"), [(2, 2), (9, 4)])
+def test_no_more_environments_are_built_than_episodes_are_run(policy_file, built, num_episodes, num_envs):
+    assert evaluate_checkpoint(policy_file(TOY_SPEC), config(), num_episodes).num_episodes == num_episodes
+    assert built["num_envs"] == num_envs
+
+
+def test_simulators_are_constructed_as_those_of_a_runs_evaluations(policy_file, built):
+    evaluate_checkpoint(policy_file(TOY_SPEC), config(**{"trainer.seed": 5}), 2)
+    assert built["seed"] == derive_seed(5, "evaluation")
+
+
+def test_the_description_is_needed_by_nobody_once_the_simulators_are_built(policy_file, built):
+    evaluate_checkpoint(policy_file(LIFT_SPEC), config(), 2)
+    assert not Path(built["config"].env_meta).parent.exists()
+
+
+def test_environments_are_closed_at_the_end(policy_file, built):
+    evaluate_checkpoint(policy_file(TOY_SPEC), config(), 2)
+    assert built["num_closed"] == 1
+
+
+def test_environments_are_closed_when_simulators_fail(policy_file, built, monkeypatch):
+    monkeypatch.setattr(ToyVecEnv, "step_wait", lambda *_: (_ for _ in ()).throw(EnvError("workers died")))
+    with pytest.raises(EnvError, match="workers died"):
+        evaluate_checkpoint(policy_file(TOY_SPEC), config(), 2)
+    assert built["num_closed"] == 1
+
+
+def test_a_missing_file_is_refused_before_anything_is_built(built):
+    with pytest.raises(ConfigError, match="nowhere"):
+        evaluate_checkpoint("nowhere", config(), 2)
+    assert built == {"num_closed": 0}
+
+
+def test_a_missing_device_is_refused_before_anything_is_built(policy_file, built):
+    with pytest.raises(ConfigError, match="cuda:77"):
+        evaluate_checkpoint(policy_file(TOY_SPEC), config(**{"trainer.device": "cuda:77"}), 2)
+    assert built == {"num_closed": 0}

@@ -1,0 +1,109 @@
+"""Measure what overlap gives, and what the profiler says of it; write `docs/benchmarks/overlap.md` and its pictures.
+
+    python tools/bench_overlap.py                       # everything, on a quiet machine; an hour
+    python tools/bench_overlap.py --part overhead       # parts, each on its own
+    python tools/bench_overlap.py --part evaluate       # any time, any machine: nothing of it is timed
+    python tools/bench_overlap.py --page                # the page again, from what is there
+
+A finished part leaves a JSON among the page's data, and is skipped by the next call; remove the file to measure it
+anew. A missed target exits with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from overlap_overhead import measure_overhead
+from overlap_page import read_records, write_page
+from overlap_profiles import measure_balance, profile_lift, profile_sweep, profile_three_stages, profile_two_stages
+from overlap_settings import FULL, TINY, Place, Settings, choose_place, is_measured, write_record
+from overlap_training import evaluate_lift, train_lift
+
+Part = Callable[[Settings, Place], dict[str, Any]]
+PARTS: dict[str, Part] = {  # in the order in which they are measured
+    "balance": measure_balance,
+    "two_stages": profile_two_stages,
+    "three_stages": profile_three_stages,
+    "sweep": profile_sweep,
+    "overhead": measure_overhead,
+    "lift": profile_lift,
+    "train": train_lift,
+    "evaluate": evaluate_lift,
+}
+NEEDS = {"two_stages": ["balance"], "lift": ["balance"], "train": ["balance"], "evaluate": ["balance", "train"]}
+
+
+def with_needs(asked: list[str]) -> list[str]:
+    """Return what is asked for and what that needs, in the order of measuring."""
+    wanted = {*asked, *(need for part in asked for need in NEEDS.get(part, []))}
+    return [part for part in PARTS if part in wanted]
+
+
+def measure(parts: list[str], settings: Settings, place: Place) -> None:
+    """Measure what is not finished, one part after the other.
+
+    Raises:
+        SystemExit: A part failed, or what is finished was measured otherwise.
+    """
+    is_finished = {part: is_measured(place, part, settings) for part in parts}  # refused before anything is measured
+    for part in parts:
+        if is_finished[part]:
+            print(f"{part}: measured already ({place.record(part)})", flush=True)
+            continue
+        print(f"{part}: measuring", flush=True)
+        start = time.perf_counter()
+        figures = PARTS[part](settings, place)
+        seconds = time.perf_counter() - start
+        write_record(place, part, settings, figures, seconds)
+        print(f"{part}: {seconds / 60:.1f} min", flush=True)
+
+
+def report(place: Place) -> int:
+    """Write the page of all parts that are finished and return the exit code."""
+    records = read_records(place, list(PARTS))
+    if not records:
+        raise SystemExit(f"{place.data} holds no overlap_*.json; call without --page first")
+    findings = write_page(place, records)
+    for found in findings:
+        print(f"{'held' if found.is_met else 'missed'}: {found.what}: {found.measured}; target {found.target}")
+    if missing := [part for part in PARTS if part not in records]:
+        print(f"not measured yet: {', '.join(missing)}")
+    return 0 if all(found.is_met for found in findings) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--out", type=Path, default=Path("runs/overlap"), help="folder of run folders and profiles")
+    parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="for every run of Lift")
+    parser.add_argument("--curve-episodes", type=int, help="episodes of a checkpoint before the last one")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny everything, to try the tool; the page goes to OUT/pages"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, write, and say which targets were missed."""
+    options = parse_arguments()
+    settings, place = TINY if options.quick else FULL, choose_place(options.out, options.quick)
+    settings = replace(
+        settings,
+        lift_overrides=(*settings.lift_overrides, *options.override),
+        curve_episodes=options.curve_episodes or settings.curve_episodes,
+    )
+    if not options.page:
+        measure(with_needs(options.part), settings, place)
+    return report(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

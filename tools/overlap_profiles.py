@@ -1,0 +1,96 @@
+"""The parts of `bench_overlap.py` that `asyncflow profile` measures, and how long emulated stages have to be for them.
+
+Owns the commands. It must not know what a profile's figures are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench_report import isolated
+from overlap_settings import Place, Settings, figures_of
+
+from asyncflow.profile_legs import Window, stage_times
+from asyncflow.profile_run import num_warmup, run_leg
+from asyncflow.profiling import ProfileOptions, emulate
+
+TASKS = ("Toy", "Lift")
+
+
+def time_alone(settings: Settings, task: str) -> tuple[float, float]:
+    """Return Tc and Tt of a synchronous run, in seconds: the emulated inference included, no emulated update."""
+    options = ProfileOptions(inference_latency_s=settings.inference_s(task))
+    config = emulate(settings.load(task), options)
+    leg = run_leg(config, "standard", Window(num_warmup(config), settings.balance_updates))
+    stages = stage_times([leg], [leg])
+    return stages.collect_s, stages.update_s
+
+
+def measure_balance(settings: Settings, place: Place) -> dict[str, Any]:
+    """Find the update's emulated seconds with which training takes as long as collecting, on each task."""
+    found = {}
+    for task in TASKS:
+        collect_s, update_s = isolated(time_alone, settings, task)
+        latency_s = round(max(0.0, collect_s - update_s), 3)
+        found[task] = {"collect_s": collect_s, "update_s": update_s, "update_latency_s": latency_s}
+        print(f"{task}: Tc {collect_s:.3f} s, Tt {update_s:.3f} s, {latency_s:.3f} s are added to Tt", flush=True)
+    return found
+
+
+def balanced_arguments(settings: Settings, place: Place, task: str) -> list[str]:
+    """Return the arguments with which collecting and training take equally long."""
+    update_s = figures_of(place, "balance")[task]["update_latency_s"]
+    latencies = ["--inference-latency-s", str(settings.inference_s(task)), "--update-latency-s", str(update_s)]
+    return ["--task", task, *latencies]
+
+
+def profile(part: str, arguments: Sequence[str], place: Place, settings: Settings) -> dict[str, Any]:
+    """Run the command in a process of its own; return what it found and how it was called.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    folder = place.out / f"profile_{part}"
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+    overrides = [each for each in arguments if not each.startswith("-") and "=" in each]
+    flags = [each for each in arguments if each not in overrides]
+    shown = ["profile", *flags, *settings.profile_arguments, *overrides]
+    command = [sys.executable, "-m", "asyncflow", *shown, "--out", str(folder)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}: exit code {done.returncode}")
+    place.pages.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "profile.png", place.pages / f"overlap_{part}.png")
+    found = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+    return {"command": shlex.join(["asyncflow", *shown]), "profile": found}
+
+
+def profile_two_stages(settings: Settings, place: Place) -> dict[str, Any]:
+    """Profile the toy where collecting and training take equally long."""
+    return profile("two_stages", balanced_arguments(settings, place, "Toy"), place, settings)
+
+
+def profile_three_stages(settings: Settings, place: Place) -> dict[str, Any]:
+    """Profile the toy where simulators, policy and update take equally long, with two groups."""
+    seconds = str(settings.three_stages_s)
+    flags = [f"--{stage}-latency-s" for stage in ("env", "inference", "update")]
+    latencies = [each for flag in flags for each in (flag, seconds)]
+    return profile("three_stages", ["--task", "Toy", *latencies, "collector.num_env_groups=2"], place, settings)
+
+
+def profile_sweep(settings: Settings, place: Place) -> dict[str, Any]:
+    """Profile the toy at each ratio of training to collecting."""
+    return profile("sweep", ["--task", "Toy", "--sweep"], place, settings)
+
+
+def profile_lift(settings: Settings, place: Place) -> dict[str, Any]:
+    """Profile Lift, real simulators, policy and update included, where collecting and training take equally long."""
+    arguments = [*balanced_arguments(settings, place, "Lift"), *settings.lift_overrides]
+    return profile("lift", arguments, place, settings)

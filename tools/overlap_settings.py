@@ -1,0 +1,191 @@
+"""What the parts of `bench_overlap.py` share: how long they measure, where they write, and their records.
+
+Owns the settings and the files under `docs/benchmarks/data/`. It must not know what a part measures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench_report import REPOSITORY, describe_command, describe_machine, describe_software
+
+from asyncflow.presets import load_config, parse_overrides
+
+PAGES = REPOSITORY / "docs" / "benchmarks"
+TINY_LIFT = (
+    "env.num_envs=4", "env.num_workers=2", "env.horizon=40", "buffer.buffer_size=32", "algorithm.num_minibatches=2",
+    "trainer.total_updates=3",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how much is measured; latencies are seconds that a rollout takes longer.
+
+    Attributes:
+        toy_inference_s: Emulated inference where the toy's two stages are equally long.
+        three_stages_s: Each of the toy's three emulated stages.
+        lift_inference_s: Emulated inference on Lift: 1.5 s are 25 ms for a decision of all environments.
+        profile_arguments: For every `asyncflow profile`; none means its defaults.
+        balance_updates: Updates by which the real seconds of a stage are measured.
+        overhead_blocks: Times off, on, on, off, of each of two runs.
+        toy_window: Updates of the toy with recording on, or off.
+        lift_window: The same of Lift.
+        overhead_rollout: Decisions of Lift's rollouts there: half a second instead of five, so that turns are short.
+        lift_overrides: Keys of every run of Lift, of its training too.
+        seeds: Of the training.
+        curve_episodes: Episodes of every checkpoint but the last one.
+        final_episodes: Episodes of the last one.
+    """
+
+    toy_inference_s: float = 1.5
+    three_stages_s: float = 1.5
+    lift_inference_s: float = 1.5
+    profile_arguments: tuple[str, ...] = ()
+    balance_updates: int = 5
+    overhead_blocks: int = 16
+    toy_window: int = 8
+    lift_window: int = 3
+    overhead_rollout: int = 96
+    lift_overrides: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    curve_episodes: int = 100
+    final_episodes: int = 200
+
+    def inference_s(self, task: str) -> float:
+        """Return the emulated inference of a rollout where collecting and training are equally long."""
+        return self.toy_inference_s if task == "Toy" else self.lift_inference_s
+
+    def overrides(self, task: str) -> tuple[str, ...]:
+        """Return the keys that every run of a task has."""
+        return () if task == "Toy" else self.lift_overrides
+
+    def load(self, task: str, changes: Mapping[str, Any] | None = None) -> Any:
+        """Return a task's preset with its keys of every run, and changes on top."""
+        return load_config(task.lower(), parse_overrides(list(self.overrides(task))) | dict(changes or {}))
+
+    def of(self, part: str) -> dict[str, Any]:
+        """Return what a part depends on, as a file holds it."""
+        values: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in DEPENDS[part]}))
+        return values
+
+
+# What a part depends on: a record is good for other settings that agree in these.
+DEPENDS = {
+    "balance": ("toy_inference_s", "lift_inference_s", "balance_updates", "lift_overrides"),
+    "two_stages": ("toy_inference_s", "profile_arguments"),
+    "three_stages": ("three_stages_s", "profile_arguments"),
+    "sweep": ("profile_arguments",),
+    "overhead": ("overhead_blocks", "toy_window", "lift_window", "overhead_rollout", "lift_overrides"),
+    "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
+    "train": ("lift_inference_s", "lift_overrides", "seeds"),
+    "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
+}
+UNTIMED = {"evaluate"}  # any machine will do
+FULL = Settings()
+TINY = replace(
+    FULL,
+    toy_inference_s=0.2,
+    three_stages_s=0.2,
+    lift_inference_s=0.3,
+    profile_arguments=("--num-repeats", "1", "--num-updates", "2"),
+    balance_updates=2,
+    overhead_blocks=2,
+    toy_window=2,
+    lift_window=1,
+    overhead_rollout=32,
+    lift_overrides=TINY_LIFT,
+    curve_episodes=4,
+    final_episodes=8,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call writes.
+
+    Attributes:
+        out: Run folders and profiles, which may be thrown away afterwards.
+        data: Records and tables.
+        pages: The page and its pictures.
+    """
+
+    out: Path
+    data: Path
+    pages: Path
+
+    @property
+    def curves(self) -> Path:
+        """Folder of the learning curves."""
+        return self.data / "emulated"
+
+    def record(self, part: str) -> Path:
+        """Return the file that a finished part leaves."""
+        return self.data / f"overlap_{part}.json"
+
+
+def choose_place(out: Path, is_tiny: bool) -> Place:
+    """Return where to write; what a tiny call measures must not overwrite the page."""
+    pages = out / "pages" if is_tiny else Path(os.path.relpath(PAGES))
+    return Place(out, pages / "data", pages)
+
+
+def write_record(place: Place, part: str, settings: Settings, figures: dict[str, Any], seconds: float) -> None:
+    """Write what a part found and how, in one step: a file that is there is whole."""
+    place.data.mkdir(parents=True, exist_ok=True)
+    record = {
+        "part": part,
+        "command": describe_command(),
+        "machine": describe_machine(),
+        "software": describe_software(),
+        "seconds": seconds,
+        "settings": settings.of(part),
+        "figures": figures,
+    }
+    path = place.record(part)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def read_record(place: Place, part: str) -> dict[str, Any] | None:
+    """Return what a part left; None if it is not finished."""
+    path = place.record(part)
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def is_measured(place: Place, part: str, settings: Settings) -> bool:
+    """Tell whether a part is finished.
+
+    Raises:
+        SystemExit: It is, but with other settings or on another machine, so that the page would mix them.
+    """
+    record = read_record(place, part)
+    if record is None:
+        return False
+    if record["settings"] != settings.of(part):
+        raise SystemExit(f"{place.record(part)} was measured with other settings; remove it to measure anew")
+    if part not in UNTIMED and record["machine"] != describe_machine():
+        raise SystemExit(f"{place.record(part)} was measured on another machine; remove it to measure anew")
+    return True
+
+
+def figures_of(place: Place, part: str) -> dict[str, Any]:
+    """Return what a part found that another one needs.
+
+    Raises:
+        SystemExit: It is not finished.
+    """
+    record = read_record(place, part)
+    if record is None:
+        raise SystemExit(f"part {part} comes first: {place.record(part)} is missing")
+    figures: dict[str, Any] = record["figures"]
+    return figures
