@@ -1,6 +1,9 @@
 """Adam that skips steps that are not finite, undoes what was not finished, and names its state.
 
 Owns the optimizer's state. It must not know about losses, nor what a step was computed from.
+
+A minibatch of a small network costs little more than the bookkeeping around Adam's kernel, so that `clip_gradients` and
+`step_if` call torch's kernels themselves. They compute what `clip_grad_norm_` and `Adam.step` do, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,13 +26,11 @@ class GuardedAdam(torch.optim.Adam):
     memory of the trainable parameters, beside the two times of the state itself.
     """
 
-    found_inf: Tensor  # Adam hands it to its fused kernels; a GradScaler sets it likewise
-
     def __init__(self, groups: list[dict[str, Any]], named: Mapping[str, Tensor], eps: float) -> None:
         """Allocate the copy.
 
         Args:
-            groups: As Adam takes them.
+            groups: As Adam takes them; the parameters of one are of one type.
             named: All parameters of the groups, by name.
             eps: Adam's epsilon.
         """
@@ -37,13 +38,61 @@ class GuardedAdam(torch.optim.Adam):
         self._named = dict(named)
         self._copies: dict[str, Tensor] = {}
         for name, parameter in self._named.items():
-            self._copies |= {name: torch.empty_like(parameter.detach())} | _empty_state(name, parameter)
+            state = {f"{name}.{key}": tensor for key, tensor in _initial_state(parameter).items()}
+            self._copies |= {name: torch.empty_like(parameter.detach())} | state
         self._remembered: dict[str, Tensor] = {}
 
-    def step_if(self, is_finite: Tensor) -> None:
-        """Take a step if `is_finite`, [] bool on the device, is true; else nothing changes. Reads nothing back."""
-        self.found_inf = (~is_finite).float()
-        self.step()
+    @torch.no_grad()
+    def clip_gradients(self, limit: float) -> Tensor:
+        """Scale each group's gradients down to the norm `limit`; return the norms before that, [groups] float32."""
+        groups = [list(_gradients(group).values()) for group in self.param_groups]
+        norms = torch.stack([self._norm(gradients) for gradients in groups])
+        for gradients, scale in zip(groups, (limit / (norms + 1e-6)).clamp(max=1.0), strict=True):
+            if gradients:
+                torch._foreach_mul_(gradients, scale)
+        return norms
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        if not gradients:
+            return torch.zeros((), device=next(iter(self._named.values())).device)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm.float()
+
+    @torch.no_grad()
+    def step_if(self, is_usable: Tensor) -> None:
+        """Take a step if `is_usable`, [] bool on the device, is true; else nothing changes. Reads nothing back."""
+        taken = is_usable.float()
+        found_inf = 1 - taken  # with which the kernel does nothing, as for a GradScaler
+        for group in self.param_groups:
+            gradients = _gradients(group)
+            if gradients:
+                self._step_group(group, gradients, taken, found_inf)
+
+    def _step_group(
+        self, group: dict[str, Any], gradients: dict[Tensor, Tensor], taken: Tensor, found_inf: Tensor
+    ) -> None:
+        for parameter in gradients:
+            if not self.state[parameter]:
+                self.state[parameter] = _initial_state(parameter)
+        states = [self.state[parameter] for parameter in gradients]
+        steps, averages, squares = ([state[key] for state in states] for key in _STATE)
+        torch._foreach_add_(steps, [taken] * len(steps))  # a lone tensor would be read
+        torch._fused_adam_(
+            list(gradients),
+            list(gradients.values()),
+            averages,
+            squares,
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=found_inf,
+        )
 
     def remember(self) -> None:
         """Copy parameters and state for `put_back`."""
@@ -93,11 +142,15 @@ class GuardedAdam(torch.optim.Adam):
         _refuse("misshapen", {f"{name} {ours} not {its}" for name, (ours, its) in shapes.items() if ours != its})
 
 
-def _empty_state(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """Return tensors like Adam's state of a parameter; its fused kernels count steps in float32 on the device."""
-    step = torch.empty((), dtype=torch.float32, device=parameter.device)
-    moments = {f"{name}.{key}": torch.empty_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
-    return {f"{name}.step": step} | moments
+def _gradients(group: dict[str, Any]) -> dict[Tensor, Tensor]:
+    """Return the gradients of a group's parameters; of those that have one."""
+    return {parameter: parameter.grad for parameter in group["params"] if parameter.grad is not None}
+
+
+def _initial_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Return Adam's state of a parameter before its first step; fused kernels count steps in float32 on the device."""
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step} | {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def _refuse(what: str, names: set[str]) -> None:

@@ -3,13 +3,14 @@
 Owns the order of an update, which happens as a whole or not at all. It must not know which thread collected the
 rollout, nor which policy it trains.
 
-Shapes: T decisions, N environments, B decisions of a minibatch, K denoising steps.
+Shapes: T decisions, N environments, B decisions of a minibatch (`num_minibatches` divides T * N), K denoising steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,13 +25,37 @@ from asyncflow.losses import (
     kl_estimate,
     masked_mean,
     normalize,
+    objective_terms,
     policy_loss,
+    policy_statistics,
     sum_steps,
     value_loss,
 )
 from asyncflow.optimizer import GuardedAdam
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import permutation
+
+
+class Step(NamedTuple):
+    """What a minibatch leaves behind, on the device and without gradient.
+
+    Attributes:
+        policy_loss: [].
+        value_loss: [].
+        norms: Gradient norms of actor and critic, [2].
+        log_probs: [B] or [B, K].
+        entropy: [B].
+        is_usable: Whether a step was taken, [].
+        is_finite: Whether loss and gradients were finite, [].
+    """
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    norms: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    is_usable: Tensor
+    is_finite: Tensor
 
 
 class PPO:
@@ -85,8 +110,8 @@ class PPO:
         with self._undone_on_error():
             self._set_learning_rates(version)
             batch = self._prepare(rollout, version)
-            rows, num_epochs = self._run_epochs(batch, version, on_minibatch)
-            metrics = self._summarise(rows, batch, num_epochs)
+            table, num_epochs = self._run_epochs(batch, version, on_minibatch)
+            metrics = self._summarise(table, batch, num_epochs)
             self._count_skipped(int(metrics["train/nonfinite_skipped"]))
         return metrics
 
@@ -101,22 +126,32 @@ class PPO:
             self.num_nonfinite_steps = num_nonfinite_steps
             raise
 
-    def _run_epochs(
-        self, batch: TensorDict, version: int, on_minibatch: Callable[[], None]
-    ) -> tuple[list[Tensor], int]:
-        """Take all steps of an update; return the minibatches' rows of numbers and the number of epochs."""
-        is_warmup = version < self.config.critic_warmup_updates
-        rows: list[Tensor] = []
-        for epoch in range(self.config.update_epochs):
-            order = permutation(self._seed, version, epoch, len(batch)).to(batch.device)
-            epoch_rows = []
-            for indices in order.chunk(self.config.num_minibatches):
+    def _run_epochs(self, batch: TensorDict, version: int, on_minibatch: Callable[[], None]) -> tuple[Tensor, int]:
+        """Take all steps of an update; return the minibatches' table of numbers and the number of epochs."""
+        is_warmup, epochs = version < self.config.critic_warmup_updates, range(self.config.update_epochs)
+        orders = torch.stack([permutation(self._seed, version, epoch, len(batch)) for epoch in epochs])
+        steps: list[Step] = []
+        seen: list[TensorDict] = []
+        for order in orders.to(batch.device):
+            minibatches = self._shuffle(batch, order)
+            for minibatch in minibatches.unbind(0):
                 on_minibatch()
-                epoch_rows.append(self._step(batch[indices], is_warmup))
-            rows += epoch_rows
-            if self._is_kl_exceeded(epoch_rows):
+                steps.append(self._step(minibatch, is_warmup))
+            seen.append(minibatches.select(*_LOGGED))
+            if self._is_kl_exceeded(steps[-len(minibatches) :], seen[-1]):
                 break
-        return rows, epoch + 1
+        return self._tabulate(steps, TensorDict.cat(seen)), len(seen)
+
+    def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
+        """Return an epoch's minibatches, [num_minibatches, B], with what no step changes of their objectives."""
+        size = [self.config.num_minibatches, len(batch) // self.config.num_minibatches]
+
+        def pick(x: Tensor) -> Tensor:
+            return x.index_select(0, order).view(*size, *x.shape[1:])
+
+        minibatches = batch.exclude(*_OUTCOME).apply(pick, batch_size=size)
+        assert minibatches is not None  # only an `apply` to nothing returns that
+        return minibatches.update(objective_terms(minibatches, self.config.clip_coef, self.config.dual_clip))
 
     def _count_skipped(self, num_skipped: int) -> None:
         self.num_nonfinite_steps += num_skipped
@@ -127,10 +162,10 @@ class PPO:
                 f"algorithm.max_nonfinite_steps = {limit}"
             )
 
-    def _is_kl_exceeded(self, rows: list[Tensor]) -> bool:
+    def _is_kl_exceeded(self, steps: list[Step], minibatches: TensorDict) -> bool:
         if self.config.target_kl is None:
             return False
-        kl = torch.stack(rows)[:, _METRICS.index("prox_kl")].nanmean()  # NaN, which ends nothing, if all were skipped
+        kl = self._tabulate(steps, minibatches)[:, _METRICS.index("prox_kl")].nanmean()  # NaN if all were skipped
         return bool(kl > self.config.target_kl)  # sync: once per epoch, only with target_kl
 
     def _set_learning_rates(self, version: int) -> None:
@@ -197,39 +232,49 @@ class PPO:
             log_weight, self.config.behavior_weight, self.config.behavior_weight_max
         )
 
-    def _step(self, batch: TensorDict, is_warmup: bool) -> Tensor:
-        """Take one optimizer step, unless a number is not finite or no decision is valid.
-
-        Returns:
-            The numbers of `_METRICS`, NaN if the step was skipped, and whether a number was not finite; on the device.
-        """
-        config = self.config
+    def _step(self, batch: TensorDict, is_warmup: bool) -> Step:
+        """Take one optimizer step, unless a number is not finite or no decision is valid."""
+        config, share = self.config, batch["share"]
         out = self.policy.default_forward(batch)
-        actor = policy_loss(out["log_probs"], batch, config.clip_coef, config.dual_clip)
-        critic = value_loss(out["values"], batch, config.clip_coef if config.clip_value_loss else None)
-        entropy = masked_mean(out["entropy"], batch["valid"])
-        loss = config.vf_coef * critic
+        log_probs, values, entropy = (out[name].detach() for name in ("log_probs", "values", "entropy"))
+        actor = policy_loss(log_probs, batch)
+        critic = value_loss(values, batch, config.clip_coef if config.clip_value_loss else None)
+        loss, gradients = critic.value, {"values": config.vf_coef * critic.gradient}
         if not is_warmup:
-            loss = loss + actor.loss - config.ent_coef * entropy
-        norms = self._differentiate(loss)
-        kls = (actor.approx_kl, actor.prox_kl)
-        row = [actor.loss, critic, entropy, *kls, actor.clip_fraction, actor.dual_clip_fraction, *norms]
-        numbers = torch.stack([x.detach().float() for x in row])
-        is_finite = torch.stack([loss.detach().float(), *norms]).isfinite().all()
+            loss, gradients["log_probs"] = loss + actor.value, actor.gradient
+        if config.ent_coef and not is_warmup:
+            loss, gradients["entropy"] = loss + (entropy * share).sum(), -config.ent_coef * share
+        norms = self._differentiate(out, gradients)
+        is_finite = (loss + norms.sum()).isfinite()
         is_usable = is_finite & batch["valid"].any()  # zero gradients would still move weights by their momentum
         self.optimizer.step_if(is_usable)
-        return torch.cat([torch.where(is_usable, numbers, torch.nan), (~is_finite).float().unsqueeze(0)])
+        return Step(actor.value, critic.value, norms, log_probs, entropy, is_usable, is_finite)
 
-    def _differentiate(self, loss: Tensor) -> list[Tensor]:
-        """Compute the gradients and clip them; return the norms of actor and critic before that."""
-        self.optimizer.zero_grad()
-        loss.backward()
-        limit = self.config.max_grad_norm
-        norms = [torch.nn.utils.clip_grad_norm_(group, limit) for group in (self._actor, self._critic)]
-        # An absent gradient's norm is on the CPU; copied from there without a wait.
-        return [norm.detach().float().to(loss.device, non_blocking=True) for norm in norms]
+    def _differentiate(self, out: TensorDict, gradients: dict[str, Tensor]) -> Tensor:
+        """Go on from the gradients with respect to `out`, and clip; return the norms of actor and critic, [2]."""
+        for parameter in (*self._actor, *self._critic):
+            parameter.grad = None
+        names = [name for name in gradients if out[name].requires_grad]  # frozen parameters may leave none
+        torch.autograd.backward([out[name] for name in names], [gradients[name] for name in names])
+        return self.optimizer.clip_gradients(self.config.max_grad_norm)
 
-    def _summarise(self, rows: list[Tensor], batch: TensorDict, num_epochs: int) -> dict[str, float]:
+    def _tabulate(self, steps: list[Step], minibatches: TensorDict) -> Tensor:
+        """Return `_METRICS` of M minibatches, NaN if skipped, and whether a number was not finite, [M, 10].
+
+        What is only logged is computed here, of all minibatches at once: in each it would cost as much as its loss.
+
+        Args:
+            steps: Of each minibatch.
+            minibatches: [M, B] `_LOGGED`.
+        """
+        done = Step(*(torch.stack(column) for column in zip(*steps, strict=True)))
+        entropy = (done.entropy * minibatches["share"]).sum(-1)
+        logged = policy_statistics(done.log_probs, minibatches, self.config.clip_coef)
+        columns = [done.policy_loss, done.value_loss, entropy, *logged, *done.norms.unbind(1)]
+        table = torch.where(done.is_usable, torch.stack(columns).float(), torch.nan)
+        return torch.cat([table, (~done.is_finite).float().unsqueeze(0)]).T
+
+    def _summarise(self, table: Tensor, batch: TensorDict, num_epochs: int) -> dict[str, float]:
         valid = batch["valid"]
         behavior_kl = masked_mean(kl_estimate(batch["proximal"] - batch["behavior"]), valid)
         residual = masked_mean((batch["returns"] - batch["values"]).square(), valid)
@@ -244,7 +289,6 @@ class PPO:
                 1 - residual / variance.clamp(min=1e-12),
             ]
         )
-        table = torch.stack(rows)
         means, num_skipped = table[:, :-1].nanmean(0), table[:, -1:].sum(0)  # over the minibatches that were trained
         numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
         names = (*_METRICS, "nonfinite_skipped", "behavior_kl", "is_weight_mean", "is_weight_max")
@@ -263,3 +307,6 @@ _METRICS = (
     "grad_norm",
     "critic_grad_norm",
 )
+_LOGGED = ("valid", "share", "advantages", "highest_ratio", "proximal", "behavior")  # what is read after an epoch
+# What neither a loss nor a policy reads, and no epoch shuffles.
+_OUTCOME = ("rewards", "discounts", "executed", "terminated", "truncated", "final_index", "is_weight_clipped")

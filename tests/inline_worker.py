@@ -32,10 +32,11 @@ class InlineWorker:
         return self._answers.pop(key)
 
     def dismiss(self):
-        pass
+        self._answers.clear()
+        self._failure = self._failure or WorkerFailure("died", f"worker {self.index} was dismissed")
 
     def stop(self, deadline):
-        pass
+        self.dismiss()
 
     def _construct(self):
         self._runners = {env: worker._build_runner(self._setup, env) for env in self.env_ids}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from silent import TOY
 
 from asyncflow import evaluate_checkpoint as module
@@ -13,7 +14,7 @@ from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.policies import make_policy
-from asyncflow.policy_file import save_policy
+from asyncflow.policy_file import load_policy_file, save_policy
 from asyncflow.presets import load_config
 from asyncflow.seeding import derive_seed
 
@@ -33,7 +34,7 @@ def policy_file(tmp_path):
 
     def write(spec):
         path = tmp_path / "policy.safetensors"
-        save_policy(path, make_policy(POLICY, spec.obs_shapes, spec.action_dim, seed=0), POLICY, spec)
+        save_policy(path, make_policy(POLICY, spec.obs_shapes, spec.action_dim, seed=3), POLICY, spec)
         return str(path)
 
     return write
@@ -64,6 +65,15 @@ def test_the_episodes_are_those_of_an_evaluation_of_a_run_with_this_seed(uncut):
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     found = evaluate_checkpoint(str(run), load_config("toy", changes), 6)
     assert found.as_metrics() == {name: row[name] for name in row if name.startswith("eval/")}
+
+
+def test_the_policy_has_the_files_weights(policy_file, built, monkeypatch):
+    path, acted = policy_file(TOY_SPEC), []
+    monkeypatch.setattr(module, "evaluate", lambda policy, *_: acted.append(policy.state_dict()))
+    evaluate_checkpoint(path, config(), 2)
+    saved = load_policy_file(path).tensors
+    assert acted[0].keys() == saved.keys()
+    assert all(torch.equal(acted[0][name], tensor) for name, tensor in saved.items())
 
 
 def test_the_environment_is_the_files_and_not_the_configurations(policy_file, built):

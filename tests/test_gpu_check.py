@@ -1,6 +1,7 @@
 """The GPU check in small, on the processor: it needs no simulator, and notices what it is there to notice."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import gpu_check
 import gpu_check_parts
 import gpu_check_runs
+import gpu_check_weights
 from bench_report import REPORTED, Finding
 from gpu_check_runs import TOY, Outcome, Scale
 from gpu_check_weights import DeviceHunt
 
 from asyncflow.policies import GaussianPolicy
-from asyncflow.weights import WeightPublisher
 
 CPU = torch.device("cpu")
 TOOL = Path(gpu_check.__file__)
@@ -152,18 +153,14 @@ def _planned():
 
 
 def test_the_hunt_notices_torn_weights(monkeypatch):
-    def publish_without_waiting(self, version):
-        index = version % self._num_snapshots
-        self._versions[index] = version
-        for target, source in zip(self._snapshots[index], self._sources, strict=True):
-            target.copy_(source)
-        with self._changed:
-            self._changed.notify_all()
+    hunt = DeviceHunt(CPU, lag=0, num_leases=1, is_exact=True, num_weights=64)
 
-    monkeypatch.setattr(WeightPublisher, "publish", publish_without_waiting)
-    hunt = DeviceHunt(CPU, lag=0, num_leases=400, is_exact=False, num_weights=200_000)
-    hunt.run()
-    assert any("torn" in failure for failure in hunt.checks.failures)
+    def overwrite_half_of_what_is_leased(device, delays):
+        hunt._publisher._snapshots[0][0].fill_(7)
+
+    monkeypatch.setattr(gpu_check_weights, "stall", overwrite_half_of_what_is_leased)  # between the lease and its copy
+    hunt._lease(0, random.Random(0))
+    assert hunt.checks.failures == ["L = 0: torn: version 0 holds {0.0, 7.0}"]
 
 
 def test_weights_made_cheaply_are_orthogonal_again_afterwards():

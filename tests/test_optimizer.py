@@ -48,6 +48,33 @@ def test_a_finite_step_is_adam_s_bit_for_bit() -> None:
     assert_equal(list(guarded.state_tensors().values()), [x for s in reference.state.values() for x in s.values()])
 
 
+@pytest.mark.parametrize("limit", [0.01, 100.0], ids=["clipped", "not clipped"])
+def test_gradients_are_clipped_as_by_clip_grad_norm_bit_for_bit(limit: float) -> None:
+    ours, theirs = make_optimizer(30, 20), make_optimizer(30, 20)
+    for optimizer in (ours, theirs):
+        rng = torch.Generator().manual_seed(1)
+        for parameter in parameters(optimizer):
+            parameter.grad = torch.randn(parameter.shape, generator=rng)
+    norms = ours.clip_gradients(limit)
+    assert torch.equal(norms[0], nn.utils.clip_grad_norm_(parameters(theirs), limit))
+    assert_equal([p.grad for p in parameters(ours)], [p.grad for p in parameters(theirs)])
+
+
+def test_a_group_without_gradients_has_a_norm_of_zero() -> None:
+    optimizer = make_optimizer(3)
+    parameters(optimizer)[0].grad = torch.tensor([3.0, 0.0, 4.0])
+    assert optimizer.clip_gradients(1.0).tolist() == [5.0, 0.0]
+
+
+def test_a_parameter_without_a_gradient_takes_no_step_and_gets_no_state() -> None:
+    optimizer = make_optimizer(3, 2)
+    before = everything(optimizer)
+    parameters(optimizer)[0].grad = torch.ones(3)
+    optimizer.step_if(torch.tensor(True))
+    assert torch.equal(parameters(optimizer)[1], before[1])
+    assert set(optimizer.state_tensors()) == {"a.step", "a.exp_avg", "a.exp_avg_sq"}
+
+
 def test_a_skipped_step_changes_nothing() -> None:
     optimizer = make_optimizer(3, 2)
     step(optimizer)

@@ -78,9 +78,9 @@ def test_every_decision_is_trained_once_an_epoch_in_another_order():
     ppo = RecordingPPO(policy, algorithm(), seed=0)
     ppo.update(rollout, 0, lambda: None)
     assert [len(batch) for batch in ppo.minibatches] == [6] * 12
-    epochs = [torch.cat([b["rewards"] for b in ppo.minibatches[i : i + 4]]) for i in (0, 4, 8)]
+    epochs = [torch.cat([b["behavior"] for b in ppo.minibatches[i : i + 4]]) for i in (0, 4, 8)]
     for epoch in epochs:
-        torch.testing.assert_close(epoch.sort().values, rollout.data["rewards"].flatten().sort().values)
+        torch.testing.assert_close(epoch.sort().values, rollout.data["log_probs"].flatten().sort().values)
     assert not torch.equal(epochs[0], epochs[1])
 
 
@@ -150,6 +150,39 @@ def test_warm_up_trains_the_critic_alone():
     PPO(policy, algorithm(critic_warmup_updates=1), seed=0).update(rollout, 0, lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.actor_parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(critic_before, policy.critic_parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["flow", "gaussian"])
+def test_a_step_follows_the_gradient_of_the_whole_loss(kind):
+    policy, rollout = make_policy_and_rollout(kind=kind)
+    rollout.data["valid"][0, 1] = False
+    ppo = PPO(policy, algorithm(ent_coef=0.1, vf_coef=0.7, max_grad_norm=1e9, dual_clip=None), seed=0)
+    batch = ppo._shuffle(ppo._prepare(rollout, 0), torch.arange(24))[0]
+    out, valid, advantages = policy.default_forward(batch), batch["valid"], batch["advantages"]
+    ratio = (out["log_probs"] - batch["behavior"]).exp()
+    objective = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages) + 0.1 * out["entropy"]
+    error = 0.5 * (out["values"] - batch["returns"]).square()
+    wanted = torch.autograd.grad((0.7 * error - objective)[valid].mean(), list(policy.parameters()))
+    ppo._step(batch, is_warmup=False)
+    assert not valid.all()
+    torch.testing.assert_close([p.grad for p in policy.parameters()], list(wanted), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.1])
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_a_frozen_part_stays_as_it_is_and_the_other_is_trained(part, ent_coef):
+    policy, rollout = make_policy_and_rollout()
+    frozen = list(policy.actor_parameters() if part == "actor" else policy.critic_parameters())
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    before = flat(policy.parameters())
+    ppo = PPO(policy, algorithm(ent_coef=ent_coef), seed=0)
+    metrics = ppo.update(rollout, 0, lambda: None)
+    is_frozen = torch.cat([torch.full((p.numel(),), not p.requires_grad) for p in policy.parameters()])
+    assert torch.equal(flat(policy.parameters())[is_frozen], before[is_frozen])
+    assert not torch.equal(flat(policy.parameters()), before)
+    assert (metrics["train/grad_norm"] == 0) == (part == "actor")
+    assert (metrics["train/critic_grad_norm"] == 0) == (part == "critic")
 
 
 def test_target_kl_ends_the_update_after_an_epoch():
@@ -243,24 +276,24 @@ def alone(**changes):
 
 
 class SteppingPPO(RecordingPPO):
-    """Keeps whether every minibatch changed a parameter, and the numbers it returned."""
+    """Keeps whether every minibatch changed a parameter, and what it returned."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.is_changed, self.rows = [], []
+        self.is_changed, self.steps = [], []
 
     def _step(self, batch, is_warmup):
         before = flat(self.policy.parameters())
-        self.rows.append(super()._step(batch, is_warmup))
+        self.steps.append(super()._step(batch, is_warmup))
         self.is_changed.append(not torch.equal(flat(self.policy.parameters()), before))
-        return self.rows[-1]
+        return self.steps[-1]
 
 
 def test_a_minibatch_that_is_not_finite_is_skipped_and_the_others_are_trained():
     policy, rollout = make_policy_and_rollout()
     ppo = SteppingPPO(policy, alone(), seed=0)
     metrics = ppo.update(poisoned(rollout), 0, lambda: None)
-    has_poison = [bool(batch["rewards"].isinf().any()) for batch in ppo.minibatches]
+    has_poison = [bool(batch["returns"].isinf().any()) for batch in ppo.minibatches]
     assert ppo.is_changed == [not poison for poison in has_poison]
     assert metrics["train/nonfinite_skipped"] == ppo.num_nonfinite_steps == 3
     assert {float(state["step"]) for state in ppo.optimizer.state.values()} == {9.0}
@@ -280,9 +313,9 @@ def test_skipped_minibatches_are_outside_the_means():
     policy, rollout = make_policy_and_rollout()
     ppo = SteppingPPO(policy, alone(), seed=0)
     metrics = ppo.update(poisoned(rollout), 0, lambda: None)
-    kept = torch.stack([row for row, changed in zip(ppo.rows, ppo.is_changed, strict=True) if changed])
-    assert metrics["train/policy_loss"] == pytest.approx(float(kept[:, 0].mean()))
-    assert metrics["train/critic_grad_norm"] == pytest.approx(float(kept[:, 8].mean()))
+    kept = [step for step, changed in zip(ppo.steps, ppo.is_changed, strict=True) if changed]
+    assert metrics["train/policy_loss"] == pytest.approx(sum(float(step.policy_loss) for step in kept) / 9)
+    assert metrics["train/critic_grad_norm"] == pytest.approx(sum(float(step.norms[1]) for step in kept) / 9)
 
 
 def test_if_all_minibatches_are_skipped_nothing_changes_and_the_means_are_nan():
@@ -323,15 +356,15 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_minibatch_reads_nothing_back_from_the_device():
+@pytest.mark.parametrize(("target_kl", "num_reads"), [(None, 0), (1e9, 3)], ids=["without target_kl", "with target_kl"])
+def test_epochs_read_nothing_back_from_the_device_but_a_target_kl(target_kl, num_reads):
     policy, rollout = make_policy_and_rollout()
-    ppo = PPO(policy, algorithm(target_kl=0.1), seed=0)
+    ppo = PPO(policy, alone(target_kl=target_kl), seed=0)
     batch = ppo._prepare(poisoned(rollout), 0)
     with Reads() as reads:
-        row = ppo._step(batch, is_warmup=False)
-        assert reads.count == 0
-        ppo._is_kl_exceeded([row])
-    assert reads.count == 1  # the one of an epoch
+        _, num_epochs = ppo._run_epochs(batch, 1, lambda: None)
+    assert num_epochs == 3
+    assert reads.count == num_reads
 
 
 def stop_at(minibatch, error):

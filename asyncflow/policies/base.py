@@ -126,5 +126,5 @@ def mlp(sizes: list[int], output_gain: float = 1.0) -> nn.Sequential:
         linear = nn.Linear(fan_in, fan_out)
         nn.init.orthogonal_(linear.weight, output_gain if is_last else 2**0.5)
         nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, nn.ReLU()]
+        layers += [linear] if is_last else [linear, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)

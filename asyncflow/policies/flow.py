@@ -42,7 +42,7 @@ class VelocityNetwork(nn.Module):
         self.state_in = mlp([state_dim, width], output_gain=2**0.5)
         self.time_in = mlp([NUM_TIME_FEATURES, width], output_gain=2**0.5)
         self.chunk_in = mlp([chunk_size, width], output_gain=2**0.5)
-        self.trunk = nn.Sequential(nn.ReLU(), mlp([*hidden_sizes, chunk_size]))
+        self.trunk = nn.Sequential(nn.ReLU(inplace=True), mlp([*hidden_sizes, chunk_size]))
 
     def forward(self, x: Tensor, state: Tensor, time: Tensor) -> Tensor:
         """Return the velocity `[..., P, A]` of `x [..., P, A]`, given `state` and `time` `[..., W]` from `*_in`."""

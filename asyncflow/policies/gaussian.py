@@ -46,7 +46,8 @@ class GaussianPolicy(Policy):
     @torch.no_grad()
     def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
         """Decide; `eval` returns the mean. `train` also stores `raw_actions [N, P, A]`, in normalised units."""
-        mean = self._mean(obs)
+        state = self._state(obs)
+        mean = self._mean(state)
         if mode == "eval":
             return TensorDict({"actions": self.action_normalizer.denormalize(mean)}, batch_size=mean.shape[:1])
         std = self._std()
@@ -55,33 +56,40 @@ class GaussianPolicy(Policy):
             "actions": self.action_normalizer.denormalize(raw),
             "raw_actions": raw,
             "log_probs": self._log_probs(raw, mean, std),
-            "values": self.get_value(obs),
+            "values": self._value(state),
         }
         return TensorDict(decision, batch_size=mean.shape[:1])
 
     def default_forward(self, batch: TensorDictBase) -> TensorDict:
         """Evaluate stored decisions; see `Policy.default_forward`."""
-        obs = batch["obs"]
-        mean, std = self._mean(obs), self._std()
+        state, std = self._state(batch["obs"]), self._std()
+        mean = self._mean(state)
         entropy = self.n_action_steps * entropy_terms(std).sum()
         evaluation = {
             "log_probs": self._log_probs(batch["raw_actions"], mean, std),
-            "values": self.get_value(obs),
+            "values": self._value(state),
             "entropy": entropy.expand(mean.shape[0]),
         }
         return TensorDict(evaluation, batch_size=mean.shape[:1])
 
     def get_value(self, obs: TensorDictBase) -> Tensor:
         """Return V(obs), [N] float32."""
-        value: Tensor = self.critic(self.obs_normalizer.normalize(obs["state"]))
-        return value.squeeze(-1).float()
+        return self._value(self._state(obs))
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the critic's parameters."""
         return self.critic.parameters()
 
-    def _mean(self, obs: TensorDictBase) -> Tensor:
-        mean: Tensor = self.actor(self.obs_normalizer.normalize(obs["state"]))
+    def _state(self, obs: TensorDictBase) -> Tensor:
+        """Return the normalised state, [N, D], which actor and critic share."""
+        return self.obs_normalizer.normalize(obs["state"])
+
+    def _value(self, state: Tensor) -> Tensor:
+        value: Tensor = self.critic(state)
+        return value.squeeze(-1).float()
+
+    def _mean(self, state: Tensor) -> Tensor:
+        mean: Tensor = self.actor(state)
         return mean.float().view(-1, self.horizon, self.action_dim)
 
     def _std(self) -> Tensor:

@@ -176,8 +176,11 @@ def test_restarts_before_the_window_do_not_count(monkeypatch):
 
 
 def test_replaced_workers_leave_neither_process_nor_descriptor_nor_finalizer(survivor):
-    finalizers = multiprocessing.util._finalizer_registry
-    before = len(left_behind()[0]), *left_behind()[1:], len(finalizers)
+    def count():
+        processes, *others = left_behind()
+        return len(processes), *others, len(multiprocessing.util._finalizer_registry)
+
+    before = count()
     for harm in (RAISE, DIE):
         run(survivor, command(harm, env=0))
-        assert (len(left_behind()[0]), *left_behind()[1:], len(finalizers)) == before
+        assert count() == before

@@ -1,5 +1,6 @@
 """Environments in worker processes for the tests of them, with fake simulators, and what is done to them."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -61,5 +62,6 @@ def stop(vec_env: WorkerVecEnv) -> None:
 
 def left_behind() -> tuple[set, set[Path], int]:
     """Return the child processes, the shared memory and the number of descriptors of this process."""
+    gc.collect()  # what earlier tests have let go of may hold some until then
     shared_memory = set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
     return set(multiprocessing.active_children()), shared_memory, len(os.listdir("/proc/self/fd"))
