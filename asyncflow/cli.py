@@ -230,9 +230,9 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
 def tasks() -> int:
     """List the tasks."""
     from asyncflow.console import ConsoleReporter
-    from asyncflow.envs.tasks import TASKS, TOY
+    from asyncflow.envs.tasks import TASKS, TOYS
 
-    rows = [[TOY, "-", "reach a goal in the plane, in pure torch"]]
+    rows = [[name, "-", summary] for name, summary in TOYS.items()]
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
     ConsoleReporter().table(["task", "horizon", "what the robot has to do"], rows)
     return 0

@@ -51,7 +51,7 @@ def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int
     """Build the environment that a policy file describes, with its own controller, observations and horizon."""
     seed = derive_seed(config.trainer.seed, "evaluation")
     if not spec.env_meta:
-        return make_vec_env(EnvConfig(task=TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
+        return make_vec_env(EnvConfig(task=spec.task or TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "env_meta.json"
         path.write_text(json.dumps(spec.env_meta))

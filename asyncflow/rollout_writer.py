@@ -262,7 +262,7 @@ def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_
     The horizon cuts an environment's episode at most once per `ceil(horizon / H)` decisions.
     """
     device = next(policy.parameters()).device
-    obs = TensorDict({k: torch.zeros(num_envs, *shape) for k, shape in spec.obs_shapes.items()}, [num_envs])
+    obs = spec.empty_obs(num_envs)
     with torch.no_grad():
         noise = torch.zeros(num_envs, policy.noise_size, device=device)
         decision = make_acting_copy(policy).sample_actions(obs.to(device), "train", noise)

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 from asyncflow import latency
 from asyncflow.envs.base import ChunkResult, ChunkSpan
+from asyncflow.envs.toy import ToyVecEnv, render
 from asyncflow.errors import CollectorError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.rollout_writer import give_up_non_finite, outcome_fields
@@ -214,3 +215,14 @@ def test_emulated_simulators_work_on_one_group_while_the_policy_infers_for_anoth
     for before, after in pairwise(chunks):
         assert after.start_s >= before.end_s - 1e-5  # they share the simulators, to the file's microseconds
         assert after.duration_s == pytest.approx(1.0, abs=1e-5)  # half of the environments
+
+
+def test_pictures_stand_beside_the_states_they_were_rendered_from():
+    env = ToyVecEnv(NUM_ENVS, CHUNK, horizon=2 * CHUNK, has_camera=True)
+    _, _, collector = build(env, groups=2)
+    rollout = collector.next_rollout()
+    finals = rollout.final_obs.flatten(0, 1)
+    written = finals["state"].any(1)
+    assert written.any()
+    for obs in (rollout.obs.flatten(0, 1), finals[written]):
+        assert torch.equal(obs["images", "top"], render(obs["state"]))

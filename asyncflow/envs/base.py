@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class EnvSpec:
         horizon: Env steps until an episode is truncated.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
+        image_shapes: Camera -> (3, height, width) of its picture in `images`, uint8; empty without cameras.
+        task: Name of the task, where `env_meta` does not describe it.
     """
 
     obs_shapes: dict[str, tuple[int, ...]]
@@ -41,6 +44,17 @@ class EnvSpec:
     horizon: int
     env_meta: dict[str, Any] = field(default_factory=dict)
     obs_keys: tuple[str, ...] = ()
+    image_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    task: str = ""
+
+    def empty_obs(self, num_envs: int) -> TensorDict:
+        """Return observations of nothing, [N]: float32 vectors, and uint8 `images` by camera if there are any."""
+        vectors = {key: torch.zeros(num_envs, *shape) for key, shape in self.obs_shapes.items()}
+        obs = TensorDict(vectors, batch_size=[num_envs])
+        if self.image_shapes:
+            images = {k: torch.zeros(num_envs, *s, dtype=torch.uint8) for k, s in self.image_shapes.items()}
+            obs["images"] = TensorDict(images, batch_size=[num_envs])
+        return obs
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from asyncflow.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
 
-TOY = "Toy"
+TOY, TOY_IMAGES = "Toy", "ToyImages"
+TOYS = {TOY: "reach a goal in the plane, in pure torch", TOY_IMAGES: "the same, seen by a camera from above"}
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
@@ -84,7 +85,7 @@ class SimulatorSettings:
 
 def task_names() -> list[str]:
     """Return every name that `env.task` accepts."""
-    return [TOY, *TASKS]
+    return [*TOYS, *TASKS]
 
 
 def find_task(name: str) -> Task:
