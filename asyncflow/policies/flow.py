@@ -1,7 +1,7 @@
 """Flow-matching policy over low-dimensional observations: a velocity MLP and a critic MLP.
 
 Owns the two networks and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
-stochastic policy is in `flow_sampler.py`.
+stochastic policy is in `flow_sampler.py`, how that becomes a Policy in `velocity.py`.
 
 Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D state size,
 W width of the first hidden layer, E time features.
@@ -13,12 +13,13 @@ import math
 from collections.abc import Iterator
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
-from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
-from asyncflow.policies.flow_sampler import FlowSampler, Steps, Velocity
+from asyncflow.policies.base import Normalizer, mlp
+from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32
 
@@ -51,7 +52,7 @@ class VelocityNetwork(nn.Module):
         return velocity.view(x.shape)
 
 
-class FlowPolicy(Policy):
+class FlowPolicy(VelocityPolicy):
     """Denoises a chunk of normalised actions, conditioned on the normalised state."""
 
     step_features: Tensor
@@ -62,47 +63,35 @@ class FlowPolicy(Policy):
         Raises:
             ConfigError: An impossible combination of noise keys.
         """
-        super().__init__()
-        self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
-        self.sampler = FlowSampler(config, action_dim)
-        self.noise_size, self.log_prob_terms = self.sampler.noise_size, self.sampler.log_prob_terms
+        super().__init__(config, action_dim)
         self.obs_normalizer = Normalizer((state_dim,))
-        self.action_normalizer = Normalizer((action_dim,))
         self.velocity = VelocityNetwork(state_dim, config.horizon * action_dim, config.hidden_sizes)
         self.critic = mlp([state_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)
 
-    @torch.no_grad()
-    def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
-        """Decide; `train` also stores what `FlowSampler.sample` returns. `eval` uses the initial noise alone."""
-        velocity = self._velocity(obs)
-        if mode == "eval":
-            decision = {"actions": self.sampler.denoise(velocity, noise)}
-        else:
-            decision = self.sampler.sample(velocity, noise)
-            decision |= {"actions": decision["chains"][:, -1], "values": self.get_value(obs)}
-        decision["actions"] = self.action_normalizer.denormalize(decision["actions"])
-        return TensorDict(decision, batch_size=noise.shape[:1])
+    def make_context(self, obs: TensorDictBase) -> Tensor:
+        """Return the normalised state, [N, D]."""
+        return self.obs_normalizer.normalize(obs["state"])
 
-    def default_forward(self, batch: TensorDictBase) -> TensorDict:
-        """Evaluate stored decisions; see `Policy.default_forward`."""
-        obs = batch["obs"]
-        log_probs, entropy = self.sampler.evaluate(self._velocity(obs), batch)
-        evaluation = {"log_probs": log_probs, "values": self.get_value(obs), "entropy": entropy}
-        return TensorDict(evaluation, batch_size=batch.batch_size)
+    def velocity_field(self, context: Tensor) -> Velocity:
+        """Return the velocity field of normalised states [N, D]."""
+        state, times = self.velocity.state_in(context), self.velocity.time_in(self.step_features)
 
-    def get_value(self, obs: TensorDictBase) -> Tensor:
-        """Return V(obs), [N] float32."""
-        value: Tensor = self.critic(self.obs_normalizer.normalize(obs["state"]))
+        def velocity(x: Tensor, steps: Steps) -> Tensor:
+            shared = state[:, None] if isinstance(steps, slice) else state
+            result: Tensor = self.velocity(x, shared, times[steps])
+            return result
+
+        return velocity
+
+    def value(self, context: Tensor) -> Tensor:
+        """Return V of normalised states [N, D], [N] float32."""
+        value: Tensor = self.critic(context)
         return value.squeeze(-1).float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the critic's parameters."""
         return self.critic.parameters()
-
-    def anneal(self, update: int) -> None:
-        """Set the noise level for the number of finished updates, in place."""
-        self.sampler.anneal(update)
 
     def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units.
@@ -118,21 +107,6 @@ class FlowPolicy(Policy):
         target = self.action_normalizer.normalize(actions)
         weight = time[:, None, None]
         features = self.velocity.time_in(time_features(time))
-        predicted: Tensor = self.velocity((1 - weight) * target + weight * noise, self._state(obs), features)
+        state = self.velocity.state_in(self.make_context(obs))
+        predicted: Tensor = self.velocity((1 - weight) * target + weight * noise, state, features)
         return nn.functional.mse_loss(predicted.float(), noise - target)
-
-    def _state(self, obs: TensorDictBase) -> Tensor:
-        """Return the state's share of the first layer, `[N, W]`."""
-        state: Tensor = self.velocity.state_in(self.obs_normalizer.normalize(obs["state"]))
-        return state
-
-    def _velocity(self, obs: TensorDictBase) -> Velocity:
-        """Return the velocity field of `obs`; what all steps share is computed here, once."""
-        state, times = self._state(obs), self.velocity.time_in(self.step_features)
-
-        def velocity(x: Tensor, steps: Steps) -> Tensor:
-            context = state[:, None] if isinstance(steps, slice) else state
-            result: Tensor = self.velocity(x, context, times[steps])
-            return result
-
-        return velocity
