@@ -126,7 +126,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
-    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed)
+    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
     if resumed is not None:
         try:
             policy.load_state_dict(resumed.policy)

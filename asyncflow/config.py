@@ -48,10 +48,21 @@ class EnvConfig(Section):
     restart_window_s: float = Field(600.0, gt=0, description="Seconds over which max_restarts counts.")
 
 
+class VLAConfig(Section):
+    """A vision-language-action model."""
+
+    size: Literal["tiny", "base"] = Field("tiny", description="tiny: tests, on a CPU; base: 0.5 B parameters, one GPU.")
+    instruction: str = Field("", description="What the robot is told to do; at most 127 bytes.")
+    patch_size: int = Field(14, ge=1, description="Side of a vision token's square in pictures, pixels.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the networks compute in; trained weights, log-probs and values stay float32."
+    )
+
+
 class PolicyConfig(Section):
     """The network, its sampler and its log-probs."""
 
-    kind: Literal["flow", "gaussian"] = Field("flow", description="Which policy to build.")
+    kind: Literal["flow", "gaussian", "vla"] = Field("flow", description="Which policy to build.")
     checkpoint: str | None = Field(
         None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
     )
@@ -84,6 +95,7 @@ class PolicyConfig(Section):
     emulated_latency_s: float = Field(
         0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
     )
+    vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
 
 
 class AlgorithmConfig(Section):
@@ -252,8 +264,16 @@ def validate(values: dict[str, Any]) -> Config:
 def describe_keys() -> Iterator[tuple[str, str, Any, str]]:
     """Yield (dotted key, type, default, meaning) of every key."""
     for section, field in Config.model_fields.items():
-        for key, info in type(field.default).model_fields.items():
-            yield f"{section}.{key}", _type_name(info.annotation), getattr(field.default, key), info.description or ""
+        yield from _describe_section(section, field.default)
+
+
+def _describe_section(path: str, section: Section) -> Iterator[tuple[str, str, Any, str]]:
+    for key, info in type(section).model_fields.items():
+        default = getattr(section, key)
+        if isinstance(default, Section):
+            yield from _describe_section(f"{path}.{key}", default)
+        else:
+            yield f"{path}.{key}", _type_name(info.annotation), default, info.description or ""
 
 
 def _type_name(annotation: Any) -> str:

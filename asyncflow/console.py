@@ -7,6 +7,7 @@ name, and nothing needs colour to be understood.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -179,11 +180,7 @@ class ConsoleReporter:
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, value, default) of every key."""
-    found = []
-    for key, _, default, _ in describe_keys():
-        section, leaf = key.split(".")
-        found.append((key, getattr(getattr(config, section), leaf), default))
-    return found
+    return [(key, functools.reduce(getattr, key.split("."), config), default) for key, _, default, _ in describe_keys()]
 
 
 def progress_share(config: Config, updates: int, env_steps: int) -> float:

@@ -37,7 +37,8 @@ def evaluate_checkpoint(checkpoint: str, config: Config, num_episodes: int) -> E
     file = load_policy_file(resolve_checkpoint(checkpoint))
     device = resolve_device(config.trainer.device)
     torch.set_num_threads(config.trainer.num_threads)
-    policy = make_policy(file.policy_config, file.env_spec.obs_shapes, file.env_spec.action_dim, config.trainer.seed)
+    spec = file.env_spec
+    policy = make_policy(file.policy_config, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
     load_into(policy, file)
     num_envs = min(config.env.num_envs, num_episodes)
     env = _rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs)

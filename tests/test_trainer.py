@@ -70,6 +70,15 @@ def test_vla_equals_standard_on_the_toy(tmp_path, monkeypatch, lag, policy):
     assert_same(vla, standard)
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_vla_equals_standard_with_a_vla_that_sees_pictures(tmp_path, monkeypatch, lag):
+    changes = TOY | {"buffer.max_policy_lag": lag, "trainer.total_updates": 4}
+    vla = run(tmp_path, monkeypatch, "toy_vla_tiny", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, monkeypatch, "toy_vla_tiny", changes | {"trainer.buffer_type": "standard"})
+    assert ("images", "top") in vla[1][0]["obs"].keys(True)
+    assert_same(vla, standard)
+
+
 @pytest.mark.sim
 @pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1, 2])

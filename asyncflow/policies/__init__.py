@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from asyncflow.config import PolicyConfig
@@ -9,12 +11,18 @@ from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
+from asyncflow.policies.vla import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
 
-__all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "make_policy"]
+__all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "make_policy"]
 
 
-def make_policy(config: PolicyConfig, obs_shapes: dict[str, tuple[int, ...]], action_dim: int, seed: int) -> Policy:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def make_policy(
+    config: PolicyConfig, obs_shapes: Shapes, action_dim: int, seed: int, image_shapes: Shapes | None = None
+) -> Policy:
     """Build a policy on the CPU; its weights depend on `config`, the shapes and `seed` alone.
 
     Args:
@@ -22,6 +30,7 @@ def make_policy(config: PolicyConfig, obs_shapes: dict[str, tuple[int, ...]], ac
         obs_shapes: Shape of every observation without the batch dimension; `state` must be a vector.
         action_dim: Size of one action.
         seed: The run's seed.
+        image_shapes: Camera -> (3, height, width); only a VLA sees them.
 
     Raises:
         ConfigError: The observations have no `state` vector, or `config` is an impossible combination.
@@ -31,8 +40,9 @@ def make_policy(config: PolicyConfig, obs_shapes: dict[str, tuple[int, ...]], ac
         raise ConfigError(
             f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
         )
-    build = FlowPolicy if config.kind == "flow" else GaussianPolicy
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
-        return build(config, shape[0], action_dim)
+        if config.kind == "vla":
+            return build_vla(config, obs_shapes, action_dim, image_shapes or {})
+        return (FlowPolicy if config.kind == "flow" else GaussianPolicy)(config, shape[0], action_dim)

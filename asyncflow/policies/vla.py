@@ -1,0 +1,97 @@
+"""VLAPolicy: a vision-language-action model as a policy.
+
+Owns when the prefix is encoded, the precision, and what the value's gradient reaches. It must not know the networks:
+anything with the methods of `VelocityModel` will do.
+
+Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from asyncflow.config import PolicyConfig
+from asyncflow.policies.base import Normalizer
+from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.velocity import VelocityPolicy
+from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
+
+
+class Context(NamedTuple):
+    """What the backbone made of an observation."""
+
+    prefix: Any
+
+
+class VLAPolicy(VelocityPolicy):
+    """Denoises chunks with a model's expert; its value head sees the prefix, and no gradient flows from it there."""
+
+    def __init__(self, config: PolicyConfig, model: VLAModel, action_dim: int) -> None:
+        """Wrap a model.
+
+        Raises:
+            ConfigError: An impossible combination of noise keys.
+        """
+        super().__init__(config, action_dim)
+        self.model = model
+        self._dtype = getattr(torch, config.vla.dtype)
+
+    @property
+    def obs_normalizer(self) -> Normalizer:
+        """The model's normalisation of the state."""
+        return self.model.obs_normalizer
+
+    def make_context(self, obs: TensorDictBase) -> Context:
+        """Run the backbone, once."""
+        with self._autocast():
+            return Context(self.model.encode_prefix(obs))
+
+    def velocity_field(self, context: Context) -> Velocity:
+        """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
+        with self._autocast():
+            cache = self.model.cache_prefix(context.prefix)
+
+        def velocity(x: Tensor, steps: Steps) -> Tensor:
+            is_slice = isinstance(steps, slice)
+            time = self.sampler.time[steps] if is_slice else self.sampler.time[steps].view(-1, 1)
+            with self._autocast():
+                v = self.model.velocity(cache, x if is_slice else x[:, None], time)
+            return v if is_slice else v[:, 0]
+
+        return velocity
+
+    def value(self, context: Context) -> Tensor:
+        """Return V, [N] float32."""
+        return self.model.value(context.prefix.detach().float()).float()
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the value head's parameters."""
+        return self.model.value_head.parameters()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Return what computes in `policy.vla.dtype`; float32 leaves the caller's autocast as it is."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.sampler.time.device.type, self._dtype)
+
+
+def build_vla(
+    config: PolicyConfig,
+    obs_shapes: Mapping[str, tuple[int, ...]],
+    action_dim: int,
+    image_shapes: Mapping[str, tuple[int, ...]],
+) -> VLAPolicy:
+    """Build asyncflow's own model of `policy.vla.size`, from scratch.
+
+    Raises:
+        ConfigError: An instruction that is too long, a patch that does not fit, or impossible noise keys.
+    """
+    vla, state_dim = config.vla, obs_shapes["state"][0]
+    shape = VLAShape(image_shapes, state_dim, config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size)
+    return VLAPolicy(config, VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes), action_dim)
