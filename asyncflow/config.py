@@ -57,6 +57,9 @@ class VLAConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="What the networks compute in; trained weights, log-probs and values stay float32."
     )
+    feature_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What a frozen backbone's features are kept in, in the ring."
+    )
 
 
 class PolicyConfig(Section):
@@ -94,6 +97,9 @@ class PolicyConfig(Section):
     initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
     emulated_latency_s: float = Field(
         0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
+    )
+    freeze_backbone: bool = Field(
+        False, description="vla: train without the backbone; the ring keeps its features instead of observations."
     )
     vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
 
@@ -231,6 +237,10 @@ class Config(Section):
             raise ValueError(
                 f"policy.n_action_steps = {self.policy.n_action_steps} must be at most "
                 f"policy.horizon = {self.policy.horizon}"
+            )
+        if self.policy.freeze_backbone and self.policy.kind in ("flow", "gaussian"):
+            raise ValueError(
+                f"policy.freeze_backbone = true: policy.kind = {self.policy.kind} has no backbone; use vla"
             )
         low, high = self.policy.noise_range
         if not 0 < low < high:

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.buffer import BufferPlan, EpisodeStats, RolloutBuffer, RolloutInfo
@@ -85,7 +85,8 @@ class RolloutWriter:
         self._journal = journal
         self._weights = list(changing_tensors(self._policy).values())
         self._groups = [range(g, env.num_envs, settings.num_env_groups) for g in range(settings.num_env_groups)]
-        self._obs: list[TensorDict] = []
+        self._obs: list[TensorDictBase] = []
+        self._raw: set[int] = set()  # groups whose observation is not encoded yet
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
         self._simulators = EmulatedSimulators(settings.env_latency)
@@ -138,6 +139,7 @@ class RolloutWriter:
         if not self._obs:
             first = self._env.reset(self._settings.seed, self._journal)
             self._obs = [first[as_slice(group)] for group in self._groups]
+            self._raw = set(range(len(self._groups)))
         self._num_truncations.zero_()
         self._num_invalid = 0
         self._episode_starts = [0] * self._env.num_envs
@@ -149,12 +151,13 @@ class RolloutWriter:
                 self._decide(index, slot, t, g)
         for g, group in enumerate(self._groups):
             self._receive(index, slot, num_steps - 1, g)
-            self._buffer.write_obs(slot, num_steps, group, self._obs[g])
+            self._buffer.write_obs(slot, num_steps, group, self._encoded_obs(g))
 
     def _decide(self, index: int, slot: int, t: int, g: int) -> None:
         """Infer for group `g`, start its chunk, and write the decision while the simulators run."""
-        group, obs = self._groups[g], self._obs[g]
+        group = self._groups[g]
         with self._watch.measure("inference_s"):
+            obs = self._encoded_obs(g)
             decision = self._infer(obs, group, index * self._buffer.plan.num_steps + t)
             executed = decision["actions"][:, : self._policy.n_action_steps]
             actions = give_up_non_finite(executed, decision).cpu()  # sync: the simulators need them
@@ -164,10 +167,20 @@ class RolloutWriter:
         self._buffer.write_obs(slot, t, group, obs)
         self._buffer.write(slot, t, group, decision)
 
-    def _infer(self, obs: TensorDict, group: range, decision_index: int) -> TensorDict:
+    def _encoded_obs(self, g: int) -> TensorDictBase:
+        """Return group `g`'s observation as the ring keeps it; encoded once, also where it begins the next rollout."""
+        if g in self._raw:
+            self._obs[g] = self._encode(self._obs[g])
+            self._raw.remove(g)
+        return self._obs[g]
+
+    def _encode(self, obs: TensorDictBase) -> TensorDictBase:
+        return self._policy.encode_obs(obs.to(self._buffer.device))
+
+    def _infer(self, obs: TensorDictBase, group: range, decision_index: int) -> TensorDict:
         noise = policy_noise(self._settings.seed, group, decision_index, self._policy.noise_size)
         device = self._buffer.device
-        decision = self._policy.sample_actions(obs.to(device), "train", noise.to(device))
+        decision = self._policy.sample_actions(obs, "train", noise.to(device))
         rollout, share = decision_index // self._buffer.plan.num_steps, len(group) / self._env.num_envs
         self._settings.inference_latency.wait(rollout, share)
         return decision
@@ -195,6 +208,7 @@ class RolloutWriter:
         self._faults += result.faults
         self._follow_episodes(slot, t, group, result)
         self._obs[g] = result.obs
+        self._raw.add(g)
 
     def _follow_episodes(self, slot: int, t: int, group: range, result: ChunkResult) -> None:
         """Enter finished episodes into the statistics, and take back what the slot holds of broken ones."""
@@ -213,8 +227,11 @@ class RolloutWriter:
     def _store_final_obs(self, slot: int, group: range, result: ChunkResult) -> Tensor:
         """Put true final observations into the side table and return each environment's row there, [n]."""
         rows = self._num_truncations[as_slice(group)].clone()
-        for i in result.truncated.nonzero().flatten().tolist():
-            self._buffer.write_final_obs(slot, int(rows[i]), group[i], result.final_obs[i])
+        truncated = result.truncated.nonzero().flatten().tolist()
+        if truncated:
+            finals = self._encode(result.final_obs[truncated])
+        for row, i in enumerate(truncated):
+            self._buffer.write_final_obs(slot, int(rows[i]), group[i], finals[row])
             self._num_truncations[group[i]] += 1
         return torch.where(result.truncated, rows, torch.zeros_like(rows))
 
@@ -262,10 +279,12 @@ def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_
     The horizon cuts an environment's episode at most once per `ceil(horizon / H)` decisions.
     """
     device = next(policy.parameters()).device
-    obs = spec.empty_obs(num_envs)
+    acting = make_acting_copy(policy)
     with torch.no_grad():
         noise = torch.zeros(num_envs, policy.noise_size, device=device)
-        decision = make_acting_copy(policy).sample_actions(obs.to(device), "train", noise)
+        encoded = acting.encode_obs(spec.empty_obs(num_envs).to(device))
+        decision = acting.sample_actions(encoded, "train", noise)
+    obs = encoded.cpu()
     outcome = outcome_fields(_empty_result(obs, policy.n_action_steps), 1.0, torch.zeros(num_envs, dtype=torch.int64))
     fields = dict(decision.cpu().items()) | outcome
     decisions_per_episode = -(-spec.horizon // policy.n_action_steps)
@@ -273,7 +292,7 @@ def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_
     return BufferPlan(TensorDict(fields, [num_envs]), obs, num_slots, num_steps, max_truncations)
 
 
-def _empty_result(obs: TensorDict, chunk_length: int) -> ChunkResult:
+def _empty_result(obs: TensorDictBase, chunk_length: int) -> ChunkResult:
     num_envs = len(obs)
     zeros, counts = torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.int64)
     false = torch.zeros(num_envs, dtype=torch.bool)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
@@ -21,12 +21,6 @@ from asyncflow.policies.base import Normalizer
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
-
-
-class Context(NamedTuple):
-    """What the backbone made of an observation."""
-
-    prefix: Any
 
 
 class VLAPolicy(VelocityPolicy):
@@ -40,22 +34,46 @@ class VLAPolicy(VelocityPolicy):
         """
         super().__init__(config, action_dim)
         self.model = model
-        self._dtype = getattr(torch, config.vla.dtype)
+        self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
+        self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
+        self._is_frozen = config.freeze_backbone
+        if self._is_frozen:
+            model.backbone.requires_grad_(False).to(self._dtype)
+        self.train()
+
+    def train(self, mode: bool = True) -> VLAPolicy:
+        """Stay in evaluation mode: dropout would make training re-evaluate other decisions than were taken."""
+        return super().train(False)
 
     @property
     def obs_normalizer(self) -> Normalizer:
         """The model's normalisation of the state."""
         return self.model.obs_normalizer
 
-    def make_context(self, obs: TensorDictBase) -> Context:
-        """Run the backbone, once."""
-        with self._autocast():
-            return Context(self.model.encode_prefix(obs))
+    def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
+        """Return the `prefix` that a frozen backbone makes of observations, in `policy.vla.feature_dtype`."""
+        if not self._is_frozen:
+            return obs
+        with torch.no_grad():
+            prefix = self._run_backbone(obs)
+        return TensorDict({"prefix": prefix.to(self._feature_dtype)}, batch_size=obs.batch_size)
 
-    def velocity_field(self, context: Context) -> Velocity:
+    def make_context(self, obs: TensorDictBase) -> Tensor:
+        """Return the prefix of observations, float32, or of what `encode_obs` made of them."""
+        if not self._is_frozen:
+            return self._run_backbone(obs).float()
+        encoded = obs if "prefix" in obs.keys() else self.encode_obs(obs)  # noqa: SIM118  a TensorDict iterates rows
+        prefix: Tensor = encoded["prefix"]
+        return prefix.float()
+
+    def _run_backbone(self, obs: TensorDictBase) -> Tensor:
+        with self._autocast():
+            return self.model.encode_prefix(obs)
+
+    def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
         with self._autocast():
-            cache = self.model.cache_prefix(context.prefix)
+            cache = self.model.cache_prefix(context)
 
         def velocity(x: Tensor, steps: Steps) -> Tensor:
             is_slice = isinstance(steps, slice)
@@ -66,9 +84,9 @@ class VLAPolicy(VelocityPolicy):
 
         return velocity
 
-    def value(self, context: Context) -> Tensor:
+    def value(self, context: Tensor) -> Tensor:
         """Return V, [N] float32."""
-        return self.model.value(context.prefix.detach().float()).float()
+        return self.model.value(context.detach()).float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the value head's parameters."""

@@ -228,7 +228,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, width: int, hidden_sizes: list[int]) -> None:
         super().__init__()
-        self.score = nn.Linear(width, 1)
+        self.score = nn.Linear(width, 1, bias=False)
         self.mlp = mlp([width, *hidden_sizes, 1], output_gain=0.01)
 
     def forward(self, features: Tensor) -> Tensor:

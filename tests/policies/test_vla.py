@@ -85,7 +85,7 @@ def test_the_ratio_is_one_in_bfloat16_within_the_stated_tolerance(obs, mode):
 
 def test_bfloat16_is_what_the_networks_compute_in(obs):
     with torch.no_grad():
-        exact, rounded = (build(dtype=dtype).make_context(obs).prefix for dtype in ("float32", "bfloat16"))
+        exact, rounded = (build(dtype=dtype).make_context(obs) for dtype in ("float32", "bfloat16"))
     assert 0 < (exact - rounded).abs().max() < 0.1
     assert all(p.dtype == torch.float32 for p in build(dtype="bfloat16").parameters())
 
