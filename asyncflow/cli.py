@@ -231,9 +231,11 @@ def tasks() -> int:
     """List the tasks."""
     from asyncflow.console import ConsoleReporter
     from asyncflow.envs.tasks import TASKS, TOYS
+    from asyncflow.plugins import ENVS, plugin_names
 
     rows = [[name, "-", summary] for name, summary in TOYS.items()]
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
+    rows += [[name, "-", "registered by an installed package"] for name in plugin_names(ENVS)]
     ConsoleReporter().table(["task", "horizon", "what the robot has to do"], rows)
     return 0
 

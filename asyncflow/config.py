@@ -14,7 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
+from asyncflow.plugins import POLICIES, plugin_names
 
+POLICY_KINDS = ("flow", "gaussian", "vla")
 BufferType = Literal["vla", "standard"]
 
 
@@ -51,6 +53,15 @@ class EnvConfig(Section):
 class VLAConfig(Section):
     """A vision-language-action model."""
 
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
+
+    model_class: str | None = Field(
+        None, description="Import path of a model from elsewhere, package.module.Class; null: asyncflow's own."
+    )
+    model_path: str | None = Field(None, description="Weights of model_class: a state dict, or for from_pretrained.")
+    model_kwargs: dict[str, Any] = Field(
+        {}, alias="model_config", description="Arguments with which model_class is built."
+    )
     size: Literal["tiny", "base"] = Field("tiny", description="tiny: tests, on a CPU; base: 0.5 B parameters, one GPU.")
     instruction: str = Field("", description="What the robot is told to do; at most 127 bytes.")
     patch_size: int = Field(14, ge=1, description="Side of a vision token's square in pictures, pixels.")
@@ -65,7 +76,7 @@ class VLAConfig(Section):
 class PolicyConfig(Section):
     """The network, its sampler and its log-probs."""
 
-    kind: Literal["flow", "gaussian", "vla"] = Field("flow", description="Which policy to build.")
+    kind: str = Field("flow", description="flow, gaussian, vla, or a name that an installed package registered.")
     checkpoint: str | None = Field(
         None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
     )
@@ -102,6 +113,13 @@ class PolicyConfig(Section):
         False, description="vla: train without the backbone; the ring keeps its features instead of observations."
     )
     vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> PolicyConfig:
+        if self.kind not in POLICY_KINDS and self.kind not in plugin_names(POLICIES):
+            known = ", ".join([*POLICY_KINDS, *plugin_names(POLICIES)])
+            raise ValueError(f"policy.kind = {self.kind!r}: not known; allowed: {known}")
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -283,7 +301,16 @@ def _describe_section(path: str, section: Section) -> Iterator[tuple[str, str, A
         if isinstance(default, Section):
             yield from _describe_section(f"{path}.{key}", default)
         else:
-            yield f"{path}.{key}", _type_name(info.annotation), default, info.description or ""
+            yield f"{path}.{info.alias or key}", _type_name(info.annotation), default, info.description or ""
+
+
+def read_key(config: Config, key: str) -> Any:
+    """Return the value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        # pydantic keeps the name `model_config` for itself
+        value = value.model_kwargs if name == "model_config" else getattr(value, name)
+    return value
 
 
 def _type_name(annotation: Any) -> str:

@@ -7,7 +7,6 @@ name, and nothing needs colour to be understood.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from asyncflow import __version__
-from asyncflow.config import Config, describe_keys
+from asyncflow.config import Config, describe_keys, read_key
 from asyncflow.metrics import GLOSSARY
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
@@ -180,7 +179,7 @@ class ConsoleReporter:
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:
     """Return (dotted key, value, default) of every key."""
-    return [(key, functools.reduce(getattr, key.split("."), config), default) for key, _, default, _ in describe_keys()]
+    return [(key, read_key(config, key), default) for key, _, default, _ in describe_keys()]
 
 
 def progress_share(config: Config, updates: int, env_steps: int) -> float:

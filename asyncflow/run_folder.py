@@ -88,7 +88,7 @@ def _describe_run(folder: Path, config: Config) -> None:
 
 def write_config(folder: Path, config: Config) -> None:
     """Write or replace a run's resolved configuration."""
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False).encode())
 
 
 def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:

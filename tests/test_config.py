@@ -196,7 +196,9 @@ def names_read() -> set[str]:
 
 def test_every_key_is_read_somewhere() -> None:
     read = names_read()
-    assert [key for key in KEYS if key.rsplit(".", maxsplit=1)[-1] not in read] == []
+    attributes = {"model_config": "model_kwargs"}  # pydantic keeps the former for itself
+    leaves = {key: key.rsplit(".", maxsplit=1)[-1] for key in KEYS}
+    assert [key for key, leaf in leaves.items() if attributes.get(leaf, leaf) not in read] == []
 
 
 def test_sections_stand_in_the_documented_order() -> None:

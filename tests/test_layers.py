@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncflow"
 
 # A module may import from its own layer and from those below it. A folder stands for its modules.
 LAYERS = [
-    {"errors", "signals"},
+    {"errors", "plugins", "signals"},
     {"config"},
     {
         "buffer", "console", "device", "envs", "flags", "gae", "latency", "losses", "metric_files", "metrics",

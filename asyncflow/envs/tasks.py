@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.plugins import ENVS, plugin_names
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
@@ -85,7 +86,7 @@ class SimulatorSettings:
 
 def task_names() -> list[str]:
     """Return every name that `env.task` accepts."""
-    return [*TOYS, *TASKS]
+    return [*TOYS, *TASKS, *plugin_names(ENVS)]
 
 
 def find_task(name: str) -> Task:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config import POLICY_KINDS, PolicyConfig
 from asyncflow.errors import ConfigError
+from asyncflow.plugins import POLICIES, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
@@ -35,14 +36,26 @@ def make_policy(
     Raises:
         ConfigError: The observations have no `state` vector, or `config` is an impossible combination.
     """
-    shape = obs_shapes.get("state", ())
-    if len(shape) != 1:
-        raise ConfigError(
-            f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
-        )
+    if config.kind in POLICY_KINDS and config.vla.model_class is None:
+        _require_state(config, obs_shapes)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
-        if config.kind == "vla":
-            return build_vla(config, obs_shapes, action_dim, image_shapes or {})
-        return (FlowPolicy if config.kind == "flow" else GaussianPolicy)(config, shape[0], action_dim)
+        return _build(config, obs_shapes, action_dim, image_shapes or {})
+
+
+def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
+    if config.kind in ("flow", "gaussian"):
+        build = FlowPolicy if config.kind == "flow" else GaussianPolicy
+        return build(config, obs_shapes["state"][0], action_dim)
+    if config.kind == "vla":
+        return build_vla(config, obs_shapes, action_dim, image_shapes)
+    policy: Policy = load_plugin(POLICIES, config.kind)(config, obs_shapes, action_dim, image_shapes)
+    return policy
+
+
+def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:
+    if len(obs_shapes.get("state", ())) != 1:
+        raise ConfigError(
+            f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
+        )

@@ -1,7 +1,7 @@
 """VLAPolicy: a vision-language-action model as a policy.
 
 Owns when the prefix is encoded, the precision, and what the value's gradient reaches. It must not know the networks:
-anything with the methods of `VelocityModel` will do.
+anything with the methods of `VELOCITY_METHODS` will do.
 
 Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, A action size.
 """
@@ -17,8 +17,16 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
-from asyncflow.policies.base import Normalizer
+from asyncflow.errors import ConfigError
+from asyncflow.policies.base import Normalizer, Policy
 from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.foreign import (
+    ACTOR_CRITIC_METHODS,
+    VELOCITY_METHODS,
+    ForeignPolicy,
+    has_methods,
+    load_model,
+)
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
 
@@ -26,19 +34,21 @@ from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
 class VLAPolicy(VelocityPolicy):
     """Denoises chunks with a model's expert; its value head sees the prefix, and no gradient flows from it there."""
 
-    def __init__(self, config: PolicyConfig, model: VLAModel, action_dim: int) -> None:
-        """Wrap a model.
+    def __init__(self, config: PolicyConfig, model: nn.Module, action_dim: int) -> None:
+        """Wrap a model with the methods of `VELOCITY_METHODS`.
 
         Raises:
-            ConfigError: An impossible combination of noise keys.
+            ConfigError: An impossible combination of noise keys, or a backbone that cannot be frozen.
         """
         super().__init__(config, action_dim)
-        self.model = model
+        self.model: Any = model
         self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
         self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
         self._is_frozen = config.freeze_backbone
         if self._is_frozen:
-            model.backbone.requires_grad_(False).to(self._dtype)
+            if not isinstance(getattr(model, "backbone", None), nn.Module):
+                raise ConfigError(f"policy.freeze_backbone = true: {type(model).__name__} has no module `backbone`")
+            self.model.backbone.requires_grad_(False).to(self._dtype)
         self.train()
 
     def train(self, mode: bool = True) -> VLAPolicy:
@@ -48,14 +58,20 @@ class VLAPolicy(VelocityPolicy):
     @property
     def obs_normalizer(self) -> Normalizer:
         """The model's normalisation of the state."""
-        return self.model.obs_normalizer
+        normalizer: Normalizer = self.model.obs_normalizer
+        return normalizer
 
     def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
         """Return the `prefix` that a frozen backbone makes of observations, in `policy.vla.feature_dtype`."""
         if not self._is_frozen:
             return obs
-        with torch.no_grad():
+        with torch.enable_grad():  # records nothing where all is frozen
             prefix = self._run_backbone(obs)
+        if prefix.requires_grad:
+            raise ConfigError(
+                "policy.freeze_backbone = true: encode_prefix depends on parameters outside `backbone`, "
+                "which are trained"
+            )
         return TensorDict({"prefix": prefix.to(self._feature_dtype)}, batch_size=obs.batch_size)
 
     def make_context(self, obs: TensorDictBase) -> Tensor:
@@ -68,29 +84,33 @@ class VLAPolicy(VelocityPolicy):
 
     def _run_backbone(self, obs: TensorDictBase) -> Tensor:
         with self._autocast():
-            return self.model.encode_prefix(obs)
+            prefix: Tensor = self.model.encode_prefix(obs)
+        return prefix
 
     def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
         with self._autocast():
-            cache = self.model.cache_prefix(context)
+            cache = self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
 
         def velocity(x: Tensor, steps: Steps) -> Tensor:
             is_slice = isinstance(steps, slice)
-            time = self.sampler.time[steps] if is_slice else self.sampler.time[steps].view(-1, 1)
+            chunks = x if is_slice else x[:, None]
+            times = self.sampler.time[steps] if is_slice else self.sampler.time[steps].view(-1, 1)
             with self._autocast():
-                v = self.model.velocity(cache, x if is_slice else x[:, None], time)
+                v: Tensor = self.model.velocity(cache, chunks, times.expand(chunks.shape[:2]))
             return v if is_slice else v[:, 0]
 
         return velocity
 
     def value(self, context: Tensor) -> Tensor:
         """Return V, [N] float32."""
-        return self.model.value(context.detach()).float()
+        value: Tensor = self.model.value(context.detach())
+        return value.float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the value head's parameters."""
-        return self.model.value_head.parameters()
+        head = getattr(self.model, "value_head", None)
+        return iter(()) if head is None else head.parameters()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return what computes in `policy.vla.dtype`; float32 leaves the caller's autocast as it is."""
@@ -104,12 +124,27 @@ def build_vla(
     obs_shapes: Mapping[str, tuple[int, ...]],
     action_dim: int,
     image_shapes: Mapping[str, tuple[int, ...]],
-) -> VLAPolicy:
-    """Build asyncflow's own model of `policy.vla.size`, from scratch.
+) -> Policy:
+    """Build asyncflow's own model of `policy.vla.size` from scratch, or load `policy.vla.model_class`.
 
     Raises:
-        ConfigError: An instruction that is too long, a patch that does not fit, or impossible noise keys.
+        ConfigError: An instruction that is too long, a patch that does not fit, impossible noise keys, or a model
+            that cannot be had or lacks a method.
     """
+    if config.vla.model_class is not None:
+        return _wrap(config, load_model(config.vla), action_dim)
     vla, state_dim = config.vla, obs_shapes["state"][0]
     shape = VLAShape(image_shapes, state_dim, config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size)
     return VLAPolicy(config, VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes), action_dim)
+
+
+def _wrap(config: PolicyConfig, model: nn.Module, action_dim: int) -> Policy:
+    """Return a loaded model as the policy that its methods make it."""
+    if has_methods(model, VELOCITY_METHODS):
+        return VLAPolicy(config, model, action_dim)
+    if has_methods(model, ACTOR_CRITIC_METHODS):
+        return ForeignPolicy(config, model, action_dim)
+    raise ConfigError(
+        f"policy.vla.model_class = {config.vla.model_class}: needs the methods {', '.join(VELOCITY_METHODS)}, or "
+        f"{', '.join(ACTOR_CRITIC_METHODS)}"
+    )

@@ -210,7 +210,7 @@ class VLAModel(nn.Module):
         return [layer.prefix.keys_values(prefix) for layer in self.layers]  # type: ignore[union-attr, operator]
 
     def velocity(self, cache: KeysValues, x: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity `[N, J, P, A]` of `x [N, J, P, A]` at `time [J]` or `[N, 1]`."""
+        """Return the velocity `[N, J, P, A]` of `x [N, J, P, A]` at `time [N, J]`."""
         tokens = self.action_in(x) + self.action_places + self.time_in(time_features(time))[..., None, :]
         for layer, keys_values in zip(self.layers, cache, strict=True):
             tokens = layer(tokens, keys_values)
