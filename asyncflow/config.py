@@ -11,19 +11,30 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
-from asyncflow.plugins import POLICIES, plugin_names
+from asyncflow.policy_config import POLICY_KINDS, PolicyConfig, Section, VLAConfig
 
-POLICY_KINDS = ("flow", "gaussian", "vla")
+__all__ = [
+    "POLICY_KINDS",
+    "AlgorithmConfig",
+    "BufferConfig",
+    "BufferType",
+    "CollectorConfig",
+    "Config",
+    "EnvConfig",
+    "LoggingConfig",
+    "PolicyConfig",
+    "Section",
+    "TrainerConfig",
+    "VLAConfig",
+    "describe_keys",
+    "read_key",
+    "validate",
+]
+
 BufferType = Literal["vla", "standard"]
-
-
-class Section(BaseModel):
-    """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class EnvConfig(Section):
@@ -48,78 +59,6 @@ class EnvConfig(Section):
     step_timeout_s: float = Field(120.0, gt=0, description="A worker silent for longer is killed and replaced.")
     max_restarts: int = Field(10, ge=0, description="Workers replaced within restart_window_s; one more ends the run.")
     restart_window_s: float = Field(600.0, gt=0, description="Seconds over which max_restarts counts.")
-
-
-class VLAConfig(Section):
-    """A vision-language-action model."""
-
-    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
-
-    model_class: str | None = Field(
-        None, description="Import path of a model from elsewhere, package.module.Class; null: asyncflow's own."
-    )
-    model_path: str | None = Field(None, description="Weights of model_class: a state dict, or for from_pretrained.")
-    model_kwargs: dict[str, Any] = Field(
-        {}, alias="model_config", description="Arguments with which model_class is built."
-    )
-    size: Literal["tiny", "base"] = Field("tiny", description="tiny: tests, on a CPU; base: 0.5 B parameters, one GPU.")
-    instruction: str = Field("", description="What the robot is told to do; at most 127 bytes.")
-    patch_size: int = Field(14, ge=1, description="Side of a vision token's square in pictures, pixels.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="What the networks compute in; trained weights, log-probs and values stay float32."
-    )
-    feature_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="What a frozen backbone's features are kept in, in the ring."
-    )
-
-
-class PolicyConfig(Section):
-    """The network, its sampler and its log-probs."""
-
-    kind: str = Field("flow", description="flow, gaussian, vla, or a name that an installed package registered.")
-    checkpoint: str | None = Field(
-        None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
-    )
-    hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
-    critic_hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
-    horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
-    n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
-    num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")
-    noise_method: Literal["flow_sde", "flow_noise", "flow_cps"] = Field(
-        "flow_noise", description="How the flow's sampler becomes stochastic."
-    )
-    noise_level: float = Field(
-        0.5, gt=0, description="flow_sde, flow_cps: the noise scale a; flow_noise with fixed noise: its std."
-    )
-    noise_level_final: float | None = Field(
-        None, gt=0, description="Value that noise_level is annealed to; null: none."
-    )
-    anneal_updates: int = Field(0, ge=0, description="Updates over which noise_level is annealed linearly.")
-    learn_noise: bool = Field(True, description="flow_noise: learn a std per action dimension within noise_range.")
-    noise_range: list[float] = Field(
-        [0.08, 0.16], min_length=2, max_length=2, description="flow_noise: bounds of the learned std."
-    )
-    log_prob: Literal["joint_sum", "joint_mean", "per_step", "single_step"] = Field(
-        "joint_mean",
-        description="Log-prob of a decision: sum or mean over steps and dimensions (a mean tempers the ratio), "
-        "one ratio per denoising step, or one random step per decision.",
-    )
-    min_std: float = Field(0.0, ge=0, description="Floor of the sampler's std, in sampling and in log-probs alike.")
-    initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
-    emulated_latency_s: float = Field(
-        0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
-    )
-    freeze_backbone: bool = Field(
-        False, description="vla: train without the backbone; the ring keeps its features instead of observations."
-    )
-    vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
-
-    @model_validator(mode="after")
-    def _check_kind(self) -> PolicyConfig:
-        if self.kind not in POLICY_KINDS and self.kind not in plugin_names(POLICIES):
-            known = ", ".join([*POLICY_KINDS, *plugin_names(POLICIES)])
-            raise ValueError(f"policy.kind = {self.kind!r}: not known; allowed: {known}")
-        return self
 
 
 class AlgorithmConfig(Section):
@@ -259,6 +198,11 @@ class Config(Section):
         if self.policy.freeze_backbone and self.policy.kind in ("flow", "gaussian"):
             raise ValueError(
                 f"policy.freeze_backbone = true: policy.kind = {self.policy.kind} has no backbone; use vla"
+            )
+        if self.policy.freeze_backbone and self.policy.vla.lora_rank:
+            raise ValueError(
+                f"policy.freeze_backbone = true with policy.vla.lora_rank = {self.policy.vla.lora_rank}: adapters "
+                "train the backbone; set one of them"
             )
         low, high = self.policy.noise_range
         if not 0 < low < high:

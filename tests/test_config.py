@@ -180,11 +180,11 @@ def attributes_read(tree: ast.AST) -> set[str]:
 
 
 def names_read() -> set[str]:
-    """Return the attributes that the package reads; of `config.py` only those behind its properties."""
+    """Return the attributes that the package reads; of its own files only those behind properties."""
     names: set[str] = set()
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
-        if path.name != "config.py":
+        if path.name not in ("config.py", "policy_config.py"):
             names |= attributes_read(tree)
             continue
         functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))

@@ -27,6 +27,7 @@ from asyncflow.policies.foreign import (
     has_methods,
     load_model,
 )
+from asyncflow.policies.lora import add_lora
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
 
@@ -132,10 +133,16 @@ def build_vla(
             that cannot be had or lacks a method.
     """
     if config.vla.model_class is not None:
-        return _wrap(config, load_model(config.vla), action_dim)
+        model = load_model(config.vla)
+        if config.vla.lora_rank:
+            add_lora(model, config.vla)
+        return _wrap(config, model, action_dim)
     vla, state_dim = config.vla, obs_shapes["state"][0]
     shape = VLAShape(image_shapes, state_dim, config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size)
-    return VLAPolicy(config, VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes), action_dim)
+    own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
+    if vla.lora_rank:
+        add_lora(own, vla)
+    return VLAPolicy(config, own, action_dim)
 
 
 def _wrap(config: PolicyConfig, model: nn.Module, action_dim: int) -> Policy:
