@@ -24,7 +24,7 @@ from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
-from asyncflow.policies import make_policy
+from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
@@ -74,10 +74,12 @@ def check_start(config: Config) -> Path:
     """
     resolve_device(config.trainer.device)
     folder = name_run_folder(config)
+    is_own = find_policy_code(config.policy)
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
     if config.policy.checkpoint:
         spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
-    build_policy(config, spec, torch.device("cpu"))
+    if is_own:
+        build_policy(config, spec, torch.device("cpu"))
     return folder
 
 

@@ -8,14 +8,14 @@ import torch
 
 from asyncflow.config import POLICY_KINDS, PolicyConfig
 from asyncflow.errors import ConfigError
-from asyncflow.plugins import POLICIES, load_plugin
+from asyncflow.plugins import POLICIES, import_object, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.vla import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
 
-__all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "make_policy"]
+__all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,6 +42,21 @@ def make_policy(
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
         return _build(config, obs_shapes, action_dim, image_shapes or {})
+
+
+def find_policy_code(config: PolicyConfig) -> bool:
+    """Import what the policy is made of, and tell whether that is asyncflow's own, which fits any observation.
+
+    Raises:
+        ConfigError: It cannot be imported.
+    """
+    if config.kind not in POLICY_KINDS:
+        load_plugin(POLICIES, config.kind)
+        return False
+    if config.kind == "vla" and config.vla.model_class is not None:
+        import_object(config.vla.model_class, "policy.vla.model_class")
+        return False
+    return True
 
 
 def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:

@@ -45,6 +45,17 @@ class ActorCritic(nn.Module):
         return {"log_probs": torch.distributions.Normal(mean, self.scale).log_prob(actions).sum((1, 2))}
 
 
+class Headless(ActorCritic):
+    """Values with what it acts with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value_head = None
+
+    def get_value(self, obs):
+        return self.mean(obs["state"]).sum(1)
+
+
 class Pretrained(ActorCritic):
     """Knows how to load itself."""
 
@@ -133,13 +144,15 @@ def test_the_example_trains(tmp_path, buffer_type, keys):
     assert set(done.parts.channel.buffer.plan.obs.keys()) == ({"prefix"} if keys else {"state", "images"})
 
 
-def test_an_actor_critic_trains(tmp_path):
-    changes = {"policy.vla.model_class": "elsewhere.ActorCritic", "logging.out": str(tmp_path / "run")}
+@pytest.mark.parametrize("name", ["ActorCritic", "Headless"])
+def test_an_actor_critic_trains(tmp_path, name):
+    changes = {"policy.vla.model_class": f"elsewhere.{name}", "logging.out": str(tmp_path / "run")}
     reporter = Silent()
-    done = train(load_config("toy_vla_tiny", TOY | changes), reporter)
-    fresh = ActorCritic()
+    config = load_config("toy_vla_tiny", TOY | changes)
+    done = train(config, reporter)
+    fresh = make_policy(config.policy, {"state": (4,)}, 2, 0)
     assert reporter.rows[-1]["updates"] == 6
-    assert not torch.equal(done.parts.policy.model.mean.weight, fresh.mean.weight)
+    assert not torch.equal(done.parts.policy.model.mean.weight, fresh.model.mean.weight)
 
 
 def test_weights_are_read_from_a_file(tmp_path):
@@ -186,3 +199,10 @@ def test_a_prefix_that_depends_on_trained_parameters_cannot_be_frozen():
 def test_actions_of_another_shape_are_refused():
     with pytest.raises(ConfigError, match=r"actions have the shape \[4, 1, 2\], expected \[4, 2, 2\]"):
         decide(build("elsewhere.Wrong"), observe())
+
+
+def test_a_class_that_cannot_be_imported_is_found_before_simulators_are_built(tmp_path, monkeypatch):
+    changes = {"policy.vla.model_class": "nowhere.Model", "logging.out": str(tmp_path / "run")}
+    monkeypatch.setattr("asyncflow.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    with pytest.raises(ConfigError, match="No module named 'nowhere'"):
+        train(load_config("toy_vla_tiny", TOY | changes), Silent())
