@@ -70,7 +70,8 @@ def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shap
 
 
 def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:
-    if len(obs_shapes.get("state", ())) != 1:
+    num_dims = len(obs_shapes.get("state", ()))
+    if num_dims != 1 and not (num_dims == 2 and config.kind == "vla"):
         raise ConfigError(
             f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
         )

@@ -137,8 +137,10 @@ def build_vla(
         if config.vla.lora_rank:
             add_lora(model, config.vla)
         return _wrap(config, model, action_dim)
-    vla, state_dim = config.vla, obs_shapes["state"][0]
-    shape = VLAShape(image_shapes, state_dim, config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size)
+    vla = config.vla
+    shape = VLAShape(
+        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size
+    )
     own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
     if vla.lora_rank:
         add_lora(own, vla)

@@ -10,6 +10,7 @@ evaluated at once, P predicted actions, A action size, D state size, G attention
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -43,10 +44,13 @@ KeysValues = list[tuple[Tensor, Tensor]]
 
 
 class VLAShape(NamedTuple):
-    """What a model must fit: camera -> (3, h, w), D, P, A, the instruction's tokens, and a patch's side in pixels."""
+    """What a model must fit: camera -> (3, h, w), (D,), P, A, the instruction's tokens, and a patch's side in pixels.
+
+    A history of observations has O in front of both shapes: (O, 3, h, w) and (O, D).
+    """
 
     image_shapes: Mapping[str, tuple[int, ...]]
-    state_dim: int
+    state_shape: tuple[int, ...]
     horizon: int
     action_dim: int
     instruction: Tensor
@@ -134,26 +138,29 @@ class Backbone(nn.Module):
         self.places = nn.ParameterList(nn.Parameter(0.02 * torch.randn(count, size.width)) for count in counts)
         self.words = nn.Embedding(VOCABULARY, size.width)
         self.word_places = nn.Parameter(0.02 * torch.randn(MAX_INSTRUCTION, size.width))
-        self.state = nn.Linear(shape.state_dim, size.width)
+        self.state = nn.Linear(math.prod(shape.state_shape), size.width)
         layers = [(SelfAttention(size.width, size.heads), FeedForward(size.width)) for _ in range(size.depth)]
         self.layers = nn.Sequential(*(part for pair in layers for part in pair), nn.LayerNorm(size.width))
         # Not saved: a checkpoint serves another instruction too.
         self.register_buffer("instruction", shape.instruction, persistent=False)
 
     def forward(self, images: Mapping[str, Tensor], state: Tensor) -> Tensor:
-        """Return features `[N, S, W]` of pictures `[N, 3, h, w]` uint8 by camera and normalised states `[N, D]`."""
+        """Return features `[N, S, W]` of pictures `[N, 3, h, w]` uint8 by camera and normalised states `[N, D]`.
+
+        Either may be a history: `[N, O, 3, h, w]`, `[N, O, D]`.
+        """
         tokens = [self._see(images[camera]) + self.places[i] for i, camera in enumerate(self.cameras)]
         words = self.words(self.instruction) + self.word_places[: len(self.instruction)]
-        tokens += [words.expand(len(state), -1, -1), self.state(state)[:, None]]
+        tokens += [words.expand(len(state), -1, -1), self.state(state.flatten(1))[:, None]]
         features: Tensor = self.layers(torch.cat(tokens, 1))
         return features
 
     def _see(self, image: Tensor) -> Tensor:
-        """Return a token per patch, `[N, L, W]`."""
+        """Return a token per patch of every picture, `[N, L, W]`."""
         assert self.patches is not None  # there are cameras
-        scaled = image.to(self.patches.weight.dtype) / 127.5 - 1
+        scaled = image.flatten(0, -4).to(self.patches.weight.dtype) / 127.5 - 1
         tokens: Tensor = self.patches(scaled)
-        return tokens.flatten(2).transpose(1, 2)
+        return tokens.flatten(2).transpose(1, 2).reshape(len(image), -1, tokens.shape[1])
 
 
 class ExpertLayer(nn.Module):
@@ -189,7 +196,7 @@ class VLAModel(nn.Module):
             ConfigError: A picture is no multiple of the patch.
         """
         super().__init__()
-        self.obs_normalizer = Normalizer((shape.state_dim,))
+        self.obs_normalizer = Normalizer(shape.state_shape[-1:])
         self.backbone = Backbone(size, shape)
         width = size.expert_width
         self.action_in = nn.Linear(shape.action_dim, width)
@@ -239,9 +246,9 @@ class ValueHead(nn.Module):
 
 
 def _count_patches(camera: str, shape: VLAShape) -> int:
-    _, height, width = shape.image_shapes[camera]
+    *history, _, height, width = shape.image_shapes[camera]
     if height % shape.patch_size or width % shape.patch_size:
         raise ConfigError(
             f"policy.vla.patch_size = {shape.patch_size} must divide the {height} x {width} pictures of camera {camera}"
         )
-    return (height // shape.patch_size) * (width // shape.patch_size)
+    return math.prod(history) * (height // shape.patch_size) * (width // shape.patch_size)

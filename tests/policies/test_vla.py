@@ -44,7 +44,7 @@ def count_calls(policy):
 def test_base_has_half_a_billion_parameters():
     with torch.device("meta"):
         instruction = tokenize("lift the cube").to("meta")
-        shape = VLAShape({"front": (3, 84, 84), "wrist": (3, 84, 84)}, 19, 8, 7, instruction, patch_size=14)
+        shape = VLAShape({"front": (3, 84, 84), "wrist": (3, 84, 84)}, (19,), 8, 7, instruction, patch_size=14)
         model = VLAModel(SIZES["base"], shape, [256, 256])
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.5e9, rel=0.02)
 
@@ -127,3 +127,19 @@ def test_a_patch_that_does_not_divide_a_picture_is_refused():
 def test_a_vla_without_cameras_sees_the_state_alone(obs):
     policy = build(cameras={})
     assert policy.sample_actions(obs.select("state"), "eval", noise_of(policy))["actions"].shape == (N, 3, ACTION_DIM)
+
+
+def test_a_history_is_seen_frame_by_frame(obs):
+    shapes = {"front": (2, 3, 28, 28)}
+    config = PolicyConfig(kind="vla", horizon=3, n_action_steps=2, critic_hidden_sizes=[16])
+    policy = make_policy(config, {"state": (2, STATE_DIM)}, ACTION_DIM, 0, shapes)
+    states = torch.stack([obs["state"] - 1, obs["state"]], 1)
+    images = {"front": torch.stack([255 - obs["images", "front"], obs["images", "front"]], 1)}
+    first = TensorDict({"state": states, "images": images}, batch_size=[N])
+    assert policy.make_context(first).shape == (N, 2 * 4 + 1 + 1, 64)
+    batch = policy.sample_actions(first, "train", noise_of(policy)).set("obs", first)
+    torch.testing.assert_close(policy.default_forward(batch)["log_probs"], batch["log_probs"], rtol=0, atol=1e-5)
+    for part in ("state", ("images", "front")):
+        swapped = first.clone()
+        swapped[part] = first[part].flip(1)
+        assert not torch.equal(policy.sample_actions(swapped, "train", noise_of(policy))["actions"], batch["actions"])
