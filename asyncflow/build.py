@@ -22,6 +22,7 @@ from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.tasks import check_cameras
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.policies import make_policy
@@ -73,6 +74,7 @@ def check_start(config: Config) -> Path:
         ConfigError: The device, the checkpoint or the policy cannot be had, or the folder already holds a run.
     """
     resolve_device(config.trainer.device)
+    check_cameras(config.env)
     folder = name_run_folder(config)
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
     if config.policy.checkpoint:
