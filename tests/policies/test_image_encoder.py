@@ -105,6 +105,15 @@ def test_an_encoder_has_no_batch_statistics_and_gives_each_camera_its_keypoints(
     assert list(encoder.buffers()) == []
 
 
+@pytest.mark.parametrize(("kind", "size"), [("small", 10), ("resnet18", 33)])
+def test_the_smallest_images_that_are_taken_still_show_where_something_is(kind, size):
+    encoder = ImageEncoder(kind, {"left": (3, size, size)})
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    images[1, :, -size // 3 :, -size // 3 :] = 255
+    features = encoder(TensorDict({"left": images}, [2]))
+    assert not torch.allclose(features[0], features[1])
+
+
 def test_images_of_one_cell_are_refused():
     with pytest.raises(
         ConfigError, match=r"resnet18 needs images of more than 32 pixels a side, got 32; .*camera_size"
