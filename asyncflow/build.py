@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.tasks import TOYS, check_cameras
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.policies import find_policy_code, make_policy
@@ -73,14 +74,23 @@ def check_start(config: Config) -> Path:
         ConfigError: The device, the checkpoint or the policy cannot be had, or the folder already holds a run.
     """
     resolve_device(config.trainer.device)
+    check_cameras(config.env)
     folder = name_run_folder(config)
-    is_own = find_policy_code(config.policy)
+    if find_policy_code(config.policy):
+        build_policy(config, _foresee_spec(config), torch.device("cpu"))
+    return folder
+
+
+def _foresee_spec(config: Config) -> EnvSpec:
+    """Return what the environments will be like, as far as the configuration and the checkpoint say."""
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
     if config.policy.checkpoint:
         spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
-    if is_own:
-        build_policy(config, spec, torch.device("cpu"))
-    return folder
+    if config.env.task in TOYS:
+        return spec
+    images = dict.fromkeys(config.env.cameras, (3, *config.env.camera_size))
+    one_step = replace(spec, obs_shapes={"state": spec.obs_shapes["state"][-1:]}, image_shapes=images)
+    return one_step.with_history(config.env.n_obs_steps)
 
 
 def build_parts(
@@ -143,9 +153,23 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
                 f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
                 f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
             )
+        _check_images(config, file.env_spec, spec)
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
+
+
+def _check_images(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:
+    """Refuse a policy that has not seen such observations, since a network takes images of any size."""
+    seen, shown = (_describe_images(each) for each in (made_for, spec))
+    if seen != shown:
+        raise CheckpointError(f"policy.checkpoint = {config.policy.checkpoint}: made for {seen}; the run has {shown}")
+
+
+def _describe_images(spec: EnvSpec) -> str:
+    sizes = [list(shape[-2:]) for shape in spec.image_shapes.values()]
+    size = f", env.camera_size = {sizes[0]}" if sizes else ""
+    return f"env.cameras = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
 
 
 def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:

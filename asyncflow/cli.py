@@ -176,6 +176,8 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     seed=_flag("Seed of start states and noise.", int, 0),
     action_noise=_flag("Standard deviation of the noise on actions.", float, 0.15),
     grasp_offset=_flag("Metres by which the expert misjudges the object.", float, 0.0),
+    cameras=_flag("Cameras whose images are recorded, too, such as agentview.", metavar="NAME,NAME"),
+    camera_size=_flag("Pixels of an image.", metavar="HEIGHT,WIDTH"),
     overwrite=_flag("Replace an existing file.", bool, False),
 )
 def demos(**flags: Any) -> int:
@@ -186,13 +188,15 @@ def demos(**flags: Any) -> int:
     with _quiet_imports():
         from asyncflow.demos import DemoOptions, collect_demos
 
-    env_config = load_config(None, {"env.task": task}).env
+    images = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size")}
+    env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in images.items() if v}).env
     result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags))
     typer.echo(
         f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
     )
-    typer.echo(f"next: asyncflow pretrain --dataset {result.path}")
+    cameras = f" 'env.cameras=[{','.join(env_config.cameras)}]'" if env_config.cameras else ""
+    typer.echo(f"next: asyncflow pretrain --dataset {result.path}{cameras}")
     return 0
 
 
@@ -204,6 +208,7 @@ def demos(**flags: Any) -> int:
     batch_size=_flag("Chunks in a batch.", int, 256),
     learning_rate=_flag("Adam step size.", float, 1e-3),
     seed=_flag("Seed of weights, batches and noise.", int, 0),
+    max_shift=_flag("Pixels by which images are shifted at random, at most.", int, 4),
 )
 def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Train a flow policy on demonstrations by flow matching."""
@@ -254,6 +259,12 @@ def config(overrides: Overrides = None, config: Preset = None) -> int:
     ]
     ConsoleReporter().table(["key", "value", "default", "meaning"], rows)
     return 0
+
+
+def _split(text: str | None) -> list[Any]:
+    """Return the parts of a comma-separated flag, numbers as numbers."""
+    parts = (part.strip() for part in (text or "").split(","))
+    return [int(part) if part.isdigit() else part for part in parts if part]
 
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:

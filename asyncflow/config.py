@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 BufferType = Literal["vla", "standard"]
+MIN_PIXELS, MAX_PIXELS = 16, 1024  # less than an image encoder can take; more than a simulator's frame buffer
 
 
 class EnvConfig(Section):
@@ -52,6 +53,13 @@ class EnvConfig(Section):
     obs_keys: list[str] | None = Field(
         None, description="Low-dimensional observations concatenated into `state`; null means the task's."
     )
+    n_obs_steps: int = Field(
+        1, ge=1, description="Env steps that one observation shows, the last one and those before."
+    )
+    cameras: list[str] = Field([], description="Cameras that are rendered at a chunk's end; none by default.")
+    camera_size: list[int] = Field(
+        [84, 84], min_length=2, max_length=2, description="Pixels of an image: height, width."
+    )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
     emulated_latency_s: float = Field(
         0.0, ge=0, description="Seconds added to a chunk of all environments; fewer take their share."
@@ -59,6 +67,16 @@ class EnvConfig(Section):
     step_timeout_s: float = Field(120.0, gt=0, description="A worker silent for longer is killed and replaced.")
     max_restarts: int = Field(10, ge=0, description="Workers replaced within restart_window_s; one more ends the run.")
     restart_window_s: float = Field(600.0, gt=0, description="Seconds over which max_restarts counts.")
+
+    @model_validator(mode="after")
+    def _check_cameras(self) -> EnvConfig:
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"env.cameras = {self.cameras} names a camera twice")
+        if not all(MIN_PIXELS <= size <= MAX_PIXELS for size in self.camera_size):
+            raise ValueError(
+                f"env.camera_size = {self.camera_size} must be two numbers from {MIN_PIXELS} to {MAX_PIXELS}"
+            )
+        return self
 
 
 class AlgorithmConfig(Section):

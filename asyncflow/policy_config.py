@@ -57,6 +57,9 @@ class PolicyConfig(Section):
     )
     hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
     critic_hidden_sizes: list[int] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
+    image_encoder: Literal["small", "resnet18"] = Field(
+        "small", description="Network on every camera's images: two residual blocks, for a CPU, or eight."
+    )
     horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
     n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
     num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")

@@ -16,9 +16,9 @@ LAYERS = [
     {"errors", "plugins", "signals"},
     {"config", "policy_config"},
     {
-        "buffer", "console", "device", "envs", "flags", "gae", "latency", "losses", "metric_files", "metrics",
-        "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model", "profile_plot", "rates",
-        "resources", "robomimic_file", "seeding", "streams", "timing", "tracing", "weights",
+        "buffer", "console", "device", "envs", "examples", "flags", "gae", "latency", "losses", "metric_files",
+        "metrics", "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model", "profile_plot",
+        "rates", "resources", "robomimic_file", "seeding", "streams", "timing", "tracing", "weights",
     },
     {"checkpoint", "collector", "ppo", "rollout_writer", "run_folder"},
     {"build", "progress"},

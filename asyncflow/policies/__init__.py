@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from asyncflow.config import POLICY_KINDS, PolicyConfig
@@ -12,13 +10,11 @@ from asyncflow.plugins import POLICIES, import_object, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
+from asyncflow.policies.image_encoder import Shapes
 from asyncflow.policies.vla import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
 
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
-
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def make_policy(
@@ -28,13 +24,14 @@ def make_policy(
 
     Args:
         config: What to build.
-        obs_shapes: Shape of every observation without the batch dimension; `state` must be a vector.
+        obs_shapes: Shape of every observation without the batch dimension; `state` must be a vector, or a history.
         action_dim: Size of one action.
         seed: The run's seed.
-        image_shapes: Camera -> (3, height, width); only a VLA sees them.
+        image_shapes: Camera -> `(3, height, width)`, with n_obs_steps in front for a history.
 
     Raises:
-        ConfigError: The observations have no `state` vector, or `config` is an impossible combination.
+        ConfigError: The observations have no `state` vector, `config` is an impossible combination, or an
+            image is too small for its encoder.
     """
     if config.kind in POLICY_KINDS and config.vla.model_class is None:
         _require_state(config, obs_shapes)
@@ -62,7 +59,7 @@ def find_policy_code(config: PolicyConfig) -> bool:
 def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
     if config.kind in ("flow", "gaussian"):
         build = FlowPolicy if config.kind == "flow" else GaussianPolicy
-        return build(config, obs_shapes["state"][0], action_dim)
+        return build(config, obs_shapes, action_dim, image_shapes)
     if config.kind == "vla":
         return build_vla(config, obs_shapes, action_dim, image_shapes)
     policy: Policy = load_plugin(POLICIES, config.kind)(config, obs_shapes, action_dim, image_shapes)
@@ -70,8 +67,7 @@ def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shap
 
 
 def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:
-    num_dims = len(obs_shapes.get("state", ()))
-    if num_dims != 1 and not (num_dims == 2 and config.kind == "vla"):
+    if len(obs_shapes.get("state", ())) not in (1, 2):
         raise ConfigError(
             f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
         )

@@ -1,9 +1,9 @@
-"""Flow-matching policy over low-dimensional observations: a velocity MLP and a critic MLP.
+"""Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, the features of images.
 
-Owns the two networks and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
+Owns the two MLPs and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
 stochastic policy is in `flow_sampler.py`, how that becomes a Policy in `velocity.py`.
 
-Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D state size,
+Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D context size,
 W width of the first hidden layer, E time features.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from asyncflow.config import PolicyConfig
 from asyncflow.policies.base import Normalizer, mlp
 from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
 from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32
@@ -35,7 +36,7 @@ def time_features(time: Tensor) -> Tensor:
 
 
 class VelocityNetwork(nn.Module):
-    """MLP over (state, noisy chunk, time features); its first layer is split, so each part is computed once."""
+    """MLP over (context, noisy chunk, time features); its first layer is split, so each part is computed once."""
 
     def __init__(self, state_dim: int, chunk_size: int, hidden_sizes: list[int]) -> None:
         super().__init__()
@@ -53,28 +54,30 @@ class VelocityNetwork(nn.Module):
 
 
 class FlowPolicy(VelocityPolicy):
-    """Denoises a chunk of normalised actions, conditioned on the normalised state."""
+    """Denoises a chunk of normalised actions, conditioned on the normalised state and images."""
 
     step_features: Tensor
 
-    def __init__(self, config: PolicyConfig, state_dim: int, action_dim: int) -> None:
-        """Build the networks and the sampler.
+    def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
+        """Build the networks and the sampler; arguments as those of `make_policy`.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
         """
         super().__init__(config, action_dim)
-        self.obs_normalizer = Normalizer((state_dim,))
-        self.velocity = VelocityNetwork(state_dim, config.horizon * action_dim, config.hidden_sizes)
-        self.critic = mlp([state_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
+        self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
+        self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder)
+        self.velocity = VelocityNetwork(context_dim, config.horizon * action_dim, config.hidden_sizes)
+        self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)
 
     def make_context(self, obs: TensorDictBase) -> Tensor:
-        """Return the normalised state, [N, D]."""
-        return self.obs_normalizer.normalize(obs["state"])
+        """Return the normalised state and the features of images, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder)
 
     def velocity_field(self, context: Tensor) -> Velocity:
-        """Return the velocity field of normalised states [N, D]."""
+        """Return the velocity field of contexts [N, D]."""
         state, times = self.velocity.state_in(context), self.velocity.time_in(self.step_features)
 
         def velocity(x: Tensor, steps: Steps) -> Tensor:
@@ -85,8 +88,8 @@ class FlowPolicy(VelocityPolicy):
         return velocity
 
     def value(self, context: Tensor) -> Tensor:
-        """Return V of normalised states [N, D], [N] float32."""
-        value: Tensor = self.critic(context)
+        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
