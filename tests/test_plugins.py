@@ -13,10 +13,10 @@ from asyncflow.presets import load_config
 
 PACKAGE = """
 from asyncflow.envs.toy import ToyVecEnv
-from asyncflow.policies import GaussianPolicy
+from asyncflow.policies import make_policy
 
 def build_policy(config, obs_shapes, action_dim, image_shapes):
-    return GaussianPolicy(config, obs_shapes["state"][0], action_dim)
+    return make_policy(config.model_copy(update={"kind": "gaussian"}), obs_shapes, action_dim, 0, image_shapes)
 
 def build_env(config, chunk_length, num_envs, seed):
     return ToyVecEnv(num_envs, chunk_length, config.horizon)
