@@ -8,6 +8,7 @@ Everything slow (torch, simulators, pydantic) is imported inside the command tha
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -227,7 +228,8 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
         f"{result.path}: {result.num_chunks} chunks of {result.num_demos} demonstrations, "
         f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}, {result.wall_s:.1f} s"
     )
-    typer.echo(f"next: asyncflow train --checkpoint {result.path}")
+    again = [*(["--config", config] if config else []), "--checkpoint", str(result.path), *(overrides or [])]
+    typer.echo(f"next: asyncflow train {shlex.join(again)}")
     return 0
 
 

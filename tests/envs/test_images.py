@@ -189,3 +189,10 @@ def test_egl_is_chosen_before_osmesa_unless_the_user_says_otherwise(monkeypatch,
     monkeypatch.setenv("MUJOCO_GL", asked)
     choose_gl()
     assert cameras.os.environ["MUJOCO_GL"] == chosen
+
+
+def test_images_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
+    monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1_000_000)
+    ChunkBoard.allocate(4, 2)
+    with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size"):
+        ChunkBoard.allocate(4, 2, (1, 2, 3, 200, 200))
