@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -83,8 +84,16 @@ class BufferPlan:
 
 
 def _expand(row: TensorDictBase, leading: tuple[int, ...], device: torch.device) -> TensorDict:
-    fields = {k: torch.zeros(*leading, *v.shape, dtype=v.dtype, device=device) for k, v in row.items()}
-    return TensorDict(fields, batch_size=[*leading, *row.batch_size], device=device)
+    shape = [*leading, *row.batch_size]
+    ring = TensorDict({}, batch_size=shape, device=device)
+    for name, value in _leaves(row):
+        ring[name] = torch.zeros(*leading, *value.shape, dtype=value.dtype, device=device)
+    return ring
+
+
+def _leaves(fields: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Return (name, tensor) of a TensorDict's fields; the name of a nested one is a tuple."""
+    return iter(fields.items(include_nested=True, leaves_only=True))
 
 
 @dataclass
@@ -165,9 +174,9 @@ class RolloutBuffer:
         self.device = device
         self._is_overwriting = is_overwriting
         self._ring = plan.allocate(device)
-        self._data = dict(self._ring["data"].items())
-        self._obs = dict(self._ring["obs"].items())
-        self._final_obs = dict(self._ring["final_obs"].items())
+        self._data = dict(_leaves(self._ring["data"]))
+        self._obs = dict(_leaves(self._ring["obs"]))
+        self._final_obs = dict(_leaves(self._ring["final_obs"]))
         self._slots = [_Slot(event=record_event(device)) for _ in range(plan.num_slots)]
         self._changed = threading.Condition()
         self._is_closed = False
@@ -219,12 +228,12 @@ class RolloutBuffer:
     def write_obs(self, slot: int, t: int, env_ids: range, obs: TensorDictBase) -> None:
         """Copy observations [n] that decision `t` is made on; t = T is the bootstrap row. Called by the collector."""
         rows = as_slice(env_ids)
-        for name, value in obs.items():
+        for name, value in _leaves(obs):
             self._obs[name][slot, t, rows] = value
 
     def write_final_obs(self, slot: int, row: int, env_id: int, obs: TensorDictBase) -> None:
         """Copy the true final observation, [], of a truncated episode into the side table. Called by the collector."""
-        for name, value in obs.items():
+        for name, value in _leaves(obs):
             self._final_obs[name][slot, row, env_id] = value
 
     def invalidate(self, slot: int, steps: range, env_id: int) -> None:

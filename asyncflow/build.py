@@ -21,10 +21,10 @@ from asyncflow.config import Config
 from asyncflow.device import check_compile, resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
-from asyncflow.envs.tasks import TOY, resolve_task
+from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
-from asyncflow.policies import make_policy
+from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
@@ -86,14 +86,26 @@ def check_start(config: Config) -> Path:
             already holds a run.
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
+    check_cameras(config.env)
     folder = name_run_folder(config)
+    spec = _foresee_spec(config)
+    if find_policy_code(config.policy):
+        build_policy(config, spec, torch.device("cpu"))
+    return folder
+
+
+def _foresee_spec(config: Config) -> EnvSpec:
+    """Return what the environments will be like, as far as the configuration and the checkpoint say."""
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
     if config.policy.checkpoint:
         spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
-    if config.env.task != TOY:
-        spec = replace(spec, obs_keys=resolve_task(config.env).obs_keys)
-    build_policy(config, spec, torch.device("cpu"))
-    return folder
+    if not is_described(config.env):
+        return spec
+    obs_keys = resolve_task(config.env).obs_keys
+    images = dict.fromkeys(config.env.cameras, (3, *config.env.camera_size))
+    state = {"state": spec.obs_shapes["state"][-1:]}
+    one_step = replace(spec, obs_shapes=state, obs_keys=obs_keys, image_shapes=images)
+    return one_step.with_history(config.env.n_obs_steps)
 
 
 def build_parts(
@@ -145,7 +157,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
-    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed)
+    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
     if resumed is not None:
         try:
             policy.load_state_dict(resumed.policy)
@@ -160,9 +172,23 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
                 f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
                 f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
             )
+        _check_images(config, file.env_spec, spec)
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
+
+
+def _check_images(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:
+    """Refuse a policy that has not seen such observations, since a network takes images of any size."""
+    seen, shown = (_describe_images(each) for each in (made_for, spec))
+    if seen != shown:
+        raise CheckpointError(f"policy.checkpoint = {config.policy.checkpoint}: made for {seen}; the run has {shown}")
+
+
+def _describe_images(spec: EnvSpec) -> str:
+    sizes = [list(shape[-2:]) for shape in spec.image_shapes.values()]
+    size = f", env.camera_size = {sizes[0]}" if sizes else ""
+    return f"env.cameras = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
 
 
 def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:

@@ -8,6 +8,7 @@ Everything slow (torch, simulators, pydantic) is imported inside the command tha
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -176,6 +177,8 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     seed=_flag("Seed of start states and noise.", int, 0),
     action_noise=_flag("Standard deviation of the noise on actions.", float, 0.15),
     grasp_offset=_flag("Metres by which the expert misjudges the object.", float, 0.0),
+    cameras=_flag("Cameras whose images are recorded, too, such as agentview.", metavar="NAME,NAME"),
+    camera_size=_flag("Pixels of an image.", metavar="HEIGHT,WIDTH"),
     overwrite=_flag("Replace an existing file.", bool, False),
 )
 def demos(**flags: Any) -> int:
@@ -186,13 +189,15 @@ def demos(**flags: Any) -> int:
     with _quiet_imports():
         from asyncflow.demos import DemoOptions, collect_demos
 
-    env_config = load_config(None, {"env.task": task}).env
+    images = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size")}
+    env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in images.items() if v}).env
     result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags))
     typer.echo(
         f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
     )
-    typer.echo(f"next: asyncflow pretrain --dataset {result.path}")
+    cameras = f" 'env.cameras=[{','.join(env_config.cameras)}]'" if env_config.cameras else ""
+    typer.echo(f"next: asyncflow pretrain --dataset {result.path}{cameras}")
     return 0
 
 
@@ -204,6 +209,7 @@ def demos(**flags: Any) -> int:
     batch_size=_flag("Chunks in a batch.", int, 256),
     learning_rate=_flag("Adam step size.", float, 1e-3),
     seed=_flag("Seed of weights, batches and noise.", int, 0),
+    max_shift=_flag("Pixels by which images are shifted at random, at most.", int, 4),
 )
 def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Train a flow policy on demonstrations by flow matching."""
@@ -222,7 +228,8 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
         f"{result.path}: {result.num_chunks} chunks of {result.num_demos} demonstrations, "
         f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}, {result.wall_s:.1f} s"
     )
-    typer.echo(f"next: asyncflow train --checkpoint {result.path}")
+    again = [*(["--config", config] if config else []), "--checkpoint", str(result.path), *(overrides or [])]
+    typer.echo(f"next: asyncflow train {shlex.join(again)}")
     return 0
 
 
@@ -230,10 +237,12 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
 def tasks() -> int:
     """List the tasks."""
     from asyncflow.console import ConsoleReporter
-    from asyncflow.envs.tasks import TASKS, TOY
+    from asyncflow.envs.tasks import TASKS, TOYS
+    from asyncflow.plugins import ENVS, plugin_names
 
-    rows = [[TOY, "-", "reach a goal in the plane, in pure torch"]]
+    rows = [[name, "-", summary] for name, summary in TOYS.items()]
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
+    rows += [[name, "-", "registered by an installed package"] for name in plugin_names(ENVS)]
     ConsoleReporter().table(["task", "horizon", "what the robot has to do"], rows)
     return 0
 
@@ -249,6 +258,12 @@ def config(overrides: Overrides = None, config: Preset = None) -> int:
     rows = [[key, plain(values[key]), plain(default), meaning] for key, default, meaning in describe_keys()]
     ConsoleReporter().table(["key", "value", "default", "meaning"], rows)
     return 0
+
+
+def _split(text: str | None) -> list[Any]:
+    """Return the parts of a comma-separated flag, numbers as numbers."""
+    parts = (part.strip() for part in (text or "").split(","))
+    return [int(part) if part.isdigit() else part for part in parts if part]
 
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:

@@ -11,18 +11,32 @@ import difflib
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
+from asyncflow.policy_config import POLICY_KINDS, CompileMode, PolicyConfig, Section, VLAConfig
+
+__all__ = [
+    "POLICY_KINDS",
+    "AlgorithmConfig",
+    "BufferConfig",
+    "BufferType",
+    "CollectorConfig",
+    "CompileMode",
+    "Config",
+    "EnvConfig",
+    "LoggingConfig",
+    "PolicyConfig",
+    "Section",
+    "TrainerConfig",
+    "VLAConfig",
+    "describe_keys",
+    "validate",
+    "values_by_key",
+]
 
 BufferType = Literal["vla", "standard"]
-CompileMode = Literal["none", "compile", "graph"]
-
-
-class Section(BaseModel):
-    """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+MIN_PIXELS, MAX_PIXELS = 16, 1024  # less than an image encoder can take; more than a simulator's frame buffer
 
 
 class EnvConfig(Section):
@@ -40,6 +54,13 @@ class EnvConfig(Section):
     obs_keys: list[str] | None = Field(
         None, min_length=1, description="Low-dimensional observations concatenated into `state`; null means the task's."
     )
+    n_obs_steps: int = Field(
+        1, ge=1, description="Env steps that one observation shows, the last one and those before."
+    )
+    cameras: list[str] = Field([], description="Cameras that are rendered at a chunk's end; none by default.")
+    camera_size: list[int] = Field(
+        [84, 84], min_length=2, max_length=2, description="Pixels of an image: height, width."
+    )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
     emulated_latency_s: float = Field(
         0.0, ge=0, description="Seconds added to a chunk of all environments; fewer take their share."
@@ -48,46 +69,15 @@ class EnvConfig(Section):
     max_restarts: int = Field(10, ge=0, description="Workers replaced within restart_window_s; one more ends the run.")
     restart_window_s: float = Field(600.0, gt=0, description="Seconds over which max_restarts counts.")
 
-
-class PolicyConfig(Section):
-    """The network, its sampler and its log-probs."""
-
-    kind: Literal["flow", "gaussian"] = Field("flow", description="Which policy to build.")
-    checkpoint: str | None = Field(
-        None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
-    )
-    hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
-    critic_hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
-    horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
-    n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
-    num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")
-    noise_method: Literal["flow_sde", "flow_noise", "flow_cps"] = Field(
-        "flow_noise", description="How the flow's sampler becomes stochastic."
-    )
-    noise_level: float = Field(
-        0.5, gt=0, description="flow_sde, flow_cps: the noise scale a; flow_noise with fixed noise: its std."
-    )
-    noise_level_final: float | None = Field(
-        None, gt=0, description="Value that noise_level is annealed to; null: none."
-    )
-    anneal_updates: int = Field(0, ge=0, description="Updates over which noise_level is annealed linearly.")
-    learn_noise: bool = Field(True, description="flow_noise: learn a std per action dimension within noise_range.")
-    noise_range: list[float] = Field(
-        [0.08, 0.16], min_length=2, max_length=2, description="flow_noise: bounds of the learned std."
-    )
-    log_prob: Literal["joint_sum", "joint_mean", "per_step", "single_step"] = Field(
-        "joint_mean",
-        description="Log-prob of a decision: sum or mean over steps and dimensions (a mean tempers the ratio), "
-        "one ratio per denoising step, or one random step per decision.",
-    )
-    min_std: float = Field(0.0, ge=0, description="Floor of the sampler's std, in sampling and in log-probs alike.")
-    initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
-    compile: CompileMode = Field(
-        "none", description="Inference while collecting: as it is, by torch.compile, or as a CUDA graph."
-    )
-    emulated_latency_s: float = Field(
-        0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
-    )
+    @model_validator(mode="after")
+    def _check_cameras(self) -> EnvConfig:
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"env.cameras = {self.cameras} names a camera twice")
+        if not all(MIN_PIXELS <= size <= MAX_PIXELS for size in self.camera_size):
+            raise ValueError(
+                f"env.camera_size = {self.camera_size} must be two numbers from {MIN_PIXELS} to {MAX_PIXELS}"
+            )
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -219,6 +209,15 @@ class Config(Section):
                 f"policy.n_action_steps = {self.policy.n_action_steps} must be at most "
                 f"policy.horizon = {self.policy.horizon}"
             )
+        if self.policy.freeze_backbone and self.policy.kind in ("flow", "gaussian"):
+            raise ValueError(
+                f"policy.freeze_backbone = true: policy.kind = {self.policy.kind} has no backbone; use vla"
+            )
+        if self.policy.freeze_backbone and self.policy.vla.lora_rank:
+            raise ValueError(
+                f"policy.freeze_backbone = true with policy.vla.lora_rank = {self.policy.vla.lora_rank}: adapters "
+                "train the backbone; set one of them"
+            )
         low, high = self.policy.noise_range
         if not 0 < low < high:
             raise ValueError(f"policy.noise_range = {[low, high]} must be two positive, rising numbers")
@@ -250,14 +249,22 @@ def validate(values: dict[str, Any]) -> Config:
 
 def describe_keys() -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted key, default, meaning) of every key."""
-    for section, field in Config.model_fields.items():
-        for key, info in type(field.default).model_fields.items():
-            yield f"{section}.{key}", getattr(field.default, key), info.description or ""
+    return _describe("", Config())
 
 
 def values_by_key(config: Config) -> dict[str, Any]:
     """Return the value of every key, by its dotted name."""
-    return {f"{section}.{key}": value for section, values in config for key, value in values}
+    return {key: value for key, value, _ in _describe("", config)}
+
+
+def _describe(prefix: str, section: Section) -> Iterator[tuple[str, Any, str]]:
+    """Yield (dotted key, value, meaning) of every key of a section and of the sections within it."""
+    for name, info in type(section).model_fields.items():
+        key, value = f"{prefix}{info.alias or name}", getattr(section, name)
+        if isinstance(value, Section):
+            yield from _describe(f"{key}.", value)
+        else:
+            yield key, value, info.description or ""
 
 
 def _explain(error: ValidationError) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from asyncflow.policy_file import check_output, publish_file
 from asyncflow.seeding import derive_seed
 
 Array = NDArray[np.float64]
-Obs = dict[str, Array]
+Obs = dict[str, NDArray[Any]]
 
 MAX_STEPS = 150
 MAX_FAILURES_PER_DEMO = 20
@@ -56,22 +57,35 @@ class Simulator(Protocol):
 
 
 class RobomimicSimulator:
-    """A `Simulator` around `RobomimicEnv`, with every low-dimensional observation that robomimic offers."""
+    """A `Simulator` around `RobomimicEnv`, with every low-dimensional observation that robomimic offers, and images."""
 
     def __init__(self, env_config: EnvConfig, seed: int) -> None:
         """Construct the simulator; `seed` decides what it keeps for good, such as the cube's size."""
         self._env = RobomimicEnv(resolve_task(env_config), seed)
-        self.env_meta = self._env.spec.env_meta
+        self._cameras = env_config.cameras
+        self.env_meta = deepcopy(self._env.spec.env_meta)
+        if self._cameras:
+            height, width = env_config.camera_size
+            sizes = {"camera_heights": height, "camera_widths": width}
+            self.env_meta["env_kwargs"] |= {"camera_names": list(self._cameras), **sizes}
 
     def reset(self, seed: int) -> Obs:
         """Start an episode."""
         self._env.reset(seed)
-        return self._env.observe_all()
+        return self._observe()
 
     def step(self, action: Array) -> tuple[Obs, float, bool]:
         """Execute one action."""
         reward, is_success = self._env.step(action)
-        return self._env.observe_all(), reward, is_success
+        return self._observe(), reward, is_success
+
+    def _observe(self) -> Obs:
+        """Return robomimic's observations; images as its datasets hold them, [height, width, 3]."""
+        obs: Obs = dict(self._env.observe_all())
+        if self._cameras:
+            images = self._env.render().transpose(0, 2, 3, 1)
+            obs |= {f"{camera}_image": image for camera, image in zip(self._cameras, images, strict=True)}
+        return obs
 
     def model(self) -> str:
         """Return the scene's XML."""

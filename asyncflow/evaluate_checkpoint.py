@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,10 +38,13 @@ def evaluate_checkpoint(checkpoint: str, config: Config, num_episodes: int) -> E
     file = load_policy_file(resolve_checkpoint(checkpoint))
     device = resolve_device(config.trainer.device)
     torch.set_num_threads(config.trainer.num_threads)
-    policy = make_policy(file.policy_config, file.env_spec.obs_shapes, file.env_spec.action_dim, config.trainer.seed)
+    spec = file.env_spec
+    policy = make_policy(
+        file.policy_config, spec.obs_shapes, spec.action_dim, config.trainer.seed, image_shapes=spec.image_shapes
+    )
     load_into(policy, file)
     num_envs = min(config.env.num_envs, num_episodes)
-    env = _rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs)
+    env = _rebuild_env(spec, config, file.policy_config.n_action_steps, num_envs)
     try:
         return evaluate(policy.to(device), env, num_episodes, config.trainer.seed)
     finally:
@@ -51,9 +55,12 @@ def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int
     """Build the environment that a policy file describes, with its own controller, observations and horizon."""
     seed = derive_seed(config.trainer.seed, "evaluation")
     if not spec.env_meta:
-        return make_vec_env(EnvConfig(task=TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
+        return make_vec_env(EnvConfig(task=spec.task or TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "env_meta.json"
         path.write_text(json.dumps(spec.env_meta))
-        changes = {"env_meta": str(path), "horizon": spec.horizon, "obs_keys": list(spec.obs_keys)}
+        changes: dict[str, Any] = {"env_meta": str(path), "horizon": spec.horizon, "obs_keys": list(spec.obs_keys)}
+        changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
+        for shape in spec.image_shapes.values():
+            changes["camera_size"] = list(shape[-2:])
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)

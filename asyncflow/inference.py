@@ -1,6 +1,7 @@
 """Inference: the collector's decisions as the policy computes them, compiled, or replayed from a CUDA graph.
 
-Owns what `policy.compile` means. It must not know where observations come from, nor what becomes of decisions.
+Owns what `policy.compile` means. It must not know where observations come from, nor what becomes of decisions. What
+`Policy.encode_obs` makes of observations comes before, and is neither compiled nor captured.
 
 Both ways fix what a decision does before the first rollout. What changes from version to version must therefore be in
 tensors that are written in place: the parameters and buffers of `weights.changing_tensors`, the annealed `noise_level`
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -26,7 +28,7 @@ from asyncflow.streams import capture_graph
 
 Sampler = Callable[[TensorDictBase, Tensor], TensorDict]
 """(observations [n], noise [n, noise_size]) -> decision [n], as `Policy.sample_actions` in mode `train`."""
-Decide = Callable[[dict[str, Tensor], Tensor], dict[str, Tensor]]
+Decide = Callable[[dict[str, Any], Tensor], dict[str, Tensor]]
 Capture = Callable[[Callable[[], TensorDict], torch.device], tuple[TensorDict, Callable[[], None]]]
 
 BACKEND = "inductor"
@@ -69,7 +71,7 @@ class CompiledSampler:
     def __init__(self, policy: Policy, obs: TensorDictBase, noise: Tensor) -> None:
         """Compile for the shapes of `obs` and `noise`."""
 
-        def decide(obs: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
+        def decide(obs: dict[str, Any], noise: Tensor) -> dict[str, Tensor]:
             decision: dict[str, Tensor] = policy.sample_actions(TensorDict(obs, [len(noise)]), "train", noise).to_dict()
             return decision
 
@@ -80,7 +82,7 @@ class CompiledSampler:
 
     def __call__(self, obs: TensorDictBase, noise: Tensor) -> TensorDict:
         """Decide. Strides are made those of the first call: others would be compiled again, and round otherwise."""
-        state: dict[str, Tensor] = obs.contiguous().to_dict()
+        state: dict[str, Any] = obs.contiguous().to_dict()
         with torch.no_grad():
             decision = self._decide(state, noise.contiguous())
         return TensorDict(decision, noise.shape[:1])
@@ -109,7 +111,7 @@ class GraphedSampler:
 
     def __call__(self, obs: TensorDictBase, noise: Tensor) -> TensorDict:
         """Decide; the decision is a copy, which the next replay leaves alone."""
-        for name, static in self._obs.items():
+        for name, static in self._obs.items(include_nested=True, leaves_only=True):
             static.copy_(obs[name])
         self._noise.copy_(noise)
         self._replay()

@@ -30,12 +30,13 @@ class GuardedAdam(torch.optim.Adam):
         """Allocate the copy.
 
         Args:
-            groups: As Adam takes them; the parameters of one are of one type.
+            groups: As Adam takes them.
             named: All parameters of the groups, by name.
             eps: Adam's epsilon.
         """
         super().__init__(groups, eps=eps, fused=True)
         self._named = dict(named)
+        self._by_type = [(group, same) for group in self.param_groups for same in _split_by_type(group["params"])]
         self._copies: dict[str, Tensor] = {}
         for name, parameter in self._named.items():
             state = {f"{name}.{key}": tensor for key, tensor in _initial_state(parameter).items()}
@@ -45,7 +46,7 @@ class GuardedAdam(torch.optim.Adam):
     @torch.no_grad()
     def clip_gradients(self, limit: float) -> Tensor:
         """Scale each group's gradients down to the norm `limit`; return the norms before that, [groups] float32."""
-        groups = [list(_gradients(group).values()) for group in self.param_groups]
+        groups = [list(_gradients(group["params"]).values()) for group in self.param_groups]
         norms = torch.stack([self._norm(gradients) for gradients in groups])
         for gradients, scale in zip(groups, (limit / (norms + 1e-6)).clamp(max=1.0), strict=True):
             if gradients:
@@ -63,12 +64,12 @@ class GuardedAdam(torch.optim.Adam):
         """Take a step if `is_usable`, [] bool on the device, is true; else nothing changes. Reads nothing back."""
         taken = is_usable.float()
         found_inf = 1 - taken  # with which the kernel does nothing, as for a GradScaler
-        for group in self.param_groups:
-            gradients = _gradients(group)
+        for group, parameters in self._by_type:
+            gradients = _gradients(parameters)
             if gradients:
-                self._step_group(group, gradients, taken, found_inf)
+                self._step_together(group, gradients, taken, found_inf)
 
-    def _step_group(
+    def _step_together(
         self, group: dict[str, Any], gradients: dict[Tensor, Tensor], taken: Tensor, found_inf: Tensor
     ) -> None:
         for parameter in gradients:
@@ -142,9 +143,15 @@ class GuardedAdam(torch.optim.Adam):
         _refuse("misshapen", {f"{name} {ours} not {its}" for name, (ours, its) in shapes.items() if ours != its})
 
 
-def _gradients(group: dict[str, Any]) -> dict[Tensor, Tensor]:
-    """Return the gradients of a group's parameters; of those that have one."""
-    return {parameter: parameter.grad for parameter in group["params"] if parameter.grad is not None}
+def _gradients(parameters: list[Tensor]) -> dict[Tensor, Tensor]:
+    """Return the gradients of those parameters that have one."""
+    return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+
+
+def _split_by_type(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Return the parameters of each type: on a GPU a fused kernel takes one type alone."""
+    types = dict.fromkeys(parameter.dtype for parameter in parameters)
+    return [[parameter for parameter in parameters if parameter.dtype == each] for each in types]
 
 
 def _initial_state(parameter: Tensor) -> dict[str, Tensor]:

@@ -120,6 +120,7 @@ def load_policy_file(path: str | Path) -> PolicyFile:
     try:
         env = header["env"] | {
             "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
+            "image_shapes": {key: tuple(shape) for key, shape in header["env"].get("image_shapes", {}).items()},
             "obs_keys": tuple(header["env"]["obs_keys"]),
         }
         return PolicyFile(tensors, PolicyConfig.model_validate(header["policy"]), EnvSpec(**env))

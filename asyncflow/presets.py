@@ -32,7 +32,8 @@ def choose_preset(values: dict[str, Any]) -> str | None:
         return None  # the validation will say what is wrong with it
     if task in task_names() and task.lower() in preset_names():
         return task.lower()
-    find_task(task)
+    if task not in task_names():
+        find_task(task)  # which says what is near
     if "policy.checkpoint" not in values:
         raise ConfigError(
             f"env.task = {task!r}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "

@@ -1,6 +1,6 @@
 """Behaviour cloning: a flow policy from a robomimic dataset, by flow matching.
 
-Owns the reading of datasets, the cutting of chunks and the supervised loop. It must not know where demonstrations
+Owns the reading of datasets and the supervised loop. It must not know where demonstrations
 come from, nor about reinforcement learning; the critic and the learned noise stay as they were initialised.
 
 Shapes: B chunks in a batch, M chunks in the dataset, L steps of one demonstration, P predicted actions (horizon),
@@ -10,19 +10,19 @@ A action size, D state size.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
+from asyncflow.examples import Examples, cut_chunks, cut_histories
 from asyncflow.policies import FlowPolicy, make_policy
 from asyncflow.policy_file import check_output, save_policy
 from asyncflow.presets import default_horizon
@@ -37,15 +37,19 @@ class PretrainOptions:
         num_steps: Optimiser steps.
         batch_size: Chunks in a batch, B, drawn with replacement.
         learning_rate: Adam step size.
-        seed: Seed of the initial weights, the batches, the noise and the times.
+        seed: Seed of the initial weights, the batches, the noise, the times and the shifts.
+        max_shift: Pixels by which images are shifted at most, in either direction.
     """
 
     num_steps: int = 1000
     batch_size: int = 256
     learning_rate: float = 1e-3
     seed: int = 0
+    max_shift: int = 4
 
     def __post_init__(self) -> None:
+        if self.max_shift < 0:
+            raise ConfigError(f"--max-shift {self.max_shift}: must not be negative")
         for name in ("num_steps", "batch_size", "learning_rate"):
             if getattr(self, name) <= 0:
                 flag = name.replace("_", "-")
@@ -83,6 +87,7 @@ class Demonstrations:
         obs_keys: The observations that `states` concatenates.
         states: One [L, D] float32 tensor a demonstration.
         actions: One [L, A] float32 tensor a demonstration.
+        images: Camera -> one [L, 3, height, width] uint8 tensor a demonstration.
     """
 
     env_meta: dict[str, Any]
@@ -90,6 +95,7 @@ class Demonstrations:
     obs_keys: tuple[str, ...]
     states: list[Tensor]
     actions: list[Tensor]
+    images: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def pretrain(
@@ -105,7 +111,8 @@ def pretrain(
         dataset: HDF5 file in robomimic's layout.
         out: The policy file to write.
         policy_config: What to build; `checkpoint` is ignored.
-        env_config: Supplies `obs_keys` and `horizon`, both the task's own by default; the task is the dataset's.
+        env_config: Supplies `obs_keys` and `horizon`, both the task's own by default, `cameras` and `n_obs_steps`; the
+            task itself and the size of images are the dataset's.
         options: Length, batch and seed.
 
     Raises:
@@ -114,19 +121,19 @@ def pretrain(
     start = time.perf_counter()
     check_output(Path(out))
     demos = read_dataset(dataset, env_config)
-    states, chunks = cut_chunks(demos, policy_config.horizon)
-    spec = _make_spec(demos)
-    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed)
+    examples = make_examples(demos, env_config.n_obs_steps, policy_config.horizon)
+    spec = _make_spec(demos).with_history(env_config.n_obs_steps)
+    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
     if not isinstance(policy, FlowPolicy):
         raise ConfigError(f"policy.kind = {policy_config.kind}: only `flow` can be pre-trained")
     fit_normalizers(policy, demos)
-    losses = train_flow(policy, states, chunks, options)
+    losses = train_flow(policy, examples, options)
     save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
     tenth = max(1, len(losses) // 10)
     return PretrainResult(
         path=Path(out),
         num_demos=len(demos.states),
-        num_chunks=len(states),
+        num_chunks=len(examples),
         first_loss=losses[:tenth].mean().item(),
         final_loss=losses[-tenth:].mean().item(),
         wall_s=time.perf_counter() - start,
@@ -140,6 +147,17 @@ def _make_spec(demos: Demonstrations) -> EnvSpec:
         horizon=demos.horizon,
         env_meta=demos.env_meta,
         obs_keys=demos.obs_keys,
+        image_shapes={camera: tuple(images[0].shape[1:]) for camera, images in demos.images.items()},
+    )
+
+
+def make_examples(demos: Demonstrations, n_obs_steps: int, horizon: int) -> Examples:
+    """Return an example for every step of every demonstration."""
+    return Examples(
+        states=torch.cat(demos.states),
+        images={camera: torch.cat(images) for camera, images in demos.images.items()},
+        frames=cut_histories([len(states) for states in demos.states], n_obs_steps),
+        chunks=cut_chunks(demos.actions, horizon),
     )
 
 
@@ -178,7 +196,23 @@ def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> 
     actions = [_read(group["actions"]) for group in groups]
     if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
         raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
-    return Demonstrations(env_meta, env_config.horizon or default_horizon(task), obs_keys, states, actions)
+    images = {camera: [_read_images(group, camera, path) for group in groups] for camera in env_config.cameras}
+    if any(len({image.shape[1:] for image in images[camera]}) > 1 for camera in images):
+        raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their images")
+    return Demonstrations(env_meta, env_config.horizon or default_horizon(task), obs_keys, states, actions, images)
+
+
+def _read_images(demo: h5py.Group, camera: str, path: Path) -> Tensor:
+    """Return what a camera saw, [L, 3, height, width]; robomimic stores [L, height, width, 3]."""
+    dataset = demo["obs"].get(f"{camera}_image")
+    if not isinstance(dataset, h5py.Dataset):
+        found = ", ".join(key.removesuffix("_image") for key in demo["obs"] if key.endswith("_image"))
+        raise ConfigError(
+            f"--dataset {path}: {demo.name} has no images of env.cameras = {camera}; cameras: {found or 'none'}"
+        )
+    if dataset.dtype != "uint8" or dataset.ndim != 4 or dataset.shape[::3] != (len(demo["actions"]), 3):
+        raise ConfigError(f"--dataset {path}: {dataset.name} must be uint8 [steps, height, width, 3]")
+    return torch.from_numpy(dataset[()]).permute(0, 3, 1, 2).contiguous()
 
 
 def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:
@@ -229,15 +263,6 @@ def _read(dataset: h5py.Dataset) -> Tensor:
     return torch.from_numpy(dataset[()]).float().reshape(len(dataset), -1)
 
 
-def cut_chunks(demos: Demonstrations, horizon: int) -> tuple[Tensor, Tensor]:
-    """Return [M, D] states and the [M, P, A] actions that follow; the last action repeats past an episode's end."""
-    chunks = []
-    for actions in demos.actions:
-        steps = torch.arange(len(actions))[:, None] + torch.arange(horizon)
-        chunks.append(actions[steps.clamp(max=len(actions) - 1)])
-    return torch.cat(demos.states), torch.cat(chunks)
-
-
 def fit_normalizers(policy: FlowPolicy, demos: Demonstrations) -> None:
     """Map the demonstrations' range of every dimension to [-1, 1]."""
     for normalizer, rows in ((policy.obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
@@ -245,23 +270,24 @@ def fit_normalizers(policy: FlowPolicy, demos: Demonstrations) -> None:
         normalizer.set_range(values.amin(0), values.amax(0))
 
 
-def train_flow(policy: FlowPolicy, states: Tensor, chunks: Tensor, options: PretrainOptions) -> Tensor:
+def train_flow(policy: FlowPolicy, examples: Examples, options: PretrainOptions) -> Tensor:
     """Minimise the flow matching loss with Adam and return it for every step, [num_steps].
 
     Args:
-        policy: Trained in place, on the CPU; only its velocity network has a gradient.
-        states: [M, D].
-        chunks: [M, P, A].
+        policy: Trained in place, on the CPU; only what its velocity depends on has a gradient.
+        examples: What to train on.
         options: Length, batch and seed.
     """
+    shifts = torch.Generator().manual_seed(derive_seed(options.seed, "random_shift"))
+    chunks = examples.chunks
     generator = torch.Generator().manual_seed(derive_seed(options.seed, "pretrain"))
     optimizer = torch.optim.Adam(policy.actor_parameters(), lr=options.learning_rate)
     losses = torch.empty(options.num_steps)
     for step in range(options.num_steps):
-        rows = torch.randint(len(states), (options.batch_size,), generator=generator)
+        rows = torch.randint(len(examples), (options.batch_size,), generator=generator)
         noise = torch.randn((options.batch_size, *chunks.shape[1:]), generator=generator)
         times = torch.rand(options.batch_size, generator=generator)
-        obs = TensorDict({"state": states[rows]}, batch_size=[options.batch_size])
+        obs = examples.observe(rows, shifts, options.max_shift)
         loss = policy.flow_matching_loss(obs, chunks[rows], noise, times)
         optimizer.zero_grad()
         loss.backward()

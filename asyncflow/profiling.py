@@ -14,7 +14,7 @@ from pathlib import Path
 
 from asyncflow.build import check_start
 from asyncflow.config import Config
-from asyncflow.envs.tasks import TOY
+from asyncflow.envs.tasks import TOYS
 from asyncflow.errors import ConfigError
 from asyncflow.profile_legs import Leg, Mode, Window, stage_times
 from asyncflow.profile_model import (
@@ -166,7 +166,7 @@ class Profile:
                 variation=max(spread(samples) / mean(samples) for samples in sums),
                 num_env_groups=self.num_env_groups,
                 max_policy_lag=vla_lag(self.config),
-                num_workers=0 if self.config.env.task == TOY else self.config.env.num_workers or cores,
+                num_workers=0 if self.config.env.task in TOYS else self.config.env.num_workers or cores,
                 num_cores=cores,
             )
         )

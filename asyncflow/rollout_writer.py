@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.buffer import BufferPlan, EpisodeStats, RolloutBuffer, RolloutInfo
@@ -98,7 +99,8 @@ class RolloutWriter:
         self._staging = [Staging(self._buffer.device) for _ in self._groups]
         self._sample = make_sampler(self._policy, settings.compile, *self._example_inputs())
         self._built = record_event(self._buffer.device)
-        self._obs: list[TensorDict] = []  # of each group, on the device
+        self._obs: list[TensorDictBase] = []  # of each group, on the device
+        self._raw: set[int] = set()  # groups whose observation is not encoded yet
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
         self._simulators = EmulatedSimulators(settings.env_latency)
@@ -130,13 +132,10 @@ class RolloutWriter:
         """End a wait for simulators, now and later. Any thread or a signal handler; never waits."""
         self._env.interrupt()
 
-    def _example_inputs(self) -> tuple[TensorDict, Tensor]:
-        """Return observations and noise of one group, as every decision has them."""
+    def _example_inputs(self) -> tuple[TensorDictBase, Tensor]:
+        """Return encoded observations and noise of one group, as every decision has them."""
         n, device = len(self._groups[0]), self._buffer.device
-        shapes = {name: (n, *x.shape[1:]) for name, x in self._buffer.plan.obs.items()}
-        dtypes = {name: x.dtype for name, x in self._buffer.plan.obs.items()}
-        obs = {name: torch.zeros(shape, dtype=dtypes[name], device=device) for name, shape in shapes.items()}
-        return TensorDict(obs, [n]), torch.zeros(n, self._policy.noise_size, device=device)
+        return self._buffer.plan.obs[:n].to(device), torch.zeros(n, self._policy.noise_size, device=device)
 
     def _hand_over(self, index: int, slot: int, version: int) -> None:
         if self._num_invalid == self._buffer.plan.num_steps * self._env.num_envs:
@@ -161,6 +160,7 @@ class RolloutWriter:
             first = self._env.reset(self._settings.seed, self._journal)
             pairs = zip(self._staging, self._groups, strict=True)
             self._obs = [staging.send_rows("obs", first[as_slice(group)]) for staging, group in pairs]
+            self._raw = set(range(len(self._groups)))
         self._num_truncations.zero_()
         self._num_invalid = 0
         self._episode_starts = [0] * self._env.num_envs
@@ -172,26 +172,34 @@ class RolloutWriter:
                 self._decide(index, slot, t, g)
         for g, group in enumerate(self._groups):
             self._receive(index, slot, num_steps - 1, g)
-            self._buffer.write_obs(slot, num_steps, group, self._obs[g])
+            self._buffer.write_obs(slot, num_steps, group, self._encoded_obs(g))
 
     def _decide(self, index: int, slot: int, t: int, g: int) -> None:
         """Infer for group `g`, start its chunk, and write the decision while the simulators run."""
         group = self._groups[g]
         with self._watch.measure("inference_s"):
-            decision = self._infer(g, index * self._buffer.plan.num_steps + t)
+            obs = self._encoded_obs(g)
+            decision = self._infer(obs, g, index * self._buffer.plan.num_steps + t)
             executed = decision["actions"][:, : self._policy.n_action_steps]
             actions = self._staging[g].fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
         self._env.step_async(actions, group)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
-        self._buffer.write_obs(slot, t, group, self._obs[g])
+        self._buffer.write_obs(slot, t, group, obs)
         self._buffer.write(slot, t, group, decision)
 
-    def _infer(self, g: int, decision_index: int) -> TensorDict:
+    def _encoded_obs(self, g: int) -> TensorDictBase:
+        """Return group `g`'s observation as the ring keeps it; encoded once, also where it begins the next rollout."""
+        if g in self._raw:
+            self._obs[g] = self._policy.encode_obs(self._obs[g])
+            self._raw.remove(g)
+        return self._obs[g]
+
+    def _infer(self, obs: TensorDictBase, g: int, decision_index: int) -> TensorDict:
         group = self._groups[g]
         noise = policy_noise(self._settings.seed, group, decision_index, self._policy.noise_size)
         noise = self._staging[g].send("noise", {"noise": noise})["noise"]
-        decision = self._sample(self._obs[g], noise)
+        decision = self._sample(obs, noise)
         rollout, share = decision_index // self._buffer.plan.num_steps, len(group) / self._env.num_envs
         self._settings.inference_latency.wait(rollout, share)
         return decision
@@ -219,6 +227,7 @@ class RolloutWriter:
         self._faults += result.faults
         self._follow_episodes(slot, t, group, result)
         self._obs[g] = self._staging[g].send_rows("obs", result.obs)
+        self._raw.add(g)
 
     def _follow_episodes(self, slot: int, t: int, group: range, result: ChunkResult) -> None:
         """Enter finished episodes into the statistics, and take back what the slot holds of broken ones."""
@@ -239,9 +248,12 @@ class RolloutWriter:
         group = self._groups[g]
         rows = self._num_truncations[as_slice(group)].clone()
         cut = result.truncated.nonzero().flatten().tolist()
-        final_obs = self._staging[g].send_rows("final_obs", result.final_obs) if cut else result.final_obs
-        for i in cut:
-            self._buffer.write_final_obs(slot, int(rows[i]), group[i], final_obs[i])
+        if cut:
+            sent = self._staging[g].send_rows("final_obs", result.final_obs)
+            ended: Any = torch.stack([sent[i] for i in cut])  # a list as index would be uploaded, with a wait
+            finals = self._policy.encode_obs(ended)
+        for row, i in enumerate(cut):
+            self._buffer.write_final_obs(slot, int(rows[i]), group[i], finals[row])
             self._num_truncations[group[i]] += 1
         return torch.where(result.truncated, rows, torch.zeros_like(rows))
 
@@ -289,10 +301,12 @@ def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_
     The horizon cuts an environment's episode at most once per `ceil(horizon / H)` decisions.
     """
     device = next(policy.parameters()).device
-    obs = TensorDict({k: torch.zeros(num_envs, *shape) for k, shape in spec.obs_shapes.items()}, [num_envs])
+    acting = make_acting_copy(policy)
     with torch.no_grad():
         noise = torch.zeros(num_envs, policy.noise_size, device=device)
-        decision = make_acting_copy(policy).sample_actions(obs.to(device), "train", noise)
+        encoded = acting.encode_obs(spec.empty_obs(num_envs).to(device))
+        decision = acting.sample_actions(encoded, "train", noise)
+    obs = encoded.cpu()
     outcome = outcome_fields(_empty_result(obs, policy.n_action_steps), 1.0, torch.zeros(num_envs, dtype=torch.int64))
     fields = dict(decision.cpu().items()) | outcome
     decisions_per_episode = -(-spec.horizon // policy.n_action_steps)
@@ -300,7 +314,7 @@ def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_
     return BufferPlan(TensorDict(fields, [num_envs]), obs, num_slots, num_steps, max_truncations)
 
 
-def _empty_result(obs: TensorDict, chunk_length: int) -> ChunkResult:
+def _empty_result(obs: TensorDictBase, chunk_length: int) -> ChunkResult:
     num_envs = len(obs)
     zeros, counts = torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.int64)
     false = torch.zeros(num_envs, dtype=torch.bool)

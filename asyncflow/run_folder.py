@@ -88,7 +88,7 @@ def _describe_run(folder: Path, config: Config) -> None:
 
 def write_config(folder: Path, config: Config) -> None:
     """Write or replace a run's resolved configuration."""
-    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False).encode())
+    write_atomically(folder / "config.yaml", yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False).encode())
 
 
 def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
@@ -109,8 +109,11 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
         values = read_sections(path)
     except ValueError as error:
         raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {error}") from None
-    _refuse_changes(validate(values), overrides)
-    return validate(apply_overrides(values, overrides))
+    run = validate(values)
+    _refuse_changes(run, overrides)
+    resumed = validate(apply_overrides(values, overrides))
+    _refuse_changes(run, values_by_key(resumed))  # a whole section was given, or a part of a value
+    return resumed
 
 
 def _refuse_changes(run: Config, overrides: dict[str, Any]) -> None:

@@ -24,12 +24,20 @@ def interrupt_on_signals() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let signals wait until the block's end, so that what is made in it has an owner who frees it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    """Let signals wait until the block's end, so that what is made in it has an owner who frees it. Main thread.
+
+    A mask would not do: the kernel gives a signal to any thread that does not block it, and Python then calls the
+    handler in the main thread all the same.
+    """
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def stop_on_signals(request_stop: Callable[[], None]) -> None:

@@ -17,13 +17,16 @@ never lasts: between two uploads of a group its actions were fetched, which is l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.streams import finish_event, record_event
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Staging:
@@ -32,10 +35,10 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         """Allocate nothing yet: what is staged tells its own shapes."""
         self._device = device
-        self._buffers: dict[str, Tensor] = {}
-        self._uploaded: dict[str, torch.cuda.Event | None] = {}
+        self._buffers: dict[Hashable, Tensor] = {}
+        self._uploaded: dict[Hashable, torch.cuda.Event | None] = {}
 
-    def send(self, purpose: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def send(self, purpose: str, tensors: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
         """Return the tensors on the device, for work on the caller's stream; the originals may be changed at once.
 
         Args:
@@ -44,17 +47,19 @@ class Staging:
         """
         if self._device.type != "cuda":
             return dict(tensors)
-        names = {name: f"{purpose}/{name}" for name in tensors}
+        names = {name: (purpose, name) for name in tensors}
         sent = {name: self._upload(names[name], tensor) for name, tensor in tensors.items()}
         self._uploaded |= dict.fromkeys(names.values(), record_event(self._device))
         return sent
 
     def send_rows(self, purpose: str, rows: TensorDict) -> TensorDict:
-        """As `send`, for a batch of rows; on a CPU it returns `rows` themselves."""
+        """As `send`, for a batch of rows, nested ones included; on a CPU it returns `rows` themselves."""
         if self._device.type != "cuda":
             return rows
-        tensors: dict[str, Tensor] = rows.to_dict()
-        return TensorDict(self.send(purpose, tensors), rows.batch_size)
+        sent = TensorDict({}, rows.batch_size)
+        for name, tensor in self.send(purpose, dict(_leaves(rows))).items():
+            sent[name] = tensor
+        return sent
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """Return a tensor of the device in ordinary memory, the caller's own. Waits for the device."""
@@ -65,18 +70,23 @@ class Staging:
         finish_event(record_event(self._device))  # sync: the caller asked for the numbers
         return buffer.clone()  # whoever keeps it, keeps it: the buffer is written again
 
-    def _upload(self, name: str, tensor: Tensor) -> Tensor:
+    def _upload(self, name: Hashable, tensor: Tensor) -> Tensor:
         buffer = self._buffer(name, tensor)
         finish_event(self._uploaded.get(name))  # sync: with the buffer's own last copy only, which is long done
         buffer.copy_(tensor)
         return _start_upload(buffer, self._device)
 
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
+    def _buffer(self, name: Hashable, like: Tensor) -> Tensor:
         """Return the pinned buffer of a name; one of another shape is replaced, and freed once it was copied."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
             buffer = self._buffers[name] = _pin(like)
         return buffer
+
+
+def _leaves(rows: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Return (name, tensor) of the fields; the name of a nested one is a tuple."""
+    return iter(rows.items(include_nested=True, leaves_only=True))
 
 
 def _pin(like: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from waiting import PATIENCE_S, Waiting
 
 from asyncflow.buffer import BufferClosed, BufferPlan, RolloutBuffer, RolloutInfo
-from asyncflow.envs.base import Fault
+from asyncflow.envs.base import EnvSpec, Fault
 from asyncflow.errors import AsyncflowError
 
 CPU = torch.device("cpu")
@@ -203,3 +203,23 @@ def test_two_racing_threads_pass_every_rollout_once_in_order_and_whole(num_slots
         buffer.release(rollout)
     collector.join(PATIENCE_S)
     assert buffer.books()["trained"] == 200 * 12
+
+
+def test_nested_observations_keep_their_names_dtypes_and_bytes():
+    spec = EnvSpec({"state": (2,)}, action_dim=1, horizon=1, image_shapes={"front": (3, 2, 5)})
+    fields = TensorDict({"valid": torch.zeros(NUM_ENVS, dtype=torch.bool)}, [NUM_ENVS])
+    plan = BufferPlan(fields, spec.empty_obs(NUM_ENVS), num_slots=2, num_steps=NUM_STEPS, max_truncations=1)
+    buffer = RolloutBuffer(plan, CPU)
+    obs = spec.empty_obs(2)
+    obs["images", "front"] += torch.tensor([7, 9], dtype=torch.uint8).view(2, 1, 1, 1)
+    _, slot = buffer.begin_rollout()
+    buffer.write_obs(slot, 1, range(1, 4, 2), obs)
+    buffer.write_final_obs(slot, 0, 2, obs[1])
+    buffer.count(slot, NUM_STEPS * NUM_ENVS)
+    buffer.finish_rollout(slot, RolloutInfo(0))
+    rollout = buffer.take()
+    assert rollout.obs["images", "front"].dtype == torch.uint8
+    assert rollout.obs["images", "front"][1, :, 0, 0, 0].tolist() == [0, 7, 0, 9]
+    assert rollout.final_obs["images", "front"][0, :, 2, 1, 4].tolist() == [0, 0, 9, 0]
+    per_obs, rows = NUM_ENVS * (2 * 4 + 3 * 2 * 5), NUM_STEPS + 1 + 1
+    assert plan.num_bytes == 2 * (NUM_STEPS * NUM_ENVS + rows * per_obs) == buffer._ring.bytes()

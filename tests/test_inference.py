@@ -30,6 +30,18 @@ KINDS = {
     "single_step": {"log_prob": "single_step", "noise_method": "flow_cps"} | ANNEALED,
     "gaussian": {"kind": "gaussian"},
 }
+IMAGE_SHAPES = {"front": (3, 28, 28), "side": (3, 28, 28)}
+SEEING = {
+    "flow": {},
+    "gaussian": {"kind": "gaussian"},
+    "vla": {"kind": "vla"},
+    "frozen": {"kind": "vla", "freeze_backbone": True},
+    "frozen_bfloat16": {
+        "kind": "vla",
+        "freeze_backbone": True,
+        "vla": {"dtype": "bfloat16", "feature_dtype": "bfloat16"},
+    },
+}
 FLOW = {"policy.kind": "flow", "policy.log_prob": "joint_mean", "policy.hidden_sizes": [32]}
 torchs_own_warnings = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of some versions
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -42,8 +54,16 @@ def policy(request):
 
 
 def make(**keys):
+    return make_acting_copy(make_policy(configure(**keys), {"state": (STATE_DIM,)}, ACTION_DIM, seed=1))
+
+
+def configure(**keys):
     keys = {"hidden_sizes": [16], "critic_hidden_sizes": [8], "horizon": 3, "n_action_steps": 2} | keys
-    return make_acting_copy(make_policy(PolicyConfig(**keys), {"state": (STATE_DIM,)}, ACTION_DIM, seed=1))
+    return PolicyConfig(**keys)
+
+
+def make_seeing(**keys):
+    return make_acting_copy(make_policy(configure(**keys), {"state": (STATE_DIM,)}, ACTION_DIM, 1, IMAGE_SHAPES))
 
 
 def inputs(policy, number, device="cpu"):
@@ -55,7 +75,7 @@ def inputs(policy, number, device="cpu"):
 def become_version(policy, version):
     """Write other weights in place, as the collector does at a rollout's beginning, `noise_level` among them."""
     with torch.no_grad():
-        for tensor in changing_tensors(policy).values():
+        for tensor in [x for x in changing_tensors(policy).values() if x.is_floating_point()]:
             tensor.add_(0.1 * version * torch.linspace(-1, 1, tensor.numel(), device=tensor.device).view(tensor.shape))
     policy.anneal(version)
 
@@ -72,11 +92,20 @@ def capture_by_tracing(run, device):
     return decision, replay
 
 
-def assert_follows(sample, policy, device="cpu", **tolerances):
+def see(policy, number, device="cpu"):
+    """Return inputs with pictures, encoded as the ring keeps them."""
+    obs, noise = inputs(policy, number)
+    generator = torch.Generator().manual_seed(number)
+    images = {k: torch.randint(256, (NUM_DECISIONS, *s), generator=generator) for k, s in IMAGE_SHAPES.items()}
+    obs["images"] = TensorDict(images, [NUM_DECISIONS]).to(torch.uint8)
+    return policy.encode_obs(obs.to(device)), noise.to(device)
+
+
+def assert_follows(sample, policy, device="cpu", make_inputs=inputs, **tolerances):
     """Compare with the policy itself over three versions of its weights."""
     for version in (1, 2, 3):
         become_version(policy, version)
-        obs, noise = inputs(policy, version, device)
+        obs, noise = make_inputs(policy, version, device)
         decided, expected = sample(obs, noise), policy.sample_actions(obs, "train", noise)
         assert set(decided.keys()) == set(expected.keys())
         for name, value in expected.items():
@@ -114,6 +143,16 @@ def test_a_recorded_decision_follows_weights_and_inputs(policy):
     """No branch of a policy depends on a number that changes from version to version; no number is kept in Python."""
     sample = make_sampler(policy, "none", *inputs(policy, 0))
     assert_follows(GraphedSampler(sample, *inputs(policy, 0), capture=capture_by_tracing), policy)
+
+
+@pytest.mark.parametrize("keys", SEEING.values(), ids=SEEING)
+def test_a_decision_on_pictures_or_their_features_is_compiled_and_recorded_likewise(monkeypatch, keys):
+    monkeypatch.setattr(inference, "BACKEND", "eager")
+    policy = make_seeing(**keys)
+    sample = make_sampler(policy, "none", *see(policy, 0))
+    recorded = GraphedSampler(sample, *see(policy, 0), capture=capture_by_tracing)
+    assert_follows(recorded, policy, make_inputs=see)
+    assert_follows(make_sampler(policy, "compile", *see(policy, 0)), policy, make_inputs=see)
 
 
 def test_a_decision_outlives_the_next_replay(policy):

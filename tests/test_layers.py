@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "asyncflow"
 
 # A module may import from its own layer and from those below it. A folder stands for its modules.
 LAYERS = [
-    {"errors", "signals"},
-    {"config"},
+    {"errors", "plugins", "signals"},
+    {"config", "policy_config"},
     {
-        "buffer", "console", "device", "envs", "flags", "gae", "inference", "latency", "losses", "metric_files",
-        "metrics", "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model", "profile_plot",
-        "rates", "resources", "robomimic_file", "seeding", "staging", "streams", "timing", "tracing", "weights",
+        "buffer", "console", "device", "envs", "examples", "flags", "gae", "inference", "latency", "losses",
+        "metric_files", "metrics", "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model",
+        "profile_plot", "rates", "resources", "robomimic_file", "seeding", "staging", "streams", "timing", "tracing",
+        "weights",
     },
     {"checkpoint", "collector", "ppo", "rollout_writer", "run_folder"},
     {"build", "progress"},
@@ -113,6 +114,8 @@ def test_the_command_line_imports_nothing_slow() -> None:
     assert top_level_imports(PACKAGE / "cli.py") & SLOW == set()
 
 
-@pytest.mark.parametrize("name", ["errors", "config", "console", "metric_files", "metrics", "envs", "envs.tasks"])
+@pytest.mark.parametrize(
+    "name", ["errors", "config", "policy_config", "plugins", "console", "metric_files", "metrics", "envs", "envs.tasks"]
+)
 def test_what_answers_at_once_does_not_import_torch(name: str) -> None:
     assert top_level_imports(SOURCES[name]) & {"torch", "tensordict", "robosuite", "robomimic"} == set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,31 @@ def test_gradients_are_clipped_as_by_clip_grad_norm_bit_for_bit(limit: float) ->
     norms = ours.clip_gradients(limit)
     assert torch.equal(norms[0], nn.utils.clip_grad_norm_(parameters(theirs), limit))
     assert_equal([p.grad for p in parameters(ours)], [p.grad for p in parameters(theirs)])
+
+
+def test_parameters_of_several_types_are_clipped_and_stepped_as_by_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel takes one type alone on a GPU, and a model from elsewhere may mix them."""
+    kernel, calls = torch._fused_adam_, []
+
+    def watched(parameters: list[Tensor], *lists: list[Tensor], **numbers: Any) -> None:
+        calls.append({parameter.dtype for parameter in parameters})
+        kernel(parameters, *lists, **numbers)
+
+    types = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32}
+    ours, theirs = ({k: nn.Parameter(torch.linspace(-1, 1, 5).to(t)) for k, t in types.items()} for _ in range(2))
+    guarded = GuardedAdam([{"params": list(ours.values()), "lr": 0.1}], ours, eps=1e-5)
+    reference = torch.optim.Adam(theirs.values(), lr=0.1, eps=1e-5, fused=True)
+    for gradient in (1.0, -3.0, 0.5):
+        for parameter in (*ours.values(), *theirs.values()):
+            parameter.grad = torch.full_like(parameter, gradient)
+        norms = guarded.clip_gradients(2.0)
+        assert norms[0] == nn.utils.clip_grad_norm_(theirs.values(), 2.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "_fused_adam_", watched)
+            guarded.step_if(torch.tensor(True))
+        reference.step()
+    assert_equal(list(ours.values()), list(theirs.values()))
+    assert calls == [{torch.float32}, {torch.bfloat16}] * 3
 
 
 def test_a_group_without_gradients_has_a_norm_of_zero() -> None:

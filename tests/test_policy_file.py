@@ -199,3 +199,11 @@ def test_a_header_of_another_shape_is_refused(tmp_path, header):
     path = tmp_path / "policy.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
     assert "safetensors" in refusal_of(path)
+
+
+def test_a_file_carries_the_cameras_it_was_made_for(tmp_path):
+    spec = EnvSpec({"state": (4,)}, 2, 40, image_shapes={"front": (3, 28, 28)}, task="ToyImages")
+    save_policy(
+        tmp_path / "policy.safetensors", make_policy(PolicyConfig(), {"state": (4,)}, 2, 0), PolicyConfig(), spec
+    )
+    assert load_policy_file(tmp_path / "policy.safetensors").env_spec == spec

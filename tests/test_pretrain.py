@@ -7,10 +7,11 @@ import torch
 
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.errors import ConfigError
+from asyncflow.examples import cut_chunks
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file
 from asyncflow.presets import load_config
-from asyncflow.pretrain import Demonstrations, PretrainOptions, cut_chunks, pretrain, read_dataset
+from asyncflow.pretrain import PretrainOptions, make_examples, pretrain, read_dataset
 
 CONFIG = PolicyConfig(hidden_sizes=[32], critic_hidden_sizes=[8], horizon=2, n_action_steps=2)
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
@@ -43,8 +44,7 @@ def run(dataset, out, options=OPTIONS, env=DEFAULT_ENV):
 
 def test_chunk_repeats_the_last_action_past_the_episodes_end():
     actions = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0], [5.0]])]
-    demos = Demonstrations({}, 40, ("x",), [torch.zeros(3, 1), torch.zeros(2, 1)], actions)
-    _, chunks = cut_chunks(demos, horizon=3)
+    chunks = cut_chunks(actions, horizon=3)
     assert chunks.squeeze(-1).tolist() == [[1, 2, 3], [2, 3, 3], [3, 3, 3], [4, 5, 5], [5, 5, 5]]
 
 
@@ -227,3 +227,76 @@ def test_a_truncated_dataset_is_refused(dataset, keep):
 def test_impossible_options_name_their_flag(name):
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} 0"):
         PretrainOptions(**{name: 0})
+
+
+def write_images(path, cameras=("agentview",), size=(20, 24), lengths=(5, 7), dtype=np.uint8):
+    """Write a dataset whose images' pixels are the step that they belong to, and 100 more a demonstration."""
+    write(path, lengths)
+    with h5py.File(path, "a") as file:
+        for index, length in enumerate(lengths):
+            for camera in cameras:
+                steps = 100 * index + np.arange(length).reshape(-1, 1, 1, 1)
+                file[f"data/demo_{index}/obs/{camera}_image"] = np.broadcast_to(steps, (length, *size, 3)).astype(dtype)
+    return path
+
+
+def test_images_are_read_as_bytes_channels_first(tmp_path):
+    env = EnvConfig(cameras=["agentview"])
+    demos = read_dataset(write_images(tmp_path / "demos.hdf5"), env)
+    images = demos.images["agentview"]
+    assert [image.shape for image in images] == [(5, 3, 20, 24), (7, 3, 20, 24)]
+    assert images[1].dtype == torch.uint8
+    assert images[1][:, 0, 0, 0].tolist() == list(range(100, 107))
+
+
+def test_an_example_observes_what_an_environment_would_show(tmp_path):
+    demos = read_dataset(write_images(tmp_path / "demos.hdf5"), EnvConfig(cameras=["agentview"]))
+    rows, generator = torch.tensor([0, 1, 4, 5, 7]), torch.Generator().manual_seed(0)
+    obs = make_examples(demos, n_obs_steps=1, horizon=2).observe(rows, generator, max_shift=4)
+    assert obs["images", "agentview"].shape == (5, 3, 20, 24)
+    assert obs["images", "agentview"][:, 1, 7, 9].tolist() == [0, 1, 4, 100, 102]
+    history = make_examples(demos, n_obs_steps=3, horizon=2).observe(rows, generator, max_shift=4)
+    assert history["state"].shape == (5, 3, 19)
+    assert history["images", "agentview"][..., 1, 7, 9].tolist() == [
+        [0, 0, 0], [0, 0, 1], [2, 3, 4], [100, 100, 100], [100, 101, 102]
+    ]  # fmt: skip
+    assert torch.equal(history["state"][:, -1], obs["state"])
+
+
+def test_images_are_shifted_within_the_limit_and_by_the_seed(tmp_path):
+    demos = read_dataset(write_images(tmp_path / "demos.hdf5"), EnvConfig(cameras=["agentview"]))
+    columns = torch.arange(24, dtype=torch.uint8).expand(12, 3, 20, 24)
+    examples = make_examples(demos, 1, 2)
+    examples.images["agentview"] = columns
+    rows = torch.arange(12).repeat(20)
+
+    def shifts(seed, max_shift):
+        obs = examples.observe(rows, torch.Generator().manual_seed(seed), max_shift)
+        return (12 - obs["images", "agentview"][:, 0, 0, 12].long()).tolist()
+
+    assert set(shifts(0, 2)) == {-2, -1, 0, 1, 2}
+    assert shifts(0, 2) == shifts(0, 2) != shifts(1, 2)
+    assert set(shifts(0, 0)) == {0}
+
+
+def test_a_policy_learns_from_images_and_its_file_names_the_cameras(tmp_path):
+    env = EnvConfig(cameras=["agentview"], n_obs_steps=2)
+    run(write_images(tmp_path / "demos.hdf5"), tmp_path / "policy.safetensors", env=env)
+    file = load_policy_file(tmp_path / "policy.safetensors")
+    spec = file.env_spec
+    assert (spec.obs_shapes, spec.image_shapes) == ({"state": (2, 19)}, {"agentview": (2, 3, 20, 24)})
+    fresh = make_policy(CONFIG, spec.obs_shapes, spec.action_dim, OPTIONS.seed, spec.image_shapes)
+    name = "image_encoder.cameras.agentview.0.weight"
+    assert not torch.equal(file.tensors[name], fresh.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"cameras": ("frontview",)}, "no images of env.cameras = agentview; cameras: frontview"),
+        ({"cameras": ()}, "cameras: none"),
+        ({"dtype": np.float32}, "must be uint8"),
+    ],
+)
+def test_a_dataset_without_the_images_is_refused(tmp_path, written, message):
+    assert message in refused(write_images(tmp_path / "demos.hdf5", **written), EnvConfig(cameras=["agentview"]))

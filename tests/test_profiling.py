@@ -73,6 +73,11 @@ def test_a_sweep_makes_every_ratio_by_the_updates_latency(legs):
     assert added == pytest.approx([max(0.0, ratio * (6.0 + 4.0) - 4.0) for ratio in RATIOS])  # by hand: 6 s and 4 s
 
 
+def test_equal_stages_overlap_in_a_real_profile():
+    options = ProfileOptions(inference_latency_s=0.2, update_latency_s=0.2, num_repeats=1, num_updates=4)
+    assert measure_profile(toy(), options, silent).speedup().value > 1.2
+
+
 def test_a_speed_up_is_that_of_seconds_per_fresh_decision():
     slow, fast = read("standard"), replace(read("vla"), seconds=16.0)
     blocks = [Block([slow, fast, fast, slow])] * 2

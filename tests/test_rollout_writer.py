@@ -13,8 +13,10 @@ from tensordict import TensorDict
 
 from asyncflow import latency, staging
 from asyncflow.envs.base import ChunkResult, ChunkSpan
+from asyncflow.envs.toy import ToyVecEnv, render
 from asyncflow.errors import CollectorError
 from asyncflow.latency import EmulatedLatency
+from asyncflow.policies import GaussianPolicy
 from asyncflow.rollout_writer import give_up_non_finite, outcome_fields
 from asyncflow.staging import Staging
 from asyncflow.tracing import read_spans
@@ -33,9 +35,17 @@ def test_every_decision_stands_beside_the_observation_it_was_made_on(groups):
     assert env.calls.count(("reset", 0)) == 1
 
 
+def make_seen_toy():
+    return ToyVecEnv(NUM_ENVS, CHUNK, horizon=2 * CHUNK, has_camera=True)
+
+
+@pytest.mark.parametrize("is_encoded", [False, True])
+@pytest.mark.parametrize("make_env", [CountingEnv, make_seen_toy])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups):
+def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups, make_env, is_encoded):
     """As on a GPU, but that buffers are overwritten as soon as they were copied: nobody may keep one."""
+    if is_encoded:
+        monkeypatch.setattr(GaussianPolicy, "encode_obs", lambda _, obs: obs.select("state").apply(torch.neg))
 
     def upload(buffer, device):
         sent = buffer.clone()
@@ -44,7 +54,7 @@ def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups):
 
     rings = []
     for device in ("cpu", "cuda"):
-        _, channel, collector = build(CountingEnv(), num_slots=2, groups=groups, lag=1)
+        _, channel, collector = build(make_env(), num_slots=2, groups=groups, lag=1)
         collector._writer._staging = [Staging(torch.device(device)) for _ in range(groups)]
         with monkeypatch.context() as patch:
             patch.setattr(staging, "_pin", torch.empty_like)
@@ -53,6 +63,7 @@ def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups):
             for _ in range(2):
                 finish_update(channel, collector.next_rollout())
         rings.append(channel.buffer._ring.flatten_keys())
+    assert rings[0]["final_obs.state"].any()
     assert rings[0].keys() == rings[1].keys()
     assert all(torch.equal(rings[0][name], rings[1][name]) for name in rings[0].keys())  # noqa: SIM118 - TensorDict
 
@@ -239,3 +250,13 @@ def test_emulated_simulators_work_on_one_group_while_the_policy_infers_for_anoth
     for before, after in pairwise(chunks):
         assert after.start_s >= before.end_s - 1e-5  # they share the simulators, to the file's microseconds
         assert after.duration_s == pytest.approx(1.0, abs=1e-5)  # half of the environments
+
+
+def test_pictures_stand_beside_the_states_they_were_rendered_from():
+    _, _, collector = build(make_seen_toy(), groups=2)
+    rollout = collector.next_rollout()
+    finals = rollout.final_obs.flatten(0, 1)
+    written = finals["state"].any(1)
+    assert written.any()
+    for obs in (rollout.obs.flatten(0, 1), finals[written]):
+        assert torch.equal(obs["images", "top"], render(obs["state"]))

@@ -63,6 +63,19 @@ def test_a_moved_output_folder_is_refused(folder):
         resume_config(folder, {"logging.out": "x"})
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"collector": {"num_env_groups": 2}}, "collector.num_env_groups = 2"),
+        ({"policy.vla": {"size": "base"}}, "policy.vla.size = 'base'"),
+        ({"policy.vla.model_config.width": 8}, r"policy.vla.model_config = \{'width': 8\}"),
+    ],
+)
+def test_a_change_within_a_section_or_a_value_is_refused_too(folder, overrides, said):
+    with pytest.raises(ConfigError, match=f"{said}: cannot change with --resume"):
+        resume_config(folder, overrides)
+
+
 def test_values_that_the_run_has_anyway_may_be_given_again(folder):
     run = resume_config(folder, {})
     assert resume_config(folder, values_by_key(run)) == run

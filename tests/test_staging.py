@@ -64,6 +64,19 @@ def test_what_is_sent_arrives_as_it_was_however_late_the_device_copies(late):
     assert [tensor.tolist() for tensor in sent] == [[float(n)] * 3 for n in range(5)]
 
 
+def test_nested_rows_arrive_as_they_were_each_through_a_buffer_of_its_own(late):
+    lane, sent, expected = Staging(CUDA), [], []
+    for n in range(3):
+        images = TensorDict({name: torch.full((2, 3), n + i, dtype=torch.uint8) for i, name in enumerate("ab")}, [2])
+        expected.append(TensorDict({"state": torch.full((2, 4), float(n)), "images": images}, [2]))
+        sent.append(lane.send_rows("obs", expected[-1]))
+    late.run(len(late.queue))
+    assert all((a == b).all() for a, b in zip(sent, expected, strict=True))
+    assert sent[0]["images"].batch_size == expected[0]["images"].batch_size
+    assert sent[0]["images", "a"].dtype == torch.uint8
+    assert len(late.buffers) == 3
+
+
 def test_the_first_upload_of_a_buffer_waits_for_nothing(late):
     lane = Staging(CUDA)
     lane.send("obs", {"state": torch.ones(3), "image": torch.ones(3, dtype=torch.uint8)})

@@ -52,6 +52,15 @@ def test_vla_equals_standard_on_the_toy(tmp_path, lag, policy):
     assert_same(vla, standard)
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_vla_equals_standard_with_a_vla_that_sees_pictures(tmp_path, lag):
+    changes = TOY | {"buffer.max_policy_lag": lag, "trainer.total_updates": 4}
+    vla = run(tmp_path, "toy_vla_tiny", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, "toy_vla_tiny", changes | {"trainer.buffer_type": "standard"})
+    assert ("images", "top") in vla[1][0]["obs"].keys(True)
+    assert_same(vla, standard)
+
+
 @pytest.mark.sim
 def test_vla_equals_standard_on_lift(tmp_path, lift_vla):
     _, vla = lift_vla

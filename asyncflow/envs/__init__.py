@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncflow.envs.tasks import TOY, resolve_task, task_names
+from asyncflow.envs.tasks import TOY_IMAGES, TOYS, resolve_task, task_names
+from asyncflow.plugins import ENVS, load_plugin, plugin_names
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
@@ -31,10 +32,13 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
         ConfigError: An unknown task, or an `env.env_meta` that cannot be used; the message is one line.
         EnvError: A simulator could not be constructed.
     """
-    if config.task == TOY:
+    if config.task in TOYS:
         from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
 
-        return ToyVecEnv(num_envs, chunk_length, config.horizon)
+        return ToyVecEnv(num_envs, chunk_length, config.horizon, has_camera=config.task == TOY_IMAGES)
+    if config.env_meta is None and config.task in plugin_names(ENVS):
+        vec_env: VecEnv = load_plugin(ENVS, config.task)(config, chunk_length, num_envs, seed)
+        return vec_env
     settings = resolve_task(config)
 
     from asyncflow.envs.robomimic import RobomimicEnv  # noqa: PLC0415

@@ -10,9 +10,10 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from asyncflow.envs.journal import EpisodeJournal
@@ -32,10 +33,13 @@ class EnvSpec:
 
     Attributes:
         obs_shapes: Observation key -> shape without the environment dimension, such as `{"state": (19,)}`; float32.
+            With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first.
         action_dim: A. Actions are in [-1, 1].
         horizon: Env steps until an episode is truncated.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
+        image_shapes: Camera -> `(3, height, width)`, or `(n_obs_steps, 3, height, width)`; uint8, under `images`.
+        task: Name of the task, where `env_meta` does not describe it.
     """
 
     obs_shapes: dict[str, tuple[int, ...]]
@@ -43,6 +47,36 @@ class EnvSpec:
     horizon: int
     env_meta: dict[str, Any] = field(default_factory=dict)
     obs_keys: tuple[str, ...] = ()
+    image_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    task: str = ""
+
+    @property
+    def n_obs_steps(self) -> int:
+        """Env steps that one observation shows."""
+        shape = self.obs_shapes["state"]
+        return shape[0] if len(shape) == 2 else 1
+
+    def with_history(self, n_obs_steps: int) -> EnvSpec:
+        """Return the description of observations of the last `n_obs_steps` env steps; of one, it stays as it is."""
+        if n_obs_steps == 1:
+            return self
+        shapes, images = self.obs_shapes, self.image_shapes
+        return replace(
+            self,
+            obs_shapes={key: (n_obs_steps, *shape) for key, shape in shapes.items()},
+            image_shapes={camera: (n_obs_steps, *shape) for camera, shape in images.items()},
+        )
+
+    def empty_obs(self, num_envs: int) -> TensorDict:
+        """Return observations of nothing, [N]: float32 vectors, and uint8 `images` by camera if there are any."""
+        from tensordict import TensorDict  # noqa: PLC0415  see above: not in a worker process
+
+        vectors = {key: torch.zeros(num_envs, *shape) for key, shape in self.obs_shapes.items()}
+        obs = TensorDict(vectors, batch_size=[num_envs])
+        if self.image_shapes:
+            images = {k: torch.zeros(num_envs, *s, dtype=torch.uint8) for k, s in self.image_shapes.items()}
+            obs["images"] = TensorDict(images, batch_size=[num_envs])
+        return obs
 
 
 @dataclass(frozen=True)
@@ -75,7 +109,8 @@ class ChunkResult:
 
     Attributes:
         obs: [n] observation to decide on next; of the new episode where one ended.
-        final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended.
+        final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended. Images of a success,
+            from which nothing bootstraps, are not rendered: they are those of `obs`.
         rewards: [n, H] reward of each executed env step, zero after the episode's end.
         executed: [n] int64, env steps executed, 1 to H; 0 where `broken`.
         terminated: [n] bool, the task was solved.

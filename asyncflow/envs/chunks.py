@@ -3,16 +3,17 @@
 Owns the chunk semantics of the contract in `base`. It must not know which process it runs in.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
-`state` observation.
+`state` observation, O env steps that an observation shows (n_obs_steps), C cameras.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from asyncflow.seeding import derive_seed
 
 MAX_STATE = 4096
 MAX_ACTION = 64
+NO_IMAGES = (1, 0, 3, 0, 0)
 _NONFINITE = ("", "action", "reward", "observation")  # what a number of the board's column stands for
 _OUTCOME = (
     "rewards", "executed", "terminated", "truncated", "episode_return", "episode_length", "nonfinite", "nonfinite_step",
@@ -46,18 +48,26 @@ class Simulator(Protocol):
     def observe(self) -> NDArray[Any]:
         """Return the `state` observation after the last step or reset, [D]."""
 
+    def render(self) -> NDArray[np.uint8]:
+        """Return what the cameras see after the last step or reset, [C, 3, height, width].
+
+        Asked for only where the `spec` has `image_shapes`.
+        """
+
 
 @dataclass(frozen=True)
 class ChunkBoard:
     """The memory that the parent and its workers share; row i belongs to environment i.
 
     It is allocated before a simulator says how much it needs, hence the room for `MAX_STATE` and `MAX_ACTION`: pages
-    that nobody writes take no memory.
+    that nobody writes take no memory. Images are known from the configuration.
 
     Attributes:
         actions: [N, H, MAX_ACTION] written by the parent, everything else by the workers.
-        obs: [N, MAX_STATE] observation to decide on next.
+        obs: [N, MAX_STATE] observation to decide on next, of which O * D numbers are used.
         final_obs: [N, MAX_STATE] last observation of the chunk's own episode.
+        images: [N, O, C, 3, height, width] uint8, the images of `obs`.
+        final_images: [N, O, C, 3, height, width] uint8, those of `final_obs`.
         rewards: [N, H] zero after the episode's end.
         executed: [N] env steps executed; zero where the chunk counts for nothing.
         terminated: [N] the task was solved.
@@ -73,6 +83,8 @@ class ChunkBoard:
     actions: Tensor
     obs: Tensor
     final_obs: Tensor
+    images: Tensor
+    final_images: Tensor
     rewards: Tensor
     executed: Tensor
     terminated: Tensor
@@ -85,8 +97,13 @@ class ChunkBoard:
     ended_s: Tensor
 
     @classmethod
-    def allocate(cls, num_envs: int, chunk_length: int) -> ChunkBoard:
+    def allocate(cls, num_envs: int, chunk_length: int, image_shape: tuple[int, ...] = NO_IMAGES) -> ChunkBoard:
         """Allocate shared memory without a name, which the system frees with its last user.
+
+        Args:
+            num_envs: N.
+            chunk_length: H.
+            image_shape: (O, C, 3, height, width).
 
         Raises:
             ConfigError: /dev/shm is too small; writing to it would kill the process.
@@ -95,6 +112,8 @@ class ChunkBoard:
             actions=torch.zeros(num_envs, chunk_length, MAX_ACTION),
             obs=torch.empty(num_envs, MAX_STATE),
             final_obs=torch.empty(num_envs, MAX_STATE),
+            images=torch.empty(num_envs, *image_shape, dtype=torch.uint8),
+            final_images=torch.empty(num_envs, *image_shape, dtype=torch.uint8),
             rewards=torch.zeros(num_envs, chunk_length),
             executed=torch.zeros(num_envs, dtype=torch.int64),
             terminated=torch.zeros(num_envs, dtype=torch.bool),
@@ -131,6 +150,13 @@ class _NonFiniteError(Exception):
         self.step = step
 
 
+class _Frame(NamedTuple):
+    """One moment of an episode: [D] and [C, 3, height, width]."""
+
+    state: NDArray[np.float32]
+    images: NDArray[np.uint8] | None
+
+
 class EpisodeRunner:
     """Executes chunks in one simulator, episode after episode, and writes the results into its row of the board."""
 
@@ -142,11 +168,13 @@ class EpisodeRunner:
             env: Index of the environment, which keys its seeds and is its row.
             board: Memory shared with the parent.
         """
-        self.spec = simulator.spec
+        self._n_obs_steps = board.images.shape[1]
+        self.spec = simulator.spec.with_history(self._n_obs_steps)
         self._simulator = simulator
         self._env = env
         self._row = board.row(env)
-        self._size = simulator.spec.obs_shapes["state"][0]
+        self._history: deque[_Frame] = deque(maxlen=self._n_obs_steps)
+        self._size = math.prod(self.spec.obs_shapes["state"])
         self._action_dim = simulator.spec.action_dim
         if self._size > MAX_STATE or self._action_dim > MAX_ACTION:
             raise EnvError(
@@ -181,7 +209,8 @@ class EpisodeRunner:
         self._row["started_s"][...] = time.perf_counter()
         try:
             terminated = self._step_chunk()
-            self._observe("final_obs")
+            self._look(has_images=not terminated)
+            self._write("final_obs", "final_images")
         except _NonFiniteError as error:
             self._give_up(error)
         else:
@@ -195,15 +224,18 @@ class EpisodeRunner:
         is_finite = np.isfinite(actions).all(axis=1)
         if not is_finite.all():  # MuJoCo would quietly reset its state to the model's default
             raise _NonFiniteError("action", self._length + 1 + int(is_finite.argmin()))
-        for step, action in enumerate(actions):
+        planned = min(len(actions), self.spec.horizon - self._length)
+        for step, action in enumerate(actions[:planned]):
             reward, terminated = self._simulator.step(action)
             self._length += 1
             self._return += reward
             self._row["rewards"][step] = reward
             if not math.isfinite(self._row["rewards"][step]):
                 raise _NonFiniteError("reward", self._length)
-            if terminated or self._length >= self.spec.horizon:
+            if terminated:
                 break
+            if planned - self._n_obs_steps <= step < planned - 1:  # the last one is looked at by the caller
+                self._look(has_images=True)
         return terminated
 
     def _finish_chunk(self, executed: int, terminated: bool) -> None:
@@ -216,6 +248,9 @@ class EpisodeRunner:
             self._begin_episode(self._episode + 1)
         else:
             row["obs"][: self._size] = row["final_obs"][: self._size]
+            row["images"][...] = row["final_images"]
+        if terminated:
+            row["final_images"][...] = row["images"]
 
     def _give_up(self, error: _NonFiniteError) -> None:
         self._begin_episode(self._episode + 1)
@@ -226,23 +261,35 @@ class EpisodeRunner:
         self._episode, self._length, self._return = episode, 0, 0.0
         self._simulator.reset(derive_seed(self._seed, "episode", self._env, episode))
         try:
-            self._observe("obs")
+            self._look(has_images=True)
         except _NonFiniteError:
             raise EnvError(
                 f"environment {self._env}: the first observation of episode {episode} is not finite"
             ) from None
+        self._history.extend([self._history[-1]] * self._n_obs_steps)  # an episode begins at rest
+        self._write("obs", "images")
 
-    def _observe(self, name: str) -> None:
-        observation = self._row[name][: self._size]
-        observation[:] = self._simulator.observe()
-        if not np.isfinite(observation).all():
+    def _look(self, has_images: bool) -> None:
+        """Take the present moment into the history; rendering takes far longer than the rest."""
+        state = np.asarray(self._simulator.observe(), np.float32)
+        if not np.isfinite(state).all():
             raise _NonFiniteError("observation", self._length)
+        is_rendered = has_images and bool(self.spec.image_shapes)
+        self._history.append(_Frame(state, self._simulator.render() if is_rendered else None))
+
+    def _write(self, states: str, images: str) -> None:
+        """Write the history, oldest first; of a success, images are not rendered."""
+        self._row[states][: self._size] = np.concatenate([frame.state for frame in self._history])
+        for target, frame in zip(self._row[images], self._history, strict=True):
+            if frame.images is not None:
+                target[...] = frame.images
 
     def _clear_row(self) -> None:
         """Make the row that of a chunk that counts for nothing, before the first observation of an episode."""
         for name in _OUTCOME:
             self._row[name][...] = 0
         self._row["final_obs"][: self._size] = self._row["obs"][: self._size]
+        self._row["final_images"][...] = self._row["images"]
 
 
 def nonfinite_fault(env: int, episode: int, step: int, what: str) -> Fault:

@@ -3,7 +3,7 @@
 Owns construction, seeding, success and the `state` vector. It must not know about processes, chunks, horizons or
 other environments. An episode is a function of the constructor's seed, the episode's seed and the actions alone.
 
-Shapes: A action size, D size of the `state` observation.
+Shapes: A action size, D size of the `state` observation, C cameras.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.cameras import Cameras, choose_gl
 from asyncflow.envs.tasks import SimulatorSettings, Task
 from asyncflow.errors import EnvError
 
@@ -42,19 +43,24 @@ class RobomimicEnv:
 
         Raises:
             EnvError: The simulator does not observe one of the `obs_keys`.
+            ConfigError: It lacks one of the cameras, or nothing here can render.
         """
+        if settings.cameras:
+            choose_gl()
         with quiet():
             env_meta = settings.env_meta or build_env_meta(settings.task)
             self.env = _create(env_meta, seed, settings.obs_keys)
             self._obs_keys = settings.obs_keys
             self._raw_obs: dict[str, Any] = self.env.env.reset()
             self._step = _find_step(self.env.env, settings.fast_step)
+            self._cameras = Cameras(self.env.env.sim, settings) if settings.cameras else None
         self.spec = EnvSpec(
             obs_shapes={"state": self.observe().shape},
             action_dim=self.env.action_dimension,
             horizon=settings.horizon,
             env_meta=env_meta,
             obs_keys=settings.obs_keys,
+            image_shapes={name: (3, *settings.camera_size) for name in settings.cameras},
         )
 
     def reset(self, seed: int) -> None:
@@ -77,6 +83,16 @@ class RobomimicEnv:
             raise EnvError(f"env.obs_keys: the simulator has no {', '.join(missing)}; it has {', '.join(sorted(obs))}")
         return np.concatenate([np.atleast_1d(obs[key]) for key in self._obs_keys], dtype=np.float32)
 
+    def render(self) -> NDArray[np.uint8]:
+        """Return what the cameras see after the last step, [C, 3, height, width], upright.
+
+        Raises:
+            EnvError: It was built without cameras.
+        """
+        if self._cameras is None:
+            raise EnvError("the simulator was built without cameras")
+        return self._cameras.render()
+
     def observe_all(self) -> dict[str, NDArray[Any]]:
         """Return every observation after the last step, as robomimic names them."""
         obs: dict[str, NDArray[Any]] = self.env.get_observation(self._raw_obs)
@@ -89,6 +105,8 @@ class RobomimicEnv:
 
     def close(self) -> None:
         """Free the simulator's memory; may be called twice."""
+        if self._cameras is not None:
+            self._cameras.close()
         if self.env is not None:
             self.env.env.close()
             self.env = self._step = None

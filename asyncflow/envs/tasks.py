@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.plugins import ENVS, plugin_names
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
 
-TOY = "Toy"
+TOY, TOY_IMAGES = "Toy", "ToyImages"
+TOYS = {TOY: "reach a goal in the plane, in pure torch", TOY_IMAGES: "the same, seen by a camera from above"}
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
+_ROBOT_CAMERAS = ("robot0_robotview", "robot0_eye_in_hand")
+_CAMERAS = ("frontview", "birdview", "agentview", "sideview", *_ROBOT_CAMERAS)
 _ARM_OBS = (
     "eef_pos", "eef_quat", "eef_quat_site", "gripper_qpos", "gripper_qvel",
     "joint_acc", "joint_pos", "joint_pos_cos", "joint_pos_sin", "joint_vel",
@@ -39,6 +43,7 @@ class Task:
         obs_keys: robomimic's names of what `state` concatenates.
         robots: robosuite's names of the arms.
         env_kwargs: Further arguments of `robosuite.make`.
+        cameras: robosuite's names of the cameras.
     """
 
     env_name: str
@@ -47,6 +52,7 @@ class Task:
     obs_keys: tuple[str, ...] = (*_ARM_KEYS, "object")
     robots: tuple[str, ...] = ("Panda",)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
+    cameras: tuple[str, ...] = _CAMERAS
 
     def available_obs_keys(self) -> list[str]:
         """Return the names of all that the simulator of a known task observes, as robomimic names it."""
@@ -55,7 +61,12 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "Lift": Task("Lift", 400, "lift a cube from the table"),
-    "Can": Task("PickPlaceCan", 400, "move a can into its bin"),
+    "Can": Task(
+        "PickPlaceCan",
+        400,
+        "move a can into its bin",
+        cameras=("frontview", "birdview", "agentview", *_ROBOT_CAMERAS),
+    ),
     "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg"),
     "Stack": Task("Stack", 400, "put the red cube onto the green one"),
     "Door": Task("Door", 400, "turn the handle and open the door"),
@@ -67,6 +78,7 @@ TASKS: dict[str, Task] = {
         obs_keys=(*_ARM_KEYS, *_SECOND_ARM_KEYS, "object"),
         robots=("Panda", "Panda"),
         env_kwargs={"env_configuration": "opposed"},
+        cameras=(*_CAMERAS, "shouldercamera0", "shouldercamera1", "robot1_robotview", "robot1_eye_in_hand"),
     ),
 }
 
@@ -81,6 +93,8 @@ class SimulatorSettings:
         obs_keys: robomimic's names of what `state` concatenates.
         env_meta: robomimic's description; None means one built from the task.
         fast_step: Whether simulators that `FastStep` covers are stepped by it.
+        cameras: robosuite's names of the cameras that are rendered.
+        camera_size: Height and width of their images, in pixels.
     """
 
     task: Task
@@ -88,11 +102,13 @@ class SimulatorSettings:
     obs_keys: tuple[str, ...]
     env_meta: dict[str, Any] | None = None
     fast_step: bool = True
+    cameras: tuple[str, ...] = ()
+    camera_size: tuple[int, int] = (84, 84)
 
 
 def task_names() -> list[str]:
     """Return every name that `env.task` accepts."""
-    return [TOY, *TASKS]
+    return [*TOYS, *TASKS, *plugin_names(ENVS)]
 
 
 def find_task(name: str) -> Task:
@@ -109,13 +125,19 @@ def find_task(name: str) -> Task:
     raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
 
 
+def is_described(config: EnvConfig) -> bool:
+    """Tell whether `resolve_task` knows what is simulated; it does not know the toys, nor tasks of other packages."""
+    return config.task not in TOYS and (config.env_meta is not None or config.task not in plugin_names(ENVS))
+
+
 def resolve_task(config: EnvConfig) -> SimulatorSettings:
     """Return what `env` describes, with the task's horizon and observations where the configuration has none.
 
     Raises:
-        ConfigError: An unknown task, or an observation that it lacks; an `env.env_meta` that cannot be used, or one of
-            an environment that the table lacks without `env.horizon`.
+        ConfigError: An unknown task, or an observation or a camera that it lacks; an `env.env_meta` that cannot be
+            used, or one of an environment that the table lacks without `env.horizon`.
     """
+    check_cameras(config)
     if config.env_meta is None:
         env_meta, task = None, find_task(config.task)
         _check_obs_keys(config, task)
@@ -123,7 +145,43 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
         env_meta = load_env_meta(config.env_meta)  # only its simulator knows what it observes
         task = _task_of_meta(env_meta, config)
     obs_keys = task.obs_keys if config.obs_keys is None else tuple(config.obs_keys)
-    return SimulatorSettings(task, config.horizon or task.horizon, obs_keys, env_meta, config.fast_step)
+    height, width = config.camera_size
+    return SimulatorSettings(
+        task=task,
+        horizon=config.horizon or task.horizon,
+        obs_keys=obs_keys,
+        env_meta=env_meta,
+        fast_step=config.fast_step,
+        cameras=tuple(config.cameras),
+        camera_size=(height, width),
+    )
+
+
+def check_cameras(config: EnvConfig) -> None:
+    """Refuse cameras that the task lacks, as far as that is known without a simulator.
+
+    Raises:
+        ConfigError: A camera that a task of the table lacks; the toy has no cameras, and no history either.
+    """
+    if config.task in TOYS and config.env_meta is None:
+        if config.cameras or config.n_obs_steps > 1:
+            raise ConfigError(
+                f"env.cameras = {config.cameras}, env.n_obs_steps = {config.n_obs_steps}: "
+                f"env.task = {config.task} takes neither cameras nor a history"
+            )
+    elif config.env_meta is None and is_described(config):
+        check_camera_names(tuple(config.cameras), find_task(config.task).cameras)
+
+
+def check_camera_names(asked: tuple[str, ...], available: tuple[str, ...]) -> None:
+    """Refuse cameras that are not there.
+
+    Raises:
+        ConfigError: Names the first one and lists those that are there.
+    """
+    for name in asked:
+        if name not in available:
+            raise ConfigError(f"env.cameras: there is no camera {name!r}; cameras: {', '.join(available)}")
 
 
 def _check_obs_keys(config: EnvConfig, task: Task) -> None:

@@ -21,31 +21,40 @@ from torch import Tensor
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv
 from asyncflow.envs.chunks import check_actions, nonfinite_fault
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.tasks import TOY, TOY_IMAGES
 from asyncflow.errors import EnvError
 from asyncflow.seeding import derive_seed
 
 STEP_SIZE = 0.1
 GOAL_RADIUS = 0.1
 DEFAULT_HORIZON = 40
+CAMERA, IMAGE_SIZE, BLOB_RADIUS = "top", 28, 0.25
 
 
 class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
     """Move by 0.1 times the action, [2]; an episode ends with reward 1 within 0.1 of the goal.
 
-    The `state`, [4], is the position and the goal. Chunks are executed by `step_async` itself: nothing waits. Only an
-    action can be not finite here, and nothing else can fail.
+    The `state`, [4], is the position and the goal; on request a camera shows both from above. Chunks are executed by
+    `step_async` itself: nothing waits. Only an action can be not finite here, and nothing else can fail.
     """
 
-    def __init__(self, num_envs: int, chunk_length: int, horizon: int | None = None) -> None:
+    def __init__(self, num_envs: int, chunk_length: int, horizon: int | None = None, has_camera: bool = False) -> None:
         """Allocate the state of N environments.
 
         Args:
             num_envs: Environments, N.
             chunk_length: Actions of a chunk, H.
             horizon: Env steps until an episode is truncated; None means 40.
+            has_camera: Whether observations hold `images`, rendered once per chunk.
         """
         self.num_envs = num_envs
-        self.spec = EnvSpec(obs_shapes={"state": (4,)}, action_dim=2, horizon=horizon or DEFAULT_HORIZON)
+        self.spec = EnvSpec(
+            obs_shapes={"state": (4,)},
+            action_dim=2,
+            horizon=horizon or DEFAULT_HORIZON,
+            image_shapes={CAMERA: (3, IMAGE_SIZE, IMAGE_SIZE)} if has_camera else {},
+            task=TOY_IMAGES if has_camera else TOY,
+        )
         self._chunk_length = chunk_length
         self._seed = 0
         self._state = torch.zeros(num_envs, 4)
@@ -69,7 +78,7 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
             actions = self._journal.actions(env)
             if actions is not None:
                 self._execute(actions[None], torch.tensor([env]))
-        return _as_obs(self._state.clone())
+        return self._observe(self._state.clone())
 
     def journal(self) -> EpisodeJournal:
         """Return a copy of what would rebuild the open episodes; chunks under way are not in it."""
@@ -120,6 +129,12 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
         if self._is_interrupted:
             raise EnvInterrupted("the environments were interrupted")
 
+    def _observe(self, state: Tensor) -> TensorDict:
+        obs = TensorDict({"state": state}, batch_size=state.shape[:1])
+        if self.spec.image_shapes:
+            obs["images"] = TensorDict({CAMERA: render(state)}, batch_size=state.shape[:1])
+        return obs
+
     def _execute(self, actions: Tensor, rows: Tensor) -> ChunkResult:
         faults, broken = self._find_faults(actions, rows)
         actions = actions.nan_to_num().clamp(-1.0, 1.0)
@@ -141,8 +156,8 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
         self._begin_episodes(rows[broken])
         obs = self._state[rows]
         return ChunkResult(
-            obs=_as_obs(obs),
-            final_obs=_as_obs(torch.where(broken[:, None], obs, state)),
+            obs=self._observe(obs),
+            final_obs=self._observe(torch.where(broken[:, None], obs, state)),
             rewards=rewards,
             executed=executed,
             terminated=terminated,
@@ -183,5 +198,10 @@ def _is_at_goal(state: Tensor) -> Tensor:
     return offset[:, 0] + offset[:, 1] < GOAL_RADIUS**2
 
 
-def _as_obs(state: Tensor) -> TensorDict:
-    return TensorDict({"state": state}, batch_size=state.shape[:1])
+def render(state: Tensor) -> Tensor:
+    """Return pictures of states [n, 4], [n, 3, h, w] uint8: the position as a red blob, the goal as a green one."""
+    axis = torch.linspace(-1.0, 1.0, IMAGE_SIZE)
+    x, y = state[:, 0::2, None, None], state[:, 1::2, None, None]
+    distance = ((axis - x).square() + (axis[:, None] - y).square()).sqrt()
+    blobs = (255 * (1 - distance / BLOB_RADIUS).clamp(min=0)).to(torch.uint8)
+    return torch.cat([blobs, torch.zeros_like(blobs[:, :1])], 1)

@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 
 from asyncflow.envs.base import EnvInterrupted, EnvSpec
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, Simulator
-from asyncflow.errors import EnvError
+from asyncflow.errors import ConfigError, EnvError
 from asyncflow.seeding import derive_seed
 
 SimulatorFactory = Callable[[int], Simulator]
@@ -141,9 +141,12 @@ class Worker:
         Raises:
             WorkerFailure: The simulator raised, the process died, or it was silent for longer than `timeout_s`.
             EnvInterrupted: The waker was woken.
+            ConfigError: The simulator cannot be built as asked, a user's mistake.
         """
         while key not in self._answers:
             kind, key_answered, payload = self._receive_next(timeout_s)
+            if kind == "refused":
+                raise ConfigError(payload)
             if kind == "error":
                 last_line = payload.strip().rsplit("\n", maxsplit=1)[-1]
                 raise WorkerFailure("raised", f"{self.name} raised {last_line}", payload)
@@ -198,6 +201,9 @@ def _serve(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
             connection.send(("done", key, None))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the environments, or died
+    except ConfigError as error:
+        with contextlib.suppress(OSError):
+            connection.send(("refused", None, str(error)))
     except BaseException:
         with contextlib.suppress(OSError):
             connection.send(("error", None, traceback.format_exc()))

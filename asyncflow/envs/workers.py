@@ -9,6 +9,7 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from itertools import compress
 from types import TracebackType
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -51,14 +53,15 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
         Args:
             make_simulator: Seed -> simulator; must be picklable. It runs in the workers.
-            config: Its `num_workers`, of which at most N are used, `step_timeout_s`, `max_restarts` and
-                `restart_window_s` are read.
+            config: Its `num_workers`, of which at most N are used, `cameras`, `camera_size`, `n_obs_steps`,
+                `step_timeout_s`, `max_restarts` and `restart_window_s` are read.
             num_envs: Environments, N.
             chunk_length: Actions of a chunk, H.
             seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
 
         Raises:
             EnvError: A simulator could not be constructed.
+            ConfigError: It cannot be constructed as asked, or shared memory does not suffice.
         """
         self.num_envs = num_envs
         self._config = config
@@ -71,7 +74,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._failure: str | None = None
         self._waker = Waker()
         self._workers: list[Worker] = []
-        self._board = ChunkBoard.allocate(num_envs, chunk_length)
+        image_shape = (config.n_obs_steps, len(config.cameras), 3, *config.camera_size)
+        self._board = ChunkBoard.allocate(num_envs, chunk_length, image_shape)
         self._setup = WorkerSetup(make_simulator, self._board, seed)
         try:
             self.spec = self._start_workers(min(num_envs, config.num_workers or len(os.sched_getaffinity(0))))
@@ -102,7 +106,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             self._receive(worker, "begin")
         self._replay()
         self._lost = {env for env, is_lost in enumerate(self._journal.is_lost) if is_lost}
-        return self._read_obs(self._board.obs, slice(None))
+        return self._read_obs(self._board.obs, self._board.images, slice(None))
 
     def journal(self) -> EpisodeJournal:
         """Return a copy of what would rebuild the open episodes; chunks under way are not in it. Never waits."""
@@ -264,8 +268,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         board, rows = self._board, as_slice(env_ids)
         broken = board.executed[rows] == 0
         return ChunkResult(
-            obs=self._read_obs(board.obs, rows),
-            final_obs=self._read_obs(board.final_obs, rows),
+            obs=self._read_obs(board.obs, board.images, rows),
+            final_obs=self._read_obs(board.final_obs, board.final_images, rows),
             rewards=board.rewards[rows].clone(),
             executed=board.executed[rows].clone(),
             terminated=board.terminated[rows].clone(),
@@ -298,6 +302,14 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._journal.record([env_ids[row] for row in kept], actions[kept], has_ended[kept])
         self._lost.difference_update(env_ids)
 
-    def _read_obs(self, rows_of: Tensor, rows: slice) -> TensorDict:
-        state = rows_of[rows, : self.spec.obs_shapes["state"][0]].clone()
-        return TensorDict({"state": state}, batch_size=state.shape[:1])
+    def _read_obs(self, states: Tensor, images: Tensor, rows: slice) -> TensorDict:
+        shape = self.spec.obs_shapes["state"]
+        state = states[rows, : math.prod(shape)].clone()
+        obs = TensorDict({"state": state.view(-1, *shape)}, batch_size=state.shape[:1])
+        if self.spec.image_shapes:
+            by_camera = zip(self.spec.image_shapes.items(), images[rows].unbind(2), strict=True)
+            copies = {
+                name: part.clone(memory_format=torch.contiguous_format).view(-1, *s) for (name, s), part in by_camera
+            }
+            obs["images"] = TensorDict(copies, batch_size=state.shape[:1])
+        return obs

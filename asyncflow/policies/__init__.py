@@ -4,35 +4,70 @@ from __future__ import annotations
 
 import torch
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config import POLICY_KINDS, PolicyConfig
 from asyncflow.errors import ConfigError
+from asyncflow.plugins import POLICIES, import_object, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
+from asyncflow.policies.image_encoder import Shapes
+from asyncflow.policies.vla import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
 
-__all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "make_policy"]
+__all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 
 
-def make_policy(config: PolicyConfig, obs_shapes: dict[str, tuple[int, ...]], action_dim: int, seed: int) -> Policy:
+def make_policy(
+    config: PolicyConfig, obs_shapes: Shapes, action_dim: int, seed: int, image_shapes: Shapes | None = None
+) -> Policy:
     """Build a policy on the CPU; its weights depend on `config`, the shapes and `seed` alone.
 
     Args:
         config: What to build.
-        obs_shapes: Shape of every observation without the batch dimension; `state` must be a vector.
+        obs_shapes: Shape of every observation without the batch dimension; `state` must be a vector, or a history.
         action_dim: Size of one action.
         seed: The run's seed.
+        image_shapes: Camera -> `(3, height, width)`, with n_obs_steps in front for a history.
 
     Raises:
-        ConfigError: The observations have no `state` vector, or `config` is an impossible combination.
+        ConfigError: The observations have no `state` vector, `config` is an impossible combination, or an
+            image is too small for its encoder.
     """
-    shape = obs_shapes.get("state", ())
-    if len(shape) != 1:
-        raise ConfigError(
-            f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
-        )
-    build = FlowPolicy if config.kind == "flow" else GaussianPolicy
+    if config.kind in POLICY_KINDS and config.vla.model_class is None:
+        _require_state(config, obs_shapes)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
-        return build(config, shape[0], action_dim)
+        return _build(config, obs_shapes, action_dim, image_shapes or {})
+
+
+def find_policy_code(config: PolicyConfig) -> bool:
+    """Import what the policy is made of, and tell whether that is asyncflow's own, which fits any observation.
+
+    Raises:
+        ConfigError: It cannot be imported.
+    """
+    if config.kind not in POLICY_KINDS:
+        load_plugin(POLICIES, config.kind)
+        return False
+    if config.kind == "vla" and config.vla.model_class is not None:
+        import_object(config.vla.model_class, "policy.vla.model_class")
+        return False
+    return True
+
+
+def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
+    if config.kind in ("flow", "gaussian"):
+        build = FlowPolicy if config.kind == "flow" else GaussianPolicy
+        return build(config, obs_shapes, action_dim, image_shapes)
+    if config.kind == "vla":
+        return build_vla(config, obs_shapes, action_dim, image_shapes)
+    policy: Policy = load_plugin(POLICIES, config.kind)(config, obs_shapes, action_dim, image_shapes)
+    return policy
+
+
+def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:
+    if len(obs_shapes.get("state", ())) not in (1, 2):
+        raise ConfigError(
+            f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
+        )

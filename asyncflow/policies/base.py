@@ -70,6 +70,14 @@ class Policy(nn.Module, ABC):
     noise_size: int
     log_prob_terms: float
 
+    def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
+        """Return what the ring keeps of observations [N], and every other method takes as well as them.
+
+        By default the observations themselves. A policy of which a part is frozen may return what that part makes of
+        them, so that an update never runs it. Nothing that training changes may be in it: it outlives versions.
+        """
+        return obs
+
     @abstractmethod
     def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
         """Decide.

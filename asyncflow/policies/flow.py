@@ -1,9 +1,9 @@
-"""Flow-matching policy over low-dimensional observations: a velocity MLP and a critic MLP.
+"""Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, the features of images.
 
-Owns the two networks and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
-stochastic policy is in `flow_sampler.py`.
+Owns the two MLPs and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
+stochastic policy is in `flow_sampler.py`, how that becomes a Policy in `velocity.py`.
 
-Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D state size,
+Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D context size,
 W width of the first hidden layer, E time features.
 """
 
@@ -13,12 +13,14 @@ import math
 from collections.abc import Iterator
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
-from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
-from asyncflow.policies.flow_sampler import FlowSampler, Steps, Velocity
+from asyncflow.policies.base import Normalizer, mlp
+from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32
 
@@ -34,7 +36,7 @@ def time_features(time: Tensor) -> Tensor:
 
 
 class VelocityNetwork(nn.Module):
-    """MLP over (state, noisy chunk, time features); its first layer is split, so each part is computed once."""
+    """MLP over (context, noisy chunk, time features); its first layer is split, so each part is computed once."""
 
     def __init__(self, state_dim: int, chunk_size: int, hidden_sizes: list[int]) -> None:
         super().__init__()
@@ -51,58 +53,48 @@ class VelocityNetwork(nn.Module):
         return velocity.view(x.shape)
 
 
-class FlowPolicy(Policy):
-    """Denoises a chunk of normalised actions, conditioned on the normalised state."""
+class FlowPolicy(VelocityPolicy):
+    """Denoises a chunk of normalised actions, conditioned on the normalised state and images."""
 
     step_features: Tensor
 
-    def __init__(self, config: PolicyConfig, state_dim: int, action_dim: int) -> None:
-        """Build the networks and the sampler.
+    def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
+        """Build the networks and the sampler; arguments as those of `make_policy`.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
         """
-        super().__init__()
-        self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
-        self.sampler = FlowSampler(config, action_dim)
-        self.noise_size, self.log_prob_terms = self.sampler.noise_size, self.sampler.log_prob_terms
-        self.obs_normalizer = Normalizer((state_dim,))
-        self.action_normalizer = Normalizer((action_dim,))
-        self.velocity = VelocityNetwork(state_dim, config.horizon * action_dim, config.hidden_sizes)
-        self.critic = mlp([state_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
+        super().__init__(config, action_dim)
+        self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
+        self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder)
+        self.velocity = VelocityNetwork(context_dim, config.horizon * action_dim, config.hidden_sizes)
+        self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)
 
-    @torch.no_grad()
-    def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
-        """Decide; `train` also stores what `FlowSampler.sample` returns. `eval` uses the initial noise alone."""
-        velocity = self._velocity(obs)
-        if mode == "eval":
-            decision = {"actions": self.sampler.denoise(velocity, noise)}
-        else:
-            decision = self.sampler.sample(velocity, noise)
-            decision |= {"actions": decision["chains"][:, -1], "values": self.get_value(obs)}
-        decision["actions"] = self.action_normalizer.denormalize(decision["actions"])
-        return TensorDict(decision, batch_size=noise.shape[:1])
+    def make_context(self, obs: TensorDictBase) -> Tensor:
+        """Return the normalised state and the features of images, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder)
 
-    def default_forward(self, batch: TensorDictBase) -> TensorDict:
-        """Evaluate stored decisions; see `Policy.default_forward`."""
-        obs = batch["obs"]
-        log_probs, entropy = self.sampler.evaluate(self._velocity(obs), batch)
-        evaluation = {"log_probs": log_probs, "values": self.get_value(obs), "entropy": entropy}
-        return TensorDict(evaluation, batch_size=batch.batch_size)
+    def velocity_field(self, context: Tensor) -> Velocity:
+        """Return the velocity field of contexts [N, D]."""
+        state, times = self.velocity.state_in(context), self.velocity.time_in(self.step_features)
 
-    def get_value(self, obs: TensorDictBase) -> Tensor:
-        """Return V(obs), [N] float32."""
-        value: Tensor = self.critic(self.obs_normalizer.normalize(obs["state"]))
+        def velocity(x: Tensor, steps: Steps) -> Tensor:
+            shared = state[:, None] if isinstance(steps, slice) else state
+            result: Tensor = self.velocity(x, shared, times[steps])
+            return result
+
+        return velocity
+
+    def value(self, context: Tensor) -> Tensor:
+        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the critic's parameters."""
         return self.critic.parameters()
-
-    def anneal(self, update: int) -> None:
-        """Set the noise level for the number of finished updates, in place."""
-        self.sampler.anneal(update)
 
     def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units.
@@ -118,21 +110,6 @@ class FlowPolicy(Policy):
         target = self.action_normalizer.normalize(actions)
         weight = time[:, None, None]
         features = self.velocity.time_in(time_features(time))
-        predicted: Tensor = self.velocity((1 - weight) * target + weight * noise, self._state(obs), features)
+        state = self.velocity.state_in(self.make_context(obs))
+        predicted: Tensor = self.velocity((1 - weight) * target + weight * noise, state, features)
         return nn.functional.mse_loss(predicted.float(), noise - target)
-
-    def _state(self, obs: TensorDictBase) -> Tensor:
-        """Return the state's share of the first layer, `[N, W]`."""
-        state: Tensor = self.velocity.state_in(self.obs_normalizer.normalize(obs["state"]))
-        return state
-
-    def _velocity(self, obs: TensorDictBase) -> Velocity:
-        """Return the velocity field of `obs`; what all steps share is computed here, once."""
-        state, times = self._state(obs), self.velocity.time_in(self.step_features)
-
-        def velocity(x: Tensor, steps: Steps) -> Tensor:
-            context = state[:, None] if isinstance(steps, slice) else state
-            result: Tensor = self.velocity(x, context, times[steps])
-            return result
-
-        return velocity

@@ -2,7 +2,7 @@
 
 Owns its networks and its log-prob. The plain baseline beside the flow policy, with the same chunks and normalisation.
 
-Shapes: N decisions, P predicted actions, H executed actions, A action size, D state size.
+Shapes: N decisions, P predicted actions, H executed actions, A action size, D context size.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from asyncflow.config import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms
+from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
 
 
 class GaussianPolicy(Policy):
     """Independent Gaussians around an MLP's mean, in normalised action units."""
 
-    def __init__(self, config: PolicyConfig, state_dim: int, action_dim: int) -> None:
-        """Build actor and critic.
+    def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
+        """Build actor and critic; arguments as those of `make_policy`.
 
         Raises:
             ConfigError: `log_prob` is a mode of denoising steps, or `min_std` exceeds `initial_std`.
@@ -36,18 +37,20 @@ class GaussianPolicy(Policy):
         self._is_mean = config.log_prob == "joint_mean"
         self.log_prob_terms = float(config.n_action_steps * action_dim) if self._is_mean else 1.0
         self._min_std = config.min_std
-        self.obs_normalizer = Normalizer((state_dim,))
+        self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
         self.action_normalizer = Normalizer((action_dim,))
+        self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder)
         # A small gain starts every state at the middle of the action range.
-        self.actor = mlp([state_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
+        self.actor = mlp([context_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std)))
-        self.critic = mlp([state_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
+        self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
 
     @torch.no_grad()
     def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
         """Decide; `eval` returns the mean. `train` also stores `raw_actions [N, P, A]`, in normalised units."""
-        state = self._state(obs)
-        mean = self._mean(state)
+        context = self._context(obs)
+        mean = self._mean(context)
         if mode == "eval":
             return TensorDict({"actions": self.action_normalizer.denormalize(mean)}, batch_size=mean.shape[:1])
         std = self._std()
@@ -56,40 +59,41 @@ class GaussianPolicy(Policy):
             "actions": self.action_normalizer.denormalize(raw),
             "raw_actions": raw,
             "log_probs": self._log_probs(raw, mean, std),
-            "values": self._value(state),
+            "values": self._value(context),
         }
         return TensorDict(decision, batch_size=mean.shape[:1])
 
     def default_forward(self, batch: TensorDictBase) -> TensorDict:
         """Evaluate stored decisions; see `Policy.default_forward`."""
-        state, std = self._state(batch["obs"]), self._std()
-        mean = self._mean(state)
+        context = self._context(batch["obs"])
+        mean, std = self._mean(context), self._std()
         entropy = self.n_action_steps * entropy_terms(std).sum()
         evaluation = {
             "log_probs": self._log_probs(batch["raw_actions"], mean, std),
-            "values": self._value(state),
+            "values": self._value(context),
             "entropy": entropy.expand(mean.shape[0]),
         }
         return TensorDict(evaluation, batch_size=mean.shape[:1])
 
     def get_value(self, obs: TensorDictBase) -> Tensor:
         """Return V(obs), [N] float32."""
-        return self._value(self._state(obs))
+        return self._value(self._context(obs))
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the critic's parameters."""
         return self.critic.parameters()
 
-    def _state(self, obs: TensorDictBase) -> Tensor:
-        """Return the normalised state, [N, D], which actor and critic share."""
-        return self.obs_normalizer.normalize(obs["state"])
+    def _context(self, obs: TensorDictBase) -> Tensor:
+        """Return the normalised state and the features of images, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder)
 
-    def _value(self, state: Tensor) -> Tensor:
-        value: Tensor = self.critic(state)
+    def _value(self, context: Tensor) -> Tensor:
+        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 
-    def _mean(self, state: Tensor) -> Tensor:
-        mean: Tensor = self.actor(state)
+    def _mean(self, context: Tensor) -> Tensor:
+        mean: Tensor = self.actor(context)
         return mean.float().view(-1, self.horizon, self.action_dim)
 
     def _std(self) -> Tensor:

@@ -143,3 +143,25 @@ def test_a_chunk_tells_when_it_was_simulated(toy):
     before = time.perf_counter()
     (span,) = step(toy, torch.zeros(N, H, 2)).spans
     assert before <= span.start_s < span.end_s <= time.perf_counter()
+
+
+def test_the_camera_shows_position_and_goal_and_changes_nothing_else():
+    plain, seen = ToyVecEnv(N, H), ToyVecEnv(N, H, has_camera=True)
+    first = seen.reset(3)
+    assert torch.equal(first["state"], plain.reset(3)["state"])
+    picture = first["images", "top"]
+    assert picture.shape == (N, *seen.spec.image_shapes["top"])
+    assert picture.dtype == torch.uint8
+    for channel, point in ((0, first["state"][:, :2]), (1, first["state"][:, 2:])):
+        brightest = picture[:, channel].flatten(1).argmax(1)
+        found = torch.stack([brightest % 28, brightest // 28], 1) / 27 * 2 - 1
+        assert (found - point).abs().max() < 1 / 27 + 1e-6  # the nearest pixel
+
+
+def test_the_final_picture_is_that_of_the_episode_that_ended():
+    seen = ToyVecEnv(N, H, horizon=H, has_camera=True)
+    first = seen.reset(0)
+    result = step(seen, torch.zeros(N, H, 2))
+    assert result.truncated.all()
+    assert torch.equal(result.final_obs["images", "top"], first["images", "top"])
+    assert not torch.equal(result.obs["images", "top"], first["images", "top"])

@@ -12,6 +12,7 @@ from asyncflow.policies import make_policy
 from asyncflow.seeding import policy_noise
 
 STATE_DIM, ACTION_DIM, NUM_DECISIONS = 11, 3, 16
+CAMERAS = {"front": (3, 28, 28), "wrist": (3, 14, 28)}
 
 FLOWS = [
     {"noise_method": method, "log_prob": mode, "learn_noise": learn}
@@ -19,16 +20,21 @@ FLOWS = [
     for mode in ("joint_sum", "joint_mean", "per_step", "single_step")
 ]
 GAUSSIANS = [{"kind": "gaussian", "log_prob": mode} for mode in ("joint_sum", "joint_mean")]
+VLAS = [
+    {"kind": "vla", "noise_method": method, "log_prob": mode}
+    for method, mode in (("flow_sde", "joint_mean"), ("flow_noise", "per_step"), ("flow_cps", "single_step"))
+]
 CONFIGS = [
     PolicyConfig(horizon=5, n_action_steps=3, noise_level=0.3, hidden_sizes=[64, 64], critic_hidden_sizes=[32], **keys)
-    for keys in FLOWS + GAUSSIANS
+    for keys in FLOWS + GAUSSIANS + VLAS
 ]
 
 
 def _name(config):
     if config.kind == "gaussian":
         return f"gaussian-{config.log_prob}"
-    return f"{config.noise_method}-{config.log_prob}-{'learned' if config.learn_noise else 'fixed'}"
+    prefix = "vla-" if config.kind == "vla" else ""
+    return f"{prefix}{config.noise_method}-{config.log_prob}-{'learned' if config.learn_noise else 'fixed'}"
 
 
 @pytest.fixture(params=CONFIGS, ids=_name)
@@ -38,7 +44,7 @@ def config(request):
 
 @pytest.fixture
 def policy(config):
-    policy = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed=1)
+    policy = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed=1, image_shapes=CAMERAS)
     policy.obs_normalizer.set_range(-2 * torch.ones(STATE_DIM), torch.linspace(1, 3, STATE_DIM))
     policy.action_normalizer.set_range(-torch.ones(ACTION_DIM), torch.linspace(2, 3, ACTION_DIM))
     return policy
@@ -46,8 +52,13 @@ def policy(config):
 
 @pytest.fixture
 def obs():
-    state = torch.randn(NUM_DECISIONS, STATE_DIM, generator=torch.Generator().manual_seed(0))
-    return TensorDict({"state": state}, batch_size=[NUM_DECISIONS])
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(NUM_DECISIONS, STATE_DIM, generator=generator)
+    images = {
+        name: torch.randint(256, (NUM_DECISIONS, *shape), generator=generator).to(torch.uint8)
+        for name, shape in CAMERAS.items()
+    }
+    return TensorDict({"state": state, "images": images}, batch_size=[NUM_DECISIONS])
 
 
 @pytest.fixture
@@ -61,7 +72,7 @@ def batch(policy, obs, noise):
 
 
 def _num_terms(policy, config):
-    steps = policy.sampler.num_stochastic if config.kind == "flow" else 1
+    steps = policy.sampler.num_stochastic if config.kind != "gaussian" else 1
     return steps * config.n_action_steps * ACTION_DIM
 
 
@@ -100,7 +111,9 @@ def test_log_prob_terms_turn_log_probs_into_the_joint_sum(policy, config, obs, n
     if config.log_prob == "single_step":
         assert policy.log_prob_terms == 1
         return
-    summed = make_policy(config.model_copy(update={"log_prob": "joint_sum"}), {"state": (STATE_DIM,)}, ACTION_DIM, 1)
+    summed = make_policy(
+        config.model_copy(update={"log_prob": "joint_sum"}), {"state": (STATE_DIM,)}, ACTION_DIM, 1, CAMERAS
+    )
     summed.load_state_dict(policy.state_dict())
     joint = summed.sample_actions(obs, "train", noise)["log_probs"]
     own = policy.sample_actions(obs, "train", noise)["log_probs"].view(NUM_DECISIONS, -1).sum(1)
@@ -109,7 +122,7 @@ def test_log_prob_terms_turn_log_probs_into_the_joint_sum(policy, config, obs, n
 
 
 def test_actions_are_denormalized(policy, config, batch):
-    normalised = batch["chains"][:, -1] if config.kind == "flow" else batch["raw_actions"]
+    normalised = batch["chains"][:, -1] if config.kind != "gaussian" else batch["raw_actions"]
     torch.testing.assert_close(batch["actions"], policy.action_normalizer.denormalize(normalised))
 
 
@@ -177,7 +190,7 @@ def test_copies_are_independent(policy, batch):
 
 
 def test_a_saved_policy_decides_the_same(policy, config, obs, noise):
-    other = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed=2)
+    other = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, 2, CAMERAS)
     other.load_state_dict(policy.state_dict())
     assert (other.sample_actions(obs, "train", noise) == policy.sample_actions(obs, "train", noise)).all()
 
@@ -185,7 +198,7 @@ def test_a_saved_policy_decides_the_same(policy, config, obs, noise):
 def test_seed_alone_sets_the_weights_and_the_global_generator_is_left_alone(config):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    one, same, other = (make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed) for seed in (4, 4, 5))
+    one, same, other = (make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed, CAMERAS) for seed in (4, 4, 5))
     assert torch.equal(torch.get_rng_state(), before)
     weights = [torch.nn.utils.parameters_to_vector(policy.parameters()) for policy in (one, same, other)]
     assert torch.equal(weights[0], weights[1])

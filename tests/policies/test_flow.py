@@ -111,7 +111,7 @@ def test_training_and_sampling_see_the_same_network():
     x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
     state = policy.velocity.state_in(OBS["state"])
     expected = policy.velocity(x, state, policy.velocity.time_in(time_features(torch.full((4,), 0.75))))
-    torch.testing.assert_close(policy._velocity(OBS)(x, 1), expected)
+    torch.testing.assert_close(policy.velocity_field(policy.make_context(OBS))(x, 1), expected)
 
 
 def test_flow_matching_learns_both_modes_of_a_bimodal_dataset():

@@ -1,0 +1,152 @@
+"""Models from elsewhere: how they are loaded, and those that bring their own log-probs as policies.
+
+Owns what is asked of a model that asyncflow did not write; docs/your_policy.md says the same in words. It must not
+know any such model. A model with a velocity field becomes a `VLAPolicy` instead.
+
+Shapes: N decisions, P predicted actions, H executed actions, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.errors import ConfigError
+from asyncflow.plugins import import_object
+from asyncflow.policies.base import Mode, Policy
+
+VELOCITY_METHODS = ("encode_prefix", "velocity", "value")
+ACTOR_CRITIC_METHODS = ("forward", "get_value", "evaluate_actions")
+
+
+def load_model(config: VLAConfig) -> nn.Module:
+    """Build `model_class` with `model_config`, and load `model_path` where there is one.
+
+    A class with `from_pretrained` is given the path; any other is built, and takes a state dict.
+
+    Raises:
+        ConfigError: The class, its arguments or the weights cannot be used.
+    """
+    assert config.model_class is not None  # the caller's condition
+    cls, source = (
+        import_object(config.model_class, "policy.vla.model_class"),
+        f"policy.vla.model_path = {config.model_path}",
+    )
+    try:
+        if config.model_path is not None and hasattr(cls, "from_pretrained"):
+            model = cls.from_pretrained(config.model_path, **config.model_kwargs)
+        else:
+            model = cls(**config.model_kwargs)
+    except (TypeError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"policy.vla.model_class = {config.model_class}: cannot build it: {_one_line(error)}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"policy.vla.model_class = {config.model_class}: not a torch.nn.Module")
+    if config.model_path is not None and not hasattr(cls, "from_pretrained"):
+        try:
+            model.load_state_dict(_read_weights(Path(config.model_path)))
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            raise ConfigError(f"{source}: {_one_line(error)}") from error
+    return model
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+    return weights
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def has_methods(model: nn.Module, names: Sequence[str]) -> bool:
+    """Tell whether a model has all of these methods of its own; every module has a `forward` that only raises."""
+    return all(callable(getattr(model, name, None)) for name in names) and (
+        "forward" not in names or type(model).forward is not nn.Module.forward
+    )
+
+
+class ForeignPolicy(Policy):
+    """A model that acts, values and evaluates its own actions.
+
+    `forward(obs)` returns actions [N, P, A]: a deterministic function of `obs`, which holds `noise` [N, noise_size]
+    when it is to explore. `get_value(obs)` returns [N]. `evaluate_actions(obs, actions [N, H, A])` returns a mapping
+    with `log_probs` [N], joint, of actions in the simulator's units, and optionally `entropy` [N].
+    """
+
+    def __init__(self, config: PolicyConfig, model: nn.Module, action_dim: int) -> None:
+        """Wrap a model.
+
+        Raises:
+            ConfigError: `policy.freeze_backbone` is set, which needs a prefix.
+        """
+        super().__init__()
+        if config.freeze_backbone:
+            raise ConfigError(
+                f"policy.freeze_backbone = true: {config.vla.model_class} has no encode_prefix; freeze parameters in "
+                "the model itself (requires_grad_(False)), or give it a velocity field"
+            )
+        self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
+        self.noise_size = int(getattr(model, "noise_size", config.horizon * action_dim))
+        self.log_prob_terms = 1.0
+        self.model: Any = model
+        self.train()
+
+    def train(self, mode: bool = True) -> ForeignPolicy:
+        """Stay in evaluation mode: dropout would make training re-evaluate other decisions than were taken."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
+        """Decide; `train` hands the model its noise."""
+        seen = obs.copy()
+        if mode == "train":
+            seen["noise"] = noise
+        actions = self.model(seen).float()
+        self._check(actions, noise)
+        decision = {"actions": actions}
+        if mode == "train":
+            log_probs, _ = self._evaluate(obs, actions)
+            decision |= {"log_probs": log_probs, "values": self.get_value(obs)}
+        return TensorDict(decision, batch_size=noise.shape[:1])
+
+    def default_forward(self, batch: TensorDictBase) -> TensorDict:
+        """Evaluate stored decisions; see `Policy.default_forward`."""
+        log_probs, entropy = self._evaluate(batch["obs"], batch["actions"])
+        evaluation = {"log_probs": log_probs, "values": self.get_value(batch["obs"]), "entropy": entropy}
+        return TensorDict(evaluation, batch_size=batch.batch_size)
+
+    def get_value(self, obs: TensorDictBase) -> Tensor:
+        """Return V(obs), [N] float32."""
+        value: Tensor = self.model.get_value(obs)
+        return value.float()
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the model's `value_head`, if it has one."""
+        head = getattr(self.model, "value_head", None)
+        return iter(()) if head is None else head.parameters()
+
+    def _evaluate(self, obs: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor]:
+        evaluated = self.model.evaluate_actions(obs, actions[:, : self.n_action_steps])
+        log_probs = evaluated["log_probs"].float()
+        entropy = evaluated["entropy"].float() if "entropy" in evaluated.keys() else torch.zeros_like(log_probs)  # noqa: SIM118
+        return log_probs, entropy
+
+    def _check(self, actions: Tensor, noise: Tensor) -> None:
+        expected = (len(noise), self.horizon, self.action_dim)
+        if actions.shape != expected:
+            raise ConfigError(
+                f"the model's actions have the shape {list(actions.shape)}, expected {list(expected)}: environments, "
+                "policy.horizon, action size"
+            )

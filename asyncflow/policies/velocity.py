@@ -1,0 +1,76 @@
+"""Policies with a velocity field: everything but the networks.
+
+Owns the way from a velocity field and a value function to the Policy contract. It must not know a network or an
+observation; how a velocity becomes a stochastic policy is in `flow_sampler.py`.
+
+Shapes: N decisions, P predicted actions, H executed actions, A action size.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from asyncflow.config import PolicyConfig
+from asyncflow.policies.base import Mode, Normalizer, Policy
+from asyncflow.policies.flow_sampler import FlowSampler, Velocity
+
+
+class VelocityPolicy(Policy):
+    """Denoises a chunk of normalised actions. A subclass computes what all denoising steps share, once a decision."""
+
+    def __init__(self, config: PolicyConfig, action_dim: int) -> None:
+        """Build the sampler.
+
+        Raises:
+            ConfigError: An impossible combination of noise keys.
+        """
+        super().__init__()
+        self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
+        self.sampler = FlowSampler(config, action_dim)
+        self.noise_size, self.log_prob_terms = self.sampler.noise_size, self.sampler.log_prob_terms
+        self.action_normalizer = Normalizer((action_dim,))
+
+    @abstractmethod
+    def make_context(self, obs: TensorDictBase) -> Any:
+        """Return what velocity and value are computed from; called once for a decision and once to evaluate it."""
+
+    @abstractmethod
+    def velocity_field(self, context: Any) -> Velocity:
+        """Return the velocity field of a context; what all steps share is computed here."""
+
+    @abstractmethod
+    def value(self, context: Any) -> Tensor:
+        """Return V, [N] float32. Its gradient reaches the critic's parameters alone."""
+
+    @torch.no_grad()
+    def sample_actions(self, obs: TensorDictBase, mode: Mode, noise: Tensor) -> TensorDict:
+        """Decide; `train` also stores what `FlowSampler.sample` returns. `eval` uses the initial noise alone."""
+        context = self.make_context(obs)
+        velocity = self.velocity_field(context)
+        if mode == "eval":
+            decision = {"actions": self.sampler.denoise(velocity, noise)}
+        else:
+            decision = self.sampler.sample(velocity, noise)
+            decision |= {"actions": decision["chains"][:, -1], "values": self.value(context)}
+        decision["actions"] = self.action_normalizer.denormalize(decision["actions"])
+        return TensorDict(decision, batch_size=noise.shape[:1])
+
+    def default_forward(self, batch: TensorDictBase) -> TensorDict:
+        """Evaluate stored decisions; see `Policy.default_forward`."""
+        context = self.make_context(batch["obs"])
+        log_probs, entropy = self.sampler.evaluate(self.velocity_field(context), batch)
+        evaluation = {"log_probs": log_probs, "values": self.value(context), "entropy": entropy}
+        return TensorDict(evaluation, batch_size=batch.batch_size)
+
+    def get_value(self, obs: TensorDictBase) -> Tensor:
+        """Return V(obs), [N] float32."""
+        return self.value(self.make_context(obs))
+
+    def anneal(self, update: int) -> None:
+        """Set the noise level for the number of finished updates, in place."""
+        self.sampler.anneal(update)

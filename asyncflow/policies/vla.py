@@ -1,0 +1,159 @@
+"""VLAPolicy: a vision-language-action model as a policy.
+
+Owns when the prefix is encoded, the precision, and what the value's gradient reaches. It must not know the networks:
+anything with the methods of `VELOCITY_METHODS` will do.
+
+Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from asyncflow.config import PolicyConfig
+from asyncflow.errors import ConfigError
+from asyncflow.policies.base import Normalizer, Policy
+from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.foreign import (
+    ACTOR_CRITIC_METHODS,
+    VELOCITY_METHODS,
+    ForeignPolicy,
+    has_methods,
+    load_model,
+)
+from asyncflow.policies.lora import add_lora
+from asyncflow.policies.velocity import VelocityPolicy
+from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
+
+
+class VLAPolicy(VelocityPolicy):
+    """Denoises chunks with a model's expert; its value head sees the prefix, and no gradient flows from it there."""
+
+    def __init__(self, config: PolicyConfig, model: nn.Module, action_dim: int) -> None:
+        """Wrap a model with the methods of `VELOCITY_METHODS`.
+
+        Raises:
+            ConfigError: An impossible combination of noise keys, or a backbone that cannot be frozen.
+        """
+        super().__init__(config, action_dim)
+        self.model: Any = model
+        self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
+        self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
+        self._is_frozen = config.freeze_backbone
+        if self._is_frozen:
+            if not isinstance(getattr(model, "backbone", None), nn.Module):
+                raise ConfigError(f"policy.freeze_backbone = true: {type(model).__name__} has no module `backbone`")
+            self.model.backbone.requires_grad_(False).to(self._dtype)
+        self.train()
+
+    def train(self, mode: bool = True) -> VLAPolicy:
+        """Stay in evaluation mode: dropout would make training re-evaluate other decisions than were taken."""
+        return super().train(False)
+
+    @property
+    def obs_normalizer(self) -> Normalizer:
+        """The model's normalisation of the state."""
+        normalizer: Normalizer = self.model.obs_normalizer
+        return normalizer
+
+    def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
+        """Return the `prefix` that a frozen backbone makes of observations, in `policy.vla.feature_dtype`."""
+        if not self._is_frozen:
+            return obs
+        with torch.enable_grad():  # records nothing where all is frozen
+            prefix = self._run_backbone(obs)
+        if prefix.requires_grad:
+            raise ConfigError(
+                "policy.freeze_backbone = true: encode_prefix depends on parameters outside `backbone`, "
+                "which are trained"
+            )
+        return TensorDict({"prefix": prefix.to(self._feature_dtype)}, batch_size=obs.batch_size)
+
+    def make_context(self, obs: TensorDictBase) -> Tensor:
+        """Return the prefix of observations, float32, or of what `encode_obs` made of them."""
+        if not self._is_frozen:
+            return self._run_backbone(obs).float()
+        encoded = obs if "prefix" in obs.keys() else self.encode_obs(obs)  # noqa: SIM118  a TensorDict iterates rows
+        prefix: Tensor = encoded["prefix"]
+        return prefix.float()
+
+    def _run_backbone(self, obs: TensorDictBase) -> Tensor:
+        with self._autocast():
+            prefix: Tensor = self.model.encode_prefix(obs)
+        return prefix
+
+    def velocity_field(self, context: Tensor) -> Velocity:
+        """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
+        with self._autocast():
+            cache = self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
+
+        def velocity(x: Tensor, steps: Steps) -> Tensor:
+            is_slice = isinstance(steps, slice)
+            chunks = x if is_slice else x[:, None]
+            times = self.sampler.time[steps] if is_slice else self.sampler.time[steps].view(-1, 1)
+            with self._autocast():
+                v: Tensor = self.model.velocity(cache, chunks, times.expand(chunks.shape[:2]))
+            return v if is_slice else v[:, 0]
+
+        return velocity
+
+    def value(self, context: Tensor) -> Tensor:
+        """Return V, [N] float32."""
+        value: Tensor = self.model.value(context.detach())
+        return value.float()
+
+    def critic_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the value head's parameters."""
+        head = getattr(self.model, "value_head", None)
+        return iter(()) if head is None else head.parameters()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Return what computes in `policy.vla.dtype`; float32 leaves the caller's autocast as it is."""
+        if self._dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.sampler.time.device.type, self._dtype)
+
+
+def build_vla(
+    config: PolicyConfig,
+    obs_shapes: Mapping[str, tuple[int, ...]],
+    action_dim: int,
+    image_shapes: Mapping[str, tuple[int, ...]],
+) -> Policy:
+    """Build asyncflow's own model of `policy.vla.size` from scratch, or load `policy.vla.model_class`.
+
+    Raises:
+        ConfigError: An instruction that is too long, a patch that does not fit, impossible noise keys, or a model
+            that cannot be had or lacks a method.
+    """
+    if config.vla.model_class is not None:
+        model = load_model(config.vla)
+        if config.vla.lora_rank:
+            add_lora(model, config.vla)
+        return _wrap(config, model, action_dim)
+    vla = config.vla
+    shape = VLAShape(
+        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size
+    )
+    own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
+    if vla.lora_rank:
+        add_lora(own, vla)
+    return VLAPolicy(config, own, action_dim)
+
+
+def _wrap(config: PolicyConfig, model: nn.Module, action_dim: int) -> Policy:
+    """Return a loaded model as the policy that its methods make it."""
+    if has_methods(model, VELOCITY_METHODS):
+        return VLAPolicy(config, model, action_dim)
+    if has_methods(model, ACTOR_CRITIC_METHODS):
+        return ForeignPolicy(config, model, action_dim)
+    raise ConfigError(
+        f"policy.vla.model_class = {config.vla.model_class}: needs the methods {', '.join(VELOCITY_METHODS)}, or "
+        f"{', '.join(ACTOR_CRITIC_METHODS)}"
+    )

@@ -1,0 +1,104 @@
+"""The configuration's part about policies, and what all of its sections have in common.
+
+Owns names, defaults, meanings and limits, as `config` does, which is where the rest of the package takes them from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from asyncflow.plugins import POLICIES, plugin_names
+
+POLICY_KINDS = ("flow", "gaussian", "vla")
+CompileMode = Literal["none", "compile", "graph"]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class VLAConfig(Section):
+    """A vision-language-action model."""
+
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
+
+    model_class: str | None = Field(
+        None, description="Import path of a model from elsewhere, package.module.Class; null: asyncflow's own."
+    )
+    model_path: str | None = Field(None, description="Weights of model_class: a state dict, or for from_pretrained.")
+    model_kwargs: dict[str, Any] = Field(
+        {}, alias="model_config", description="Arguments with which model_class is built."
+    )
+    size: Literal["tiny", "base"] = Field("tiny", description="tiny: tests, on a CPU; base: 0.5 B parameters, one GPU.")
+    instruction: str = Field("", description="What the robot is told to do; at most 127 bytes.")
+    patch_size: int = Field(14, ge=1, description="Side of a vision token's square in pictures, pixels.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the networks compute in; trained weights, log-probs and values stay float32."
+    )
+    feature_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What a frozen backbone's features are kept in, in the ring."
+    )
+    lora_rank: int = Field(0, ge=0, description="Rank of the backbone's LoRA adapters; 0: none, train it whole.")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA's scale times its rank; null means the rank.")
+    lora_targets: list[str] | None = Field(
+        None, description="Layers of the backbone that get an adapter, as peft matches names; null: all linear ones."
+    )
+
+
+class PolicyConfig(Section):
+    """The network, its sampler and its log-probs."""
+
+    kind: str = Field("flow", description="flow, gaussian, vla, or a name that an installed package registered.")
+    checkpoint: str | None = Field(
+        None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
+    )
+    hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
+    critic_hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
+    image_encoder: Literal["small", "resnet18"] = Field(
+        "small", description="Network on every camera's images: two residual blocks, for a CPU, or eight."
+    )
+    horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
+    n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
+    num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")
+    noise_method: Literal["flow_sde", "flow_noise", "flow_cps"] = Field(
+        "flow_noise", description="How the flow's sampler becomes stochastic."
+    )
+    noise_level: float = Field(
+        0.5, gt=0, description="flow_sde, flow_cps: the noise scale a; flow_noise with fixed noise: its std."
+    )
+    noise_level_final: float | None = Field(
+        None, gt=0, description="Value that noise_level is annealed to; null: none."
+    )
+    anneal_updates: int = Field(0, ge=0, description="Updates over which noise_level is annealed linearly.")
+    learn_noise: bool = Field(True, description="flow_noise: learn a std per action dimension within noise_range.")
+    noise_range: list[float] = Field(
+        [0.08, 0.16], min_length=2, max_length=2, description="flow_noise: bounds of the learned std."
+    )
+    log_prob: Literal["joint_sum", "joint_mean", "per_step", "single_step"] = Field(
+        "joint_mean",
+        description="Log-prob of a decision: sum or mean over steps and dimensions (a mean tempers the ratio), "
+        "one ratio per denoising step, or one random step per decision.",
+    )
+    min_std: float = Field(0.0, ge=0, description="Floor of the sampler's std, in sampling and in log-probs alike.")
+    initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
+    compile: CompileMode = Field(
+        "none", description="Inference while collecting: as it is, by torch.compile, or as a CUDA graph."
+    )
+    emulated_latency_s: float = Field(
+        0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
+    )
+    freeze_backbone: bool = Field(
+        False, description="vla: train without the backbone; the ring keeps its features instead of observations."
+    )
+    vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> PolicyConfig:
+        if self.kind not in POLICY_KINDS and self.kind not in plugin_names(POLICIES):
+            known = ", ".join([*POLICY_KINDS, *plugin_names(POLICIES)])
+            raise ValueError(f"policy.kind = {self.kind!r}: not known; allowed: {known}")
+        return self

@@ -1,0 +1,121 @@
+"""Real cameras: what they show is robomimic's, depends on the episode alone, and costs the physics nothing."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from asyncflow.config import EnvConfig
+from asyncflow.envs import make_vec_env
+from asyncflow.envs.robomimic import RobomimicEnv
+from asyncflow.envs.tasks import TASKS, resolve_task
+from asyncflow.errors import ConfigError
+
+pytestmark = pytest.mark.sim
+NAMES = ["agentview", "robot0_eye_in_hand"]
+SEED, STEPS, H = 3, 6, 3
+
+
+def build(seed: int = SEED, **keys) -> RobomimicEnv:
+    return RobomimicEnv(resolve_task(EnvConfig(cameras=NAMES, **keys)), seed)
+
+
+@pytest.fixture(scope="module")
+def lift() -> Iterator[RobomimicEnv]:
+    env = build()
+    yield env
+    env.close()
+
+
+def play(env: RobomimicEnv, episode: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the simulator's state and what the cameras see after each step."""
+    env.reset(episode)
+    rng, seen = np.random.default_rng(0), [(env.simulator_state(), env.render())]
+    for _ in range(STEPS):
+        env.step(rng.uniform(-1, 1, env.spec.action_dim))
+        seen.append((env.simulator_state(), env.render()))
+    return seen
+
+
+def assert_equal(first: list, second: list) -> None:
+    for (state, images), (other_state, other_images) in zip(first, second, strict=True):
+        assert np.array_equal(state, other_state)
+        assert np.array_equal(images, other_images)
+
+
+def test_images_are_uint8_by_camera_upright_and_show_the_scene(lift):
+    lift.reset(0)
+    images = lift.render()
+    assert (images.shape, images.dtype) == ((2, 3, 84, 84), np.uint8)
+    assert lift.spec.image_shapes == dict.fromkeys(NAMES, (3, 84, 84))
+    reference = lift.env.env.sim.render(camera_name="agentview", width=84, height=84)[::-1]
+    assert np.array_equal(images[0], reference.transpose(2, 0, 1))
+    assert images.reshape(2, -1).std(1).min() > 10
+
+
+def test_an_image_depends_on_the_episode_alone_whatever_was_rendered_before(lift):
+    first = play(lift, 5)
+    play(lift, 6)
+    assert_equal(first, play(lift, 5))
+
+
+def test_simulators_of_one_process_do_not_see_each_others_scenes(lift):
+    alone = play(lift)
+    other = build(seed=4)  # another cube
+    others_own = play(other)
+    assert_equal(alone, play(lift))
+    assert_equal(others_own, play(other))
+    assert not np.array_equal(alone[0][1], others_own[0][1])
+    other.close()
+    assert_equal(alone, play(lift))
+
+
+def test_the_fast_step_changes_neither_states_nor_images(lift):
+    own = build(fast_step=False)
+    assert_equal(play(lift), play(own))
+    own.close()
+
+
+def test_cameras_change_no_state(lift):
+    blind = RobomimicEnv(resolve_task(EnvConfig()), SEED)
+    blind.reset(5)
+    rng, states = np.random.default_rng(0), [blind.simulator_state()]
+    for _ in range(STEPS):
+        blind.step(rng.uniform(-1, 1, blind.spec.action_dim))
+        states.append(blind.simulator_state())
+    assert np.array_equal(states, [state for state, _ in play(lift)])
+    blind.close()
+
+
+def test_the_table_names_the_cameras_that_there_are(lift):
+    assert lift.env.env.sim.model.camera_names == TASKS["Lift"].cameras
+
+
+def test_a_camera_that_a_described_environment_lacks_is_refused_in_one_line_by_the_workers(lift, tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(lift.spec.env_meta))
+    config = EnvConfig(env_meta=str(path), cameras=["agentveiw"], num_workers=1)
+    with pytest.raises(ConfigError, match="there is no camera 'agentveiw'; cameras: frontview") as caught:
+        make_vec_env(config, H, 1, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rebuilt_episode_has_the_images_of_the_uncut_one():
+    config, actions = EnvConfig(horizon=20, num_workers=1, cameras=NAMES[:1]), torch.rand(3, 1, H, 7) - 0.5
+    seen = []
+    for cut in (None, 2):
+        vec_env = make_vec_env(config, H, 1, seed=9)
+        obs = vec_env.reset(5)
+        for index, chunk in enumerate(actions):
+            if index == cut:
+                journal = vec_env.journal()
+                vec_env.close()
+                vec_env = make_vec_env(config, H, 1, seed=9)
+                assert torch.equal(vec_env.reset(5, journal)["images", NAMES[0]], obs["images", NAMES[0]])
+            vec_env.step_async(chunk, range(1))
+            obs = vec_env.step_wait(range(1)).obs
+        seen.append(obs["images", NAMES[0]])
+        vec_env.close()
+    assert torch.equal(*seen)

@@ -1,0 +1,198 @@
+"""Images on their way from simulators: when they are rendered, where they land, and what an observation then holds."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from fake_simulator import ACTION_DIM, HORIZON, NAN_OBS, SUCCEED, FakeSimulator
+
+from asyncflow.config import EnvConfig
+from asyncflow.envs import cameras
+from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.cameras import choose_gl
+from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
+from asyncflow.envs.tasks import TASKS, resolve_task
+from asyncflow.envs.workers import WorkerVecEnv
+from asyncflow.errors import ConfigError
+from asyncflow.presets import load_config
+
+N, H, SIZE = 3, 4, (16, 20)
+CAMERAS = ("left", "right")
+
+
+class CameraSimulator(FakeSimulator):
+    """Every pixel of camera c is 100 c + the steps in the episode; counts how often it is rendered."""
+
+    def __init__(self, seed: int, fails: bool = False) -> None:
+        if fails:
+            raise ConfigError("env.cameras: there is no camera 'left'")
+        super().__init__(seed)
+        self.spec = EnvSpec({"state": (4,)}, ACTION_DIM, HORIZON, image_shapes=dict.fromkeys(CAMERAS, (3, *SIZE)))
+        self.num_renders = 0
+
+    def render(self):
+        self.num_renders += 1
+        pixels = np.zeros((2, 3, *SIZE), np.uint8)
+        pixels[:] = self.state[2] + 100 * np.arange(2)[:, None, None, None]
+        return pixels
+
+
+def make_runner(n_obs_steps: int = 1, chunk_length: int = H) -> tuple[ChunkBoard, EpisodeRunner, CameraSimulator]:
+    board, simulator = ChunkBoard.allocate(N, chunk_length, (n_obs_steps, 2, 3, *SIZE)), CameraSimulator(0)
+    runner = EpisodeRunner(simulator, 1, board)
+    runner.begin(7, 0)
+    return board, runner, simulator
+
+
+def seen(images: torch.Tensor, camera: int = 0) -> list[int]:
+    """Return the env step that each image of the history shows, which all its pixels must agree on."""
+    flat = images[1, :, camera].flatten(1).long() - 100 * camera
+    assert (flat == flat[:, :1]).all()
+    return flat[:, 0].tolist()
+
+
+def test_images_are_rendered_once_a_chunk_at_its_end():
+    board, runner, simulator = make_runner()
+    assert simulator.num_renders == 1
+    for steps in (4, 8):
+        runner.execute()
+        assert [seen(board.images, camera) for camera in (0, 1)] == [[steps], [steps]]
+        assert seen(board.final_images) == [steps]
+    assert simulator.num_renders == 3
+
+
+def test_a_truncated_episode_keeps_its_true_final_images():
+    board, runner, simulator = make_runner()
+    for _ in range(3):
+        runner.execute()
+    assert board.truncated[1]
+    assert seen(board.final_images) == [HORIZON]
+    assert seen(board.images) == [0]
+    assert simulator.num_renders == 5  # two resets, three ends
+
+
+def test_the_end_of_a_success_is_not_rendered():
+    board, runner, simulator = make_runner()
+    runner.execute()
+    board.actions[1, 1, SUCCEED] = 1.0
+    runner.execute()
+    assert board.terminated[1]
+    assert seen(board.images) == seen(board.final_images) == [0]
+    assert simulator.num_renders == 3
+
+
+def test_a_chunk_that_counts_for_nothing_leaves_the_images_of_the_next_episode():
+    board, runner, _ = make_runner()
+    runner.execute()
+    board.actions[1, 1, NAN_OBS] = 1.0
+    board.actions[1, 3, NAN_OBS] = 1.0
+    runner.execute()
+    assert board.executed[1] == 0
+    assert seen(board.images) == seen(board.final_images) == [0]
+
+
+def test_a_history_shows_the_last_env_steps_oldest_first():
+    board, runner, simulator = make_runner(n_obs_steps=3)
+    assert seen(board.images) == [0, 0, 0]
+    runner.execute()
+    assert seen(board.images) == [2, 3, 4]
+    assert board.obs[1, :12].view(3, 4)[:, 2].tolist() == [2, 3, 4]
+    assert simulator.num_renders == 4
+    runner.execute()
+    runner.execute()
+    assert seen(board.final_images) == [8, 9, 10]
+    assert seen(board.images) == [0, 0, 0]
+
+
+def test_a_history_longer_than_a_chunk_reaches_into_the_one_before():
+    board, runner, _ = make_runner(n_obs_steps=3, chunk_length=2)
+    runner.execute()
+    assert seen(board.images) == [0, 1, 2]
+    runner.execute()
+    assert seen(board.images) == [2, 3, 4]
+
+
+def test_observations_hold_uint8_images_by_camera_beside_the_state():
+    config = EnvConfig(num_workers=2, cameras=list(CAMERAS), camera_size=list(SIZE))
+    with WorkerVecEnv(CameraSimulator, config, N, H, 3) as vec_env:
+        obs = vec_env.reset(5)
+        vec_env.step_async(torch.zeros(N, H, ACTION_DIM), range(N))
+        result = vec_env.step_wait(range(N))
+    for each in (obs, result.obs, result.final_obs):
+        assert set(each.keys()) == {"state", "images"}
+        assert list(each["images"].keys()) == list(CAMERAS)
+        assert each["images", "left"].shape == (N, 3, *SIZE)
+        assert each["images", "left"].dtype == torch.uint8
+    assert (result.obs["images", "left"] == 4).all()
+    assert (result.obs["images", "right"] == 104).all()
+    assert (obs["images", "right"] == 100).all()  # not overwritten: observations belong to the caller
+
+
+def test_observations_of_a_history_have_it_behind_the_environments():
+    config = EnvConfig(num_workers=1, cameras=list(CAMERAS), camera_size=list(SIZE), n_obs_steps=2)
+    with WorkerVecEnv(CameraSimulator, config, N, H, 3) as vec_env:
+        obs, spec = vec_env.reset(5), vec_env.spec
+    assert (obs["state"].shape, obs["images", "left"].shape) == ((N, 2, 4), (N, 2, 3, *SIZE))
+    assert (spec.obs_shapes, spec.image_shapes["right"], spec.n_obs_steps) == ({"state": (2, 4)}, (2, 3, *SIZE), 2)
+
+
+def test_without_cameras_an_observation_is_the_state_alone():
+    with WorkerVecEnv(FakeSimulator, EnvConfig(num_workers=1), N, H, 3) as vec_env:
+        assert list(vec_env.reset(5).keys()) == ["state"]
+
+
+def test_a_simulator_that_cannot_be_built_as_asked_is_the_users_mistake():
+    with pytest.raises(ConfigError, match=r"^env.cameras: there is no camera 'left'$"):
+        WorkerVecEnv(partial(CameraSimulator, fails=True), EnvConfig(num_workers=1), N, H, 3)
+
+
+def test_an_unknown_camera_is_refused_before_a_simulator_is_built_and_the_others_are_listed():
+    with pytest.raises(ConfigError) as caught:
+        resolve_task(EnvConfig(cameras=["agentveiw"]))
+    assert str(caught.value) == (
+        f"env.cameras: there is no camera 'agentveiw'; cameras: {', '.join(TASKS['Lift'].cameras)}"
+    )
+
+
+def test_the_toy_has_no_cameras():
+    with pytest.raises(ConfigError, match="Toy takes neither"):
+        resolve_task(EnvConfig(task="Toy", cameras=["agentview"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cameras", ["agentview", "agentview"], "names a camera twice"),
+        ("camera_size", [84, 8], "two numbers from 16 to 1024"),
+        ("camera_size", [84], "env.camera_size"),
+    ],
+)
+def test_impossible_cameras_are_refused(key, value, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, {f"env.{key}": value})
+
+
+def test_without_a_library_to_render_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(cameras, "find_library", lambda name: None)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    with pytest.raises(ConfigError, match=r"neither EGL nor OSMesa is installed; .*libegl1.*libosmesa6") as caught:
+        choose_gl()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("installed", "asked", "chosen"), [
+    ({"EGL", "OSMesa"}, "", "egl"), ({"OSMesa"}, "", "osmesa"), ({"EGL", "OSMesa"}, "osmesa", "osmesa"),
+])  # fmt: skip
+def test_egl_is_chosen_before_osmesa_unless_the_user_says_otherwise(monkeypatch, installed, asked, chosen):
+    monkeypatch.setattr(cameras, "find_library", lambda name: name if name in installed else None)
+    monkeypatch.setenv("MUJOCO_GL", asked)
+    choose_gl()
+    assert cameras.os.environ["MUJOCO_GL"] == chosen
+
+
+def test_images_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
+    monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1_000_000)
+    ChunkBoard.allocate(4, 2)
+    with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size"):
+        ChunkBoard.allocate(4, 2, (1, 2, 3, 200, 200))

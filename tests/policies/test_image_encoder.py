@@ -1,0 +1,142 @@
+"""Images in a policy: shapes, shifts, and what every policy promises of its decisions, whatever it sees."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch.nn import functional
+
+from asyncflow.config import PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.errors import ConfigError
+from asyncflow.policies import make_policy
+from asyncflow.policies.image_encoder import NUM_KEYPOINTS, ImageEncoder, SpatialSoftmax, random_shift
+from asyncflow.seeding import policy_noise
+
+N, D, A, SIZE = 6, 5, 3, (36, 40)
+SPEC = EnvSpec({"state": (D,)}, A, 10, image_shapes=dict.fromkeys(("left", "right"), (3, *SIZE)))
+KEYS = {"horizon": 4, "n_action_steps": 2, "hidden_sizes": [32], "critic_hidden_sizes": [16], "log_prob": "joint_sum"}
+CASES = [(kind, steps, encoder) for kind in ("flow", "gaussian") for steps in (1, 2) for encoder in ("small",)]
+CASES.append(("flow", 1, "resnet18"))
+
+
+def make_obs(spec: EnvSpec, seed: int = 0) -> TensorDict:
+    generator = torch.Generator().manual_seed(seed)
+    obs = spec.empty_obs(N)
+    obs["state"] = torch.randn(obs["state"].shape, generator=generator)
+    for camera, images in obs["images"].items():
+        obs["images", camera] = torch.randint(0, 256, images.shape, generator=generator, dtype=torch.uint8)
+    return obs
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(map(str, case)))
+def case(request):
+    kind, n_obs_steps, encoder = request.param
+    spec = SPEC.with_history(n_obs_steps)
+    config = PolicyConfig(kind=kind, image_encoder=encoder, **KEYS)
+    return make_policy(config, spec.obs_shapes, A, seed=1, image_shapes=spec.image_shapes), make_obs(spec)
+
+
+def decide(policy, obs) -> TensorDict:
+    noise = policy_noise(0, range(N), 0, policy.noise_size)
+    return policy.sample_actions(obs, "train", noise).set("obs", obs)
+
+
+def test_ratio_is_one_before_any_optimizer_step_in_every_minibatch_shape(case):
+    policy, obs = case
+    batch = decide(policy, obs)
+    for sizes in ([N], [1, 2, 3]):
+        parts = [policy.default_forward(part) for part in batch.split(sizes)]
+        ratio = (torch.cat([part["log_probs"] for part in parts]) - batch["log_probs"]).exp()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
+        values = torch.cat([part["values"] for part in parts])
+        torch.testing.assert_close(values, batch["values"], rtol=0, atol=1e-5)
+
+
+def test_ratio_is_one_whether_or_not_the_policy_is_in_training_mode(case):
+    policy, obs = case
+    batch = decide(policy.eval(), obs)
+    torch.testing.assert_close(
+        policy.train().default_forward(batch)["log_probs"], batch["log_probs"], rtol=0, atol=1e-5
+    )
+
+
+def test_every_camera_moves_the_decision_and_the_value(case):
+    policy, obs = case
+    before = decide(policy, obs)
+    for camera in SPEC.image_shapes:
+        other = obs.clone()
+        other["images", camera] = 255 - other["images", camera]
+        after = decide(policy, other)
+        assert ((after["actions"] - before["actions"]).abs().flatten(1).amax(1) > 0).all()
+        assert ((after["values"] - before["values"]).abs() > 0).all()
+
+
+def test_the_value_teaches_the_critic_alone_and_the_decision_the_encoder(case):
+    policy, obs = case
+    out = policy.default_forward(decide(policy, obs))
+    critic = set(policy.critic_parameters())
+    out["values"].sum().backward(retain_graph=True)
+    assert {p for p in policy.parameters() if p.grad is not None} == critic
+    out["log_probs"].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in policy.image_encoder.parameters() if p.dim() > 1)
+
+
+def test_images_stay_bytes_where_they_are_stored(case):
+    policy, obs = case
+    stored = obs.clone()
+    assert decide(policy, obs)["obs", "images", "left"].dtype == torch.uint8
+    assert torch.equal(obs["images", "left"], stored["images", "left"])
+
+
+def test_weights_depend_on_the_seed_alone():
+    config = PolicyConfig(**KEYS)
+    first, again, other = (
+        make_policy(config, SPEC.obs_shapes, A, s, SPEC.image_shapes).state_dict() for s in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["small", "resnet18"])
+def test_an_encoder_has_no_batch_statistics_and_gives_each_camera_its_keypoints(kind):
+    encoder = ImageEncoder(kind, {"left": (3, 84, 84)})
+    features = encoder(TensorDict({"left": torch.zeros(2, 3, 84, 84, dtype=torch.uint8)}, [2]))
+    assert features.shape == (2, encoder.num_features) == (2, 2 * NUM_KEYPOINTS)
+    assert list(encoder.buffers()) == []
+
+
+@pytest.mark.parametrize(("kind", "size"), [("small", 10), ("resnet18", 33)])
+def test_the_smallest_images_that_are_taken_still_show_where_something_is(kind, size):
+    encoder = ImageEncoder(kind, {"left": (3, size, size)})
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    images[1, :, -size // 3 :, -size // 3 :] = 255
+    features = encoder(TensorDict({"left": images}, [2]))
+    assert not torch.allclose(features[0], features[1])
+
+
+def test_images_of_one_cell_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"resnet18 needs images of more than 32 pixels a side, got 32; .*camera_size"
+    ):
+        ImageEncoder("resnet18", {"left": (3, 32, 84)})
+
+
+def test_a_spatial_softmax_finds_where_a_feature_is():
+    softmax = SpatialSoftmax(1)
+    torch.nn.init.constant_(softmax.keypoints.weight, 100.0)
+    torch.nn.init.zeros_(softmax.keypoints.bias)
+    features = torch.zeros(1, 1, 5, 9)
+    features[0, 0, 1, 6] = 1.0
+    found = softmax(features)[0]
+    torch.testing.assert_close(found, torch.tensor([0.5, -0.5]).repeat_interleave(NUM_KEYPOINTS))
+
+
+def test_a_random_shift_is_the_crop_of_an_image_with_repeated_borders():
+    images = torch.randint(0, 256, (3, 2, 3, 10, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([[0, 0], [2, -3], [-4, 4]])
+    shifted = random_shift(images, offsets)
+    assert shifted.dtype == torch.uint8
+    for image, (down, right), result in zip(images, offsets.tolist(), shifted, strict=True):
+        padded = functional.pad(image.float(), (4, 4, 4, 4), mode="replicate")
+        crop = padded[..., 4 - down : 14 - down, 4 - right : 16 - right]
+        assert torch.equal(result.float(), crop)

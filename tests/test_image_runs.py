@@ -1,0 +1,133 @@
+"""Runs on images: the same function of configuration and seed in both modes and across a cut, and what is refused."""
+
+import pytest
+import torch
+from conftest import CommandLine
+from silent import LIFT, TOY, assert_equal, go_on, outcome, start
+from test_trainer import assert_same, run
+
+from asyncflow.build import check_start
+from asyncflow.config import PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.toy import render
+from asyncflow.errors import CheckpointError
+from asyncflow.evaluate_checkpoint import evaluate_checkpoint
+from asyncflow.policies import FlowPolicy, make_policy
+from asyncflow.policy_file import save_policy
+from asyncflow.presets import load_config
+
+TOY_IMAGES = TOY | {"env.task": "ToyImages", "policy.kind": "flow", "policy.hidden_sizes": [32]}
+SMALL_POLICY = {"policy.checkpoint": None, "policy.hidden_sizes": [32], "policy.critic_hidden_sizes": [16]}
+LIFT_IMAGE = LIFT | SMALL_POLICY | {"env.camera_size": [24, 20], "env.num_envs": 2, "buffer.buffer_size": 8}
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("kind", ["flow", "gaussian"])
+def test_vla_equals_standard_on_images(tmp_path, kind, lag):
+    changes = TOY_IMAGES | {"policy.kind": kind, "buffer.max_policy_lag": lag, "trainer.total_updates": 4}
+    vla = run(tmp_path, "toy", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, "toy", changes | {"trainer.buffer_type": "standard"})
+    assert any(batch["obs", "images", "top"].dtype == torch.uint8 for batch in vla[1])
+    assert_same(vla, standard)
+
+
+def test_every_minibatch_shows_the_pictures_of_its_own_states(tmp_path, monkeypatch):
+    seen = []
+    default_forward = FlowPolicy.default_forward
+
+    def watch(policy, batch):
+        seen.append(torch.equal(batch["obs", "images", "top"], render(batch["obs", "state"])))
+        return default_forward(policy, batch)
+
+    monkeypatch.setattr(FlowPolicy, "default_forward", watch)
+    changes = {"algorithm.num_minibatches": 4, "buffer.max_policy_lag": 1, "trainer.total_updates": 2}
+    start(tmp_path / "run", "toy", TOY_IMAGES | changes)
+    num_proximal = 4  # of the second update, whose data is stale
+    assert seen == [True] * (2 * 2 * 4 + num_proximal)
+
+
+def test_training_changes_the_image_encoder(tmp_path):
+    start(tmp_path / "run", "toy", TOY_IMAGES | {"trainer.total_updates": 2, "trainer.save_interval": 1})
+    trained, optimizer = outcome(tmp_path / "run")[0], outcome(tmp_path / "run")[1]["optimizer"]
+    config = load_config("toy", TOY_IMAGES)
+    spec = EnvSpec({"state": (4,)}, 2, 40, image_shapes={"top": (3, 28, 28)})
+    fresh = make_policy(config.policy, spec.obs_shapes, 2, config.trainer.seed, spec.image_shapes).state_dict()
+    name = "image_encoder.cameras.top.0.weight"
+    assert not torch.equal(trained[name], fresh[name])
+    assert any(name in key for key in optimizer)
+
+
+@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
+def test_a_cut_and_resumed_run_on_images_equals_the_uncut_one(tmp_path, buffer_type):
+    changes = TOY_IMAGES | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": 1, "trainer.total_updates": 4}
+    start(tmp_path / "uncut", "toy", changes)
+    start(tmp_path / "cut", "toy", changes, stop_at=2)
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_a_cut_and_resumed_run_on_lifts_images_equals_the_uncut_one(tmp_path):
+    """Episodes are open at the cut, and what their cameras show is rendered anew."""
+    changes = LIFT_IMAGE | {"trainer.buffer_type": "vla", "buffer.max_policy_lag": 1, "env.horizon": 26}
+    start(tmp_path / "uncut", "lift_image", changes)
+    start(tmp_path / "cut", "lift_image", changes, stop_at=2)
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    obs_keys = tuple(load_config("lift_image").env.obs_keys)
+    spec = EnvSpec({"state": (9,)}, 7, 12, obs_keys=obs_keys, image_shapes={"agentview": (3, 24, 20)})
+    policy = make_policy(PolicyConfig(), spec.obs_shapes, 7, 0, spec.image_shapes)
+    save_policy(tmp_path / "seeing.safetensors", policy, PolicyConfig(), spec)
+    return str(tmp_path / "seeing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env.cameras": []}, r"the run has env.cameras = \[\], env.n_obs_steps = 1"),
+        ({"env.cameras": ["frontview"]}, r"made for env.cameras = \['agentview'\].* has env.cameras = \['frontview'\]"),
+        ({"env.camera_size": [24, 24]}, r"camera_size = \[24, 20\].*camera_size = \[24, 24\]"),
+        ({"env.n_obs_steps": 2}, r"n_obs_steps = 1; .*n_obs_steps = 2"),
+    ],
+)
+def test_a_checkpoint_made_for_other_images_is_refused_before_simulators_are_built(checkpoint, changes, message):
+    same = {"policy.checkpoint": checkpoint, "env.camera_size": [24, 20]}
+    check_start(load_config("lift_image", same))
+    with pytest.raises(CheckpointError, match=message):
+        check_start(load_config("lift_image", same | changes))
+
+
+def test_an_unknown_camera_is_one_line_and_exit_code_2(run_cli: CommandLine):
+    for command in (
+        ["train", "--checkpoint", "lift_flow", "env.cameras=[agentveiw]"],
+        ["demos", "--cameras", "agentveiw"],
+    ):
+        done = run_cli(*command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(
+            "asyncflow: error: env.cameras: there is no camera 'agentveiw'; cameras: frontview"
+        )
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.sim
+def test_without_a_renderer_a_run_ends_with_one_line_and_exit_code_2(run_cli: CommandLine, monkeypatch, tmp_path):
+    monkeypatch.setenv("MUJOCO_GL", "glfw")  # needs a screen
+    done = run_cli("train", "--config", "lift_image", "--num-envs", "1", "policy.checkpoint=null")
+    assert done.returncode == 2
+    assert done.stderr.startswith("asyncflow: error: env.cameras: cannot render: MUJOCO_GL = glfw")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_a_policy_that_sees_is_evaluated_with_its_own_cameras(tmp_path):
+    start(tmp_path / "run", "lift_image", LIFT_IMAGE | {"trainer.total_updates": 1, "env.n_obs_steps": 2})
+    config = load_config("lift", {"env.num_envs": 1, "env.num_workers": 1, "trainer.device": "cpu"})
+    assert evaluate_checkpoint(str(tmp_path / "run"), config, 1).num_episodes == 1
