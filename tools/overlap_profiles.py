@@ -87,7 +87,7 @@ def profile_three_stages(settings: Settings, place: Place) -> dict[str, Any]:
 
 def profile_sweep(settings: Settings, place: Place) -> dict[str, Any]:
     """Profile the toy at each ratio of training to collecting."""
-    return profile("sweep", ["--task", "Toy", "--sweep"], place, settings)
+    return profile("sweep", ["--task", "Toy", "--sweep", "--num-repeats", str(settings.sweep_repeats)], place, settings)
 
 
 def profile_lift(settings: Settings, place: Place) -> dict[str, Any]:

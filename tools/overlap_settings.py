@@ -31,6 +31,7 @@ class Settings:
         toy_inference_s: Emulated inference where the toy's two stages are equally long.
         three_stages_s: Each of the toy's three emulated stages.
         lift_inference_s: Emulated inference on Lift: 1.5 s are 25 ms for a decision of all environments.
+        sweep_repeats: Blocks of each ratio of the sweep: of one block, a single disturbed leg would decide.
         profile_arguments: For every `asyncflow profile`; none means its defaults.
         balance_updates: Updates by which the real seconds of a stage are measured.
         overhead_blocks: Times off, on, on, off, of each of two runs.
@@ -46,6 +47,7 @@ class Settings:
     toy_inference_s: float = 1.5
     three_stages_s: float = 1.5
     lift_inference_s: float = 1.5
+    sweep_repeats: int = 3
     profile_arguments: tuple[str, ...] = ()
     balance_updates: int = 5
     overhead_blocks: int = 16
@@ -80,7 +82,7 @@ DEPENDS = {
     "balance": ("toy_inference_s", "lift_inference_s", "balance_updates", "lift_overrides"),
     "two_stages": ("toy_inference_s", "profile_arguments"),
     "three_stages": ("three_stages_s", "profile_arguments"),
-    "sweep": ("profile_arguments",),
+    "sweep": ("sweep_repeats", "profile_arguments"),
     "overhead": ("overhead_blocks", "toy_window", "lift_window", "overhead_rollout", "lift_overrides"),
     "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
     "train": ("lift_inference_s", "lift_overrides", "seeds"),
@@ -93,6 +95,7 @@ TINY = replace(
     toy_inference_s=0.2,
     three_stages_s=0.2,
     lift_inference_s=0.3,
+    sweep_repeats=1,
     profile_arguments=("--num-repeats", "1", "--num-updates", "2"),
     balance_updates=2,
     overhead_blocks=2,
