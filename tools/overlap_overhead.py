@@ -120,8 +120,9 @@ class Switch:
 
 def measure_run(settings: Settings, task: str, is_second: bool) -> list[Cost]:
     """Train with both lanes at work, without emulated latency; return the cost of every window."""
-    window = settings.toy_window if task == "Toy" else settings.lift_window
-    num_windows = settings.overhead_blocks * len(IS_ON)
+    is_toy = task == "Toy"
+    window = settings.toy_window if is_toy else settings.lift_window
+    num_windows = (settings.toy_blocks if is_toy else settings.lift_blocks) * len(IS_ON)
     size = {"buffer.buffer_size": settings.overhead_rollout} if task == "Lift" else {}
     with tempfile.TemporaryDirectory() as folder:
         total = NUM_WARMUP_UPDATES + window * num_windows + 3  # the collector works on to the end of the last window

@@ -34,7 +34,8 @@ class Settings:
         sweep_repeats: Blocks of each ratio of the sweep: of one block, a single disturbed leg would decide.
         profile_arguments: For every `asyncflow profile`; none means its defaults.
         balance_updates: Updates by which the real seconds of a stage are measured.
-        overhead_blocks: Times off, on, on, off, of each of two runs.
+        toy_blocks: Times off, on, on, off, of each of two runs of the toy.
+        lift_blocks: The same of Lift.
         toy_window: Updates of the toy with recording on, or off.
         lift_window: The same of Lift.
         overhead_rollout: Decisions of Lift's rollouts there: half a second instead of five, so that turns are short.
@@ -50,7 +51,8 @@ class Settings:
     sweep_repeats: int = 3
     profile_arguments: tuple[str, ...] = ()
     balance_updates: int = 5
-    overhead_blocks: int = 16
+    toy_blocks: int = 48
+    lift_blocks: int = 16
     toy_window: int = 8
     lift_window: int = 3
     overhead_rollout: int = 96
@@ -83,7 +85,7 @@ DEPENDS = {
     "two_stages": ("toy_inference_s", "profile_arguments"),
     "three_stages": ("three_stages_s", "profile_arguments"),
     "sweep": ("sweep_repeats", "profile_arguments"),
-    "overhead": ("overhead_blocks", "toy_window", "lift_window", "overhead_rollout", "lift_overrides"),
+    "overhead": ("toy_blocks", "lift_blocks", "toy_window", "lift_window", "overhead_rollout", "lift_overrides"),
     "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
     "train": ("lift_inference_s", "lift_overrides", "seeds"),
     "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
@@ -98,7 +100,8 @@ TINY = replace(
     sweep_repeats=1,
     profile_arguments=("--num-repeats", "1", "--num-updates", "2"),
     balance_updates=2,
-    overhead_blocks=2,
+    toy_blocks=2,
+    lift_blocks=2,
     toy_window=2,
     lift_window=1,
     overhead_rollout=32,
