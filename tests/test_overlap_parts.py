@@ -129,7 +129,7 @@ def test_recording_is_on_in_every_other_pair_of_windows(settings, tools, tmp_pat
         monkeypatch.setattr(
             tracing.Tracer, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))[1]
         )
-    costs = overhead.measure_run(replace(settings.TINY, overhead_blocks=1, toy_window=1), "Toy", is_second)
+    costs = overhead.measure_run(replace(settings.TINY, toy_blocks=1, toy_window=1), "Toy", is_second)
     assert all(cost.wall_s > 0 and cost.cpu_s > 0 for cost in costs)
     off, on = ["close"], ["open", "close"]
     wanted = [on, off, off, on] if is_second else [off, on, on, off]
