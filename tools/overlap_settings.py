@@ -50,7 +50,7 @@ class Settings:
     lift_inference_s: float = 1.5
     sweep_repeats: int = 3
     profile_arguments: tuple[str, ...] = ()
-    balance_updates: int = 5
+    balance_updates: int = 15
     toy_blocks: int = 48
     lift_blocks: int = 16
     toy_window: int = 8
