@@ -48,9 +48,9 @@ class Timing:
 
 def measure(task: str, num_blocks: int, num_steps: int, seed: int) -> Timing:
     """Time one task, the first block of both left out; the two ways take turns in going first."""
+    env = RobomimicEnv(resolve_task(EnvConfig(task=task)), seed)  # imports robosuite, and keeps it quiet
     from asyncflow.envs.fast_step import FastStep  # noqa: PLC0415  seconds, and only the measuring processes need it
 
-    env = RobomimicEnv(resolve_task(EnvConfig(task=task)), seed)
     steps = {"bare": env.env.env.step, "fast": FastStep(env.env.env).step}
     block_ms: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(num_blocks + 1):

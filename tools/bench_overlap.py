@@ -1,7 +1,7 @@
 """Measure what overlap gives, and what the profiler says of it; write `docs/benchmarks/overlap.md` and its pictures.
 
     python tools/bench_overlap.py                       # everything, on a quiet machine; an hour
-    python tools/bench_overlap.py --part overhead       # parts, each on its own
+    python tools/bench_overlap.py --part overhead_toy   # parts, each on its own
     python tools/bench_overlap.py --part evaluate       # any time, any machine: nothing of it is timed
     python tools/bench_overlap.py --page                # the page again, from what is there
 
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ PARTS: dict[str, Part] = {  # in the order in which they are measured
     "two_stages": profile_two_stages,
     "three_stages": profile_three_stages,
     "sweep": profile_sweep,
-    "overhead": measure_overhead,
+    "overhead_toy": partial(measure_overhead, "Toy"),
+    "overhead_lift": partial(measure_overhead, "Lift"),
     "lift": profile_lift,
     "train": train_lift,
     "evaluate": evaluate_lift,

@@ -156,7 +156,9 @@ def bench_workers(options: argparse.Namespace) -> Part:
     findings = [
         compare(rates, "workers", "bare", "`env.fast_step` off, as many simulators"),
         compare(rates, "workers", "single", "`env.fast_step` off, one simulator each"),
-        replace(compare(rates, "fast", "bare", "as many simulators"), target=REPORTED, is_met=True),
+        replace(
+            compare(rates, "fast", "bare", "with `env.fast_step`, as many simulators"), target=REPORTED, is_met=True
+        ),
     ]
     note = WORKERS_NOTE.format(cores=cores, block_s=options.block_s, **means)
     return Part(findings, [note])

@@ -166,12 +166,9 @@ def _block_mean(runs: tuple[list[Cost], list[Cost]], start: int, is_wanted: bool
     )
 
 
-def measure_overhead(settings: Settings, place: Place) -> dict[str, Any]:
-    """Measure both tasks."""
-    found: dict[str, Any] = {}
-    for task in ("Lift", "Toy"):
-        first, second = (isolated(measure_run, settings, task, is_second) for is_second in (False, True))
-        shares = {name: asdict(overhead(first, second, name)) for name in ("wall_s", "cpu_s", "process_s")}
-        print(f"{task}: {100 * shares['wall_s']['value']:+.2f} % seconds", flush=True)
-        found[task] = shares | {"windows": [[asdict(cost) for cost in costs] for costs in (first, second)]}
-    return found
+def measure_overhead(task: str, settings: Settings, place: Place) -> dict[str, Any]:
+    """Measure one task."""
+    first, second = (isolated(measure_run, settings, task, is_second) for is_second in (False, True))
+    shares = {name: asdict(overhead(first, second, name)) for name in ("wall_s", "cpu_s", "process_s")}
+    print(f"{task}: {100 * shares['wall_s']['value']:+.2f} % seconds", flush=True)
+    return {task: shares | {"windows": [[asdict(cost) for cost in costs] for costs in (first, second)]}}

@@ -52,7 +52,7 @@ class Settings:
     profile_arguments: tuple[str, ...] = ()
     balance_updates: int = 15
     toy_blocks: int = 48
-    lift_blocks: int = 16
+    lift_blocks: int = 48
     toy_window: int = 8
     lift_window: int = 3
     overhead_rollout: int = 96
@@ -85,7 +85,8 @@ DEPENDS = {
     "two_stages": ("toy_inference_s", "profile_arguments"),
     "three_stages": ("three_stages_s", "profile_arguments"),
     "sweep": ("sweep_repeats", "profile_arguments"),
-    "overhead": ("toy_blocks", "lift_blocks", "toy_window", "lift_window", "overhead_rollout", "lift_overrides"),
+    "overhead_toy": ("toy_blocks", "toy_window"),
+    "overhead_lift": ("lift_blocks", "lift_window", "overhead_rollout", "lift_overrides"),
     "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
     "train": ("lift_inference_s", "lift_overrides", "seeds"),
     "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
