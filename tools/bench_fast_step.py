@@ -74,9 +74,10 @@ def play(step: Callable[[NDArray[np.float64]], Any], actions: NDArray[np.float64
     return 1e3 * (time.perf_counter() - start) / len(actions)
 
 
-NOTE = """Bare is robosuite's own `step`, fast is `env.fast_step`: one process, one simulator, the same random actions from the same
-starts, blocks of both ways in turns. Medians over blocks, in brackets their range. Both ways end every block in the
-same state, bit for bit, or the measurement stops."""
+NOTE = """\
+Bare is robosuite's own `step`, fast is `env.fast_step`: one process, one simulator, the same random actions from
+the same starts, blocks of both ways in turns. Medians over blocks, in brackets their range. Both ways end every block
+in the same state, bit for bit, or the measurement stops."""
 
 
 def to_page(timings: list[Timing]) -> str:

@@ -30,12 +30,12 @@ MIN_WORKER_RATIO = 0.95
 
 WORKERS_NOTE = (
     f"Workers: Lift, {NUM_ENVS} environments in {{cores}} processes, chunks of {CHUNK_LENGTH} random actions, warm-up "
-    f"left out: {{workers:.0f}} env steps/s with `env.fast_step` off, {{fast:.0f}} with it. Bare: {{cores}} processes that only call `step` and, every {HORIZON} "
-    "steps, `reset` of `robosuite.make` with the arguments of robomimic's wrapper. With as many simulators, taken in "
-    "turn as the workers do: {bare:.0f} env steps/s; the difference is the machinery (messages, observations, success, "
-    "waiting for the slowest). With one simulator each: {single:.0f} env steps/s; the caches then hold one simulator "
-    f"instead of several, which nothing that collects from {NUM_ENVS} environments can have. Turns of {{block_s:g}} s: "
-    "workers, fast, bare, single, and back."
+    "left out: {workers:.0f} env steps/s with `env.fast_step` off, {fast:.0f} with it. Bare: {cores} processes "
+    f"that only call `step` and, every {HORIZON} steps, `reset` of `robosuite.make` with the arguments of robomimic's "
+    "wrapper. With as many simulators, taken in turn as the workers do: {bare:.0f} env steps/s; the difference is the "
+    "machinery (messages, observations, success, waiting for the slowest). With one simulator each: {single:.0f} env "
+    f"steps/s; the caches then hold one simulator instead of several, which nothing that collects from {NUM_ENVS} "
+    "environments can have. Turns of {block_s:g} s: workers, fast, bare, single, and back."
 )
 
 

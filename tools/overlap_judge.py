@@ -138,7 +138,7 @@ def judge_lift(figures: Figures) -> list[Finding]:
         Finding(
             f"Lift, policy and update emulated so that Tc = Tt (measured alone: Tc {alone['collect_s']:.2f} s, Tt "
             f"{alone['update_s']:.2f} s): share of the contended ceiling",
-            f"{share:.3f}: speed-up {with_interval(reached)} of {ceiling:.3f}; block by block {with_interval(by_block)}",
+            f"{share:.3f}: speed-up {with_interval(reached)} of {ceiling:.3f}; by blocks {with_interval(by_block)}",
             f">= {MIN_LIFT_SHARE}, both",
             min(share, by_block.value) >= MIN_LIFT_SHARE,
         )
