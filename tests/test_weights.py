@@ -76,7 +76,10 @@ def test_a_version_that_was_written_over_is_refused_instead_of_waited_for():
     publisher = WeightPublisher(Constant(), 1)
     for version in (1, 2):
         publisher.publish(version)
-    with pytest.raises(AsyncflowError, match=r"version 0 of the weights is gone; held are \[1, 2\]"), publisher.lease(0):
+    with (
+        pytest.raises(AsyncflowError, match=r"version 0 of the weights is gone; held are \[1, 2\]"),
+        publisher.lease(0),
+    ):
         pass
 
 
