@@ -156,7 +156,15 @@ def test_the_clocks_of_workers_are_read(tools):
 
 
 def test_the_page_holds_every_target_that_was_measured(settings, tools, bench, place):
-    sweep = {"wanted_ratio": 1.0, "ratio": 1.0, "ceiling": 2.0, "predicted": 2.0, "measured": 1.98, "error": -0.01}
+    sweep = {
+        "wanted_ratio": 1.0,
+        "ratio": 1.0,
+        "ceiling": 2.0,
+        "predicted": 2.0,
+        "measured": 1.98,
+        "interval": "-",
+        "error": -0.01,
+    }
     overhead = {"wall_s": speedup(0.0), "cpu_s": speedup(0.0)}
     figures = {
         "balance": {},

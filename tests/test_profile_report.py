@@ -47,6 +47,10 @@ def test_the_json_holds_every_figure_asked_for(tmp_path, said):
     found = write(tmp_path, said)
     assert found["speedup"]["standard"]["value"] == pytest.approx(1.25)
     assert found["ceilings"]["ideal"]["two_stage"] == pytest.approx(10 / 6)
+    limits = {kind: limit["two_stage"] for kind, limit in found["ceilings"].items()}
+    assert found["reached"] == {"standard": {kind: pytest.approx(1.25 / limit) for kind, limit in limits.items()}}
+    assert set(found["modes"]["standard"]["bubbles"]) == {"trainer", "collector", "simulators"}
+    assert {"predicted", "alone", "at_work", "advice"} < set(found)
     vla = found["modes"]["vla"]
     assert vla["lags"] == {"1": 8}
     assert vla["decisions"] == {"fresh": 64, "reused": 0, "dropped": 0}

@@ -77,7 +77,8 @@ def play(step: Callable[[NDArray[np.float64]], Any], actions: NDArray[np.float64
 NOTE = """\
 Bare is robosuite's own `step`, fast is `env.fast_step`: one process, one simulator, the same random actions from
 the same starts, blocks of both ways in turns. Medians over blocks, in brackets their range. Both ways end every block
-in the same state, bit for bit, or the measurement stops."""
+in the same state, bit for bit, or the measurement stops. Whole
+episodes of every task and controller are compared by `make test-all ARGS=tests/envs/test_fast_step.py`."""
 
 
 def to_page(timings: list[Timing]) -> str:

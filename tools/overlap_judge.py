@@ -81,11 +81,11 @@ def judge_three_stages(figures: Figures) -> list[Finding]:
 def judge_sweep(figures: Figures) -> list[Finding]:
     """Compare every point of the sweep with its prediction."""
     errors = [row["error"] for row in figures["profile"]["sweep"]]
-    ratios = [row["wanted_ratio"] for row in figures["profile"]["sweep"]]
+    ratios = [row["ratio"] for row in figures["profile"]["sweep"]]
     worst = max(errors, key=abs)
     return [
         Finding(
-            f"toy, Tt / Tc from {min(ratios):g} to {max(ratios):g}: measured over predicted speed-up, worst of "
+            f"toy, Tt / Tc from {min(ratios):.2f} to {max(ratios):.2f}: measured over predicted speed-up, worst of "
             f"{len(errors)} points",
             f"{signed_percent(worst)}; all: {signed_percent(min(errors))} to {signed_percent(max(errors))}",
             f"every point within {100 * MAX_SWEEP_ERROR:g} %",
@@ -138,7 +138,8 @@ def judge_lift(figures: Figures) -> list[Finding]:
         Finding(
             f"Lift, policy and update emulated so that Tc = Tt (measured alone: Tc {alone['collect_s']:.2f} s, Tt "
             f"{alone['update_s']:.2f} s): share of the contended ceiling",
-            f"{share:.3f}: speed-up {with_interval(reached)} of {ceiling:.3f}; by blocks {with_interval(by_block)}",
+            f"{share:.3f}: speed-up {with_interval(reached)} of {ceiling:.3f}; by blocks {with_interval(by_block)}; "
+            f"of the ideal ceiling {reached.value / found['ceilings']['ideal']['two_stage']:.3f}",
             f">= {MIN_LIFT_SHARE}, both",
             min(share, by_block.value) >= MIN_LIFT_SHARE,
         )

@@ -48,7 +48,9 @@ def write_page(place: Place, records: Records) -> list[Finding]:
     if curves:
         draw_learning(place.pages / "overlap_learning.png", curves)
         sections.append(describe_learning(curves))
-    text = "\n".join([head(records), target_table(findings), NOTES, *sections])
+    remarks = place.data / "overlap_remarks.md"  # by hand: what was repeated, and why
+    said = [remarks.read_text(encoding="utf-8")] if remarks.exists() else []
+    text = "\n".join([head(records), target_table(findings), NOTES, *said, *sections])
     (place.pages / "overlap.md").write_text(text, encoding="utf-8")
     return findings
 
@@ -77,10 +79,13 @@ def head(records: Records) -> str:
     setting = describe_setting(first["machine"], first["software"] | {"commit": "`, `".join(commits)})
     calls = list(dict.fromkeys(record["command"] for record in records.values()))
     inner = [record["figures"]["command"] for record in records.values() if "command" in record["figures"]]
-    minutes = ", ".join(f"{part} {record['seconds'] / 60:.1f}" for part, record in records.items())
+    minutes = ", ".join(
+        f"{part} {record['seconds'] / 60:.1f} (`{record['software']['commit'][:7]}`)"
+        for part, record in records.items()
+    )
     commands = "\n".join([*calls, *(f"# {command}" for command in inner)])
-    note = "Lines with `#` are what the first one runs."
-    return f"# Overlap\n\n{setting}- Minutes: {minutes}\n\n```\n{commands}\n```\n{note}\n"
+    note = "Lines with `#` are what these run."
+    return f"# Overlap\n\n{setting}- Minutes of each part, and its commit: {minutes}\n\n```\n{commands}\n```\n{note}\n"
 
 
 def target_table(findings: list[Finding]) -> str:
@@ -125,13 +130,13 @@ def with_spread(stage: dict[str, float]) -> str:
 
 def sweep_table(found: dict[str, Any]) -> str:
     """Return measured against predicted speed-up at each ratio."""
-    head = ["Tt / Tc", "as measured", "ceiling", "predicted", "measured", "error"]
-    names = ("ratio", "ceiling", "predicted", "measured")
-    rows = [
-        [f"{row['wanted_ratio']:g}", *(f"{row[name]:.3f}" for name in names), f"{100 * row['error']:+.1f} %"]
-        for row in found["sweep"]
-    ]
-    return to_table(head, rows)
+    head = ["Tt / Tc", "as measured", "ceiling", "predicted", "measured", "95 %", "error"]
+    return to_table(head, [_sweep_row(row) for row in found["sweep"]])
+
+
+def _sweep_row(row: dict[str, Any]) -> list[str]:
+    figures = [f"{row[name]:.3f}" for name in ("ratio", "ceiling", "predicted", "measured")]
+    return [f"{row['wanted_ratio']:g}", *figures, row["interval"], f"{100 * row['error']:+.1f} %"]
 
 
 def describe_learning(curves: Curves) -> str:
