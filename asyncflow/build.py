@@ -17,16 +17,18 @@ from torch import Tensor
 from asyncflow.buffer import RolloutBuffer
 from asyncflow.checkpoint import Checkpoint
 from asyncflow.collector import Collector, InlineCollector, ThreadedCollector
-from asyncflow.config import Config
+from asyncflow.config import Config, PolicyConfig
 from asyncflow.device import check_compile, resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
-from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policies.mapping import NameMapping, check_names
+from asyncflow.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
 from asyncflow.progress import Progress
 from asyncflow.resources import check_memory
@@ -82,14 +84,19 @@ def check_start(config: Config) -> Path:
     """Find a user's mistakes before simulators are built, which takes seconds; return the run folder to create.
 
     Raises:
-        ConfigError: The device, the task, its observations, the checkpoint or the policy cannot be had, or the folder
-            already holds a run.
+        ConfigError: The device, the task, its observations, the checkpoint or the policy cannot be had, the
+            names in `policy.mapping` do not exist, or the folder already holds a run.
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
     check_cameras(config.env)
     folder = name_run_folder(config)
-    spec = _foresee_spec(config)
-    if find_policy_code(config.policy):
+    spec, mapping = _foresee_spec(config), config.policy.mapping
+    is_known = is_described(config.env) and config.env.env_meta is None
+    if is_known:
+        NameMapping(mapping, spec)
+    elif is_described(config.env):  # only its simulator knows sizes
+        check_names(mapping, spec)
+    if find_policy_code(config.policy) and (is_known or not mapping.parts):
         build_policy(config, spec, torch.device("cpu"))
     return folder
 
@@ -101,10 +108,15 @@ def _foresee_spec(config: Config) -> EnvSpec:
         spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
     if not is_described(config.env):
         return spec
-    obs_keys = resolve_task(config.env).obs_keys
+    settings = resolve_task(config.env)
     images = dict.fromkeys(config.env.cameras, (3, *config.env.camera_size))
     state = {"state": spec.obs_shapes["state"][-1:]}
-    one_step = replace(spec, obs_shapes=state, obs_keys=obs_keys, image_shapes=images)
+    one_step = replace(spec, obs_shapes=state, obs_keys=settings.obs_keys, image_shapes=images)
+    if config.env.env_meta is None:
+        sizes = settings.task.obs_sizes()
+        widths = tuple(sizes[key] for key in settings.obs_keys)
+        state, action_dim = {"state": (sum(widths),)}, settings.task.action_dim
+        one_step = replace(one_step, obs_shapes=state, obs_widths=widths, action_dim=action_dim)
     return one_step.with_history(config.env.n_obs_steps)
 
 
@@ -133,7 +145,7 @@ def build_parts(
         if config.trainer.eval_interval:
             eval_env = _build_env(config, "evaluation", min(config.env.num_envs, config.trainer.eval_episodes))
             on_failure.callback(eval_env.close)
-        policy = build_policy(config, env.spec, device, resumed)
+        policy = build_policy(config, env.simulator_spec, device, resumed)
         channel = _build_channel(config, policy, env.spec, on_plan)
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
         progress = Progress()
@@ -147,17 +159,25 @@ def build_parts(
 
 def _build_env(config: Config, purpose: str, num_envs: int) -> VecEnv:
     seed = derive_seed(config.trainer.seed, purpose)
-    return make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+    env = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+    return map_names(env, config.policy.mapping)
 
 
 def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: Checkpoint | None = None) -> Policy:
     """Return the policy that training starts from or goes on with, on `device`.
 
+    Args:
+        config: The run.
+        spec: The simulators', in their own names.
+        device: Where the policy is to be.
+        resumed: Where the run goes on.
+
     Raises:
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
-    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
+    seen = NameMapping(config.policy.mapping, spec).spec
+    policy = make_policy(config.policy, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
     if resumed is not None:
         try:
             policy.load_state_dict(resumed.policy)
@@ -167,28 +187,33 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
             ) from None
     elif config.policy.checkpoint:
         file = load_policy_file(resolve_checkpoint(config.policy.checkpoint))
-        if file.env_spec.obs_keys != spec.obs_keys:
-            raise CheckpointError(
-                f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
-                f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
-            )
-        _check_images(config, file.env_spec, spec)
+        _check_origin(config.policy, file, spec)
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
 
 
-def _check_images(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:
-    """Refuse a policy that has not seen such observations, since a network takes images of any size."""
-    seen, shown = (_describe_images(each) for each in (made_for, spec))
+def _check_origin(config: PolicyConfig, file: PolicyFile, spec: EnvSpec) -> None:
+    """Refuse a policy that was made for other observations or actions: a network takes any of the right size."""
+    name, made_with = f"policy.checkpoint = {config.checkpoint}", file.policy_config.mapping
+    for key, value in made_with.parts.items():
+        if key not in config.mapping.parts:
+            raise CheckpointError(f"{name}: made with {key} = {value}, which the run leaves out")
+    if config.mapping.obs.state is None and file.env_spec.obs_keys != spec.obs_keys:
+        raise CheckpointError(
+            f"{name}: made for env.obs_keys = {list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
+        )
+    what = "images" if config.mapping.obs.images is not None else "env.cameras"
+    pair = NameMapping(made_with, file.env_spec).spec, NameMapping(config.mapping, spec).spec
+    seen, shown = (_describe_images(each, what) for each in pair)
     if seen != shown:
-        raise CheckpointError(f"policy.checkpoint = {config.policy.checkpoint}: made for {seen}; the run has {shown}")
+        raise CheckpointError(f"{name}: made for {seen}; the run has {shown}")
 
 
-def _describe_images(spec: EnvSpec) -> str:
+def _describe_images(spec: EnvSpec, what: str) -> str:
     sizes = [list(shape[-2:]) for shape in spec.image_shapes.values()]
     size = f", env.camera_size = {sizes[0]}" if sizes else ""
-    return f"env.cameras = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
+    return f"{what} = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
 
 
 def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:

@@ -264,7 +264,14 @@ def _describe(prefix: str, section: Section) -> Iterator[tuple[str, Any, str]]:
         if isinstance(value, Section):
             yield from _describe(f"{key}.", value)
         else:
-            yield key, value, info.description or ""
+            yield key, _plain(value), info.description or ""
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a preset holds it."""
+    if isinstance(value, list):
+        return [each.model_dump(exclude_none=True) if isinstance(each, Section) else each for each in value]
+    return value
 
 
 def _explain(error: ValidationError) -> str:

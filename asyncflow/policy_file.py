@@ -122,6 +122,7 @@ def load_policy_file(path: str | Path) -> PolicyFile:
             "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
             "image_shapes": {key: tuple(shape) for key, shape in header["env"].get("image_shapes", {}).items()},
             "obs_keys": tuple(header["env"]["obs_keys"]),
+            "obs_widths": tuple(header["env"].get("obs_widths", ())),
         }
         return PolicyFile(tensors, PolicyConfig.model_validate(header["policy"]), EnvSpec(**env))
     except (KeyError, TypeError, AttributeError, ValidationError) as error:

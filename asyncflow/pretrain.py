@@ -116,10 +116,13 @@ def pretrain(
         options: Length, batch and seed.
 
     Raises:
-        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy is not a flow policy.
+        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy is not a flow policy or has
+            names of its own.
     """
     start = time.perf_counter()
     check_output(Path(out))
+    if policy_config.mapping.parts:
+        raise ConfigError(f"{next(iter(policy_config.mapping.parts))}: pre-training is in the simulator's own names")
     demos = read_dataset(dataset, env_config)
     examples = make_examples(demos, env_config.n_obs_steps, policy_config.horizon)
     spec = _make_spec(demos).with_history(env_config.n_obs_steps)

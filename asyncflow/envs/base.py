@@ -34,12 +34,14 @@ class EnvSpec:
     Attributes:
         obs_shapes: Observation key -> shape without the environment dimension, such as `{"state": (19,)}`; float32.
             With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first.
-        action_dim: A. Actions are in [-1, 1].
+        action_dim: A. A simulator's actions are in [-1, 1].
         horizon: Env steps until an episode is truncated.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
+        obs_widths: How many numbers each of them has; empty where that is not said.
         image_shapes: Camera -> `(3, height, width)`, or `(n_obs_steps, 3, height, width)`; uint8, under `images`.
         task: Name of the task, where `env_meta` does not describe it.
+        action_limit: Actions are clipped to [-action_limit, action_limit]; infinite where they are not the simulator's.
     """
 
     obs_shapes: dict[str, tuple[int, ...]]
@@ -49,6 +51,8 @@ class EnvSpec:
     obs_keys: tuple[str, ...] = ()
     image_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     task: str = ""
+    obs_widths: tuple[int, ...] = ()
+    action_limit: float = 1.0
 
     @property
     def n_obs_steps(self) -> int:
@@ -144,6 +148,11 @@ class VecEnv(ABC):
 
     spec: EnvSpec
     num_envs: int
+
+    @property
+    def simulator_spec(self) -> EnvSpec:
+        """What the environments can be built from again: `spec`, unless that is in a model's names."""
+        return self.spec
 
     @abstractmethod
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:

@@ -60,6 +60,7 @@ class RobomimicEnv:
             horizon=settings.horizon,
             env_meta=env_meta,
             obs_keys=settings.obs_keys,
+            obs_widths=self._count_numbers(),
             image_shapes={name: (3, *settings.camera_size) for name in settings.cameras},
         )
 
@@ -82,6 +83,11 @@ class RobomimicEnv:
         if missing:
             raise EnvError(f"env.obs_keys: the simulator has no {', '.join(missing)}; it has {', '.join(sorted(obs))}")
         return np.concatenate([np.atleast_1d(obs[key]) for key in self._obs_keys], dtype=np.float32)
+
+    def _count_numbers(self) -> tuple[int, ...]:
+        """Return how many numbers each of the `obs_keys` has."""
+        obs = self.observe_all()
+        return tuple(np.size(obs[key]) for key in self._obs_keys)
 
     def render(self) -> NDArray[np.uint8]:
         """Return what the cameras see after the last step, [C, 3, height, width], upright.

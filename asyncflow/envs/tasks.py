@@ -26,10 +26,11 @@ _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
 _ROBOT_CAMERAS = ("robot0_robotview", "robot0_eye_in_hand")
 _CAMERAS = ("frontview", "birdview", "agentview", "sideview", *_ROBOT_CAMERAS)
-_ARM_OBS = (
-    "eef_pos", "eef_quat", "eef_quat_site", "gripper_qpos", "gripper_qvel",
-    "joint_acc", "joint_pos", "joint_pos_cos", "joint_pos_sin", "joint_vel",
-)  # fmt: skip
+# What robosuite observes of a Panda, and how many numbers each is.
+_ARM_OBS = {
+    "eef_pos": 3, "eef_quat": 4, "eef_quat_site": 4, "gripper_qpos": 2, "gripper_qvel": 2,
+    "joint_acc": 7, "joint_pos": 7, "joint_pos_cos": 7, "joint_pos_sin": 7, "joint_vel": 7,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Task:
         robots: robosuite's names of the arms.
         env_kwargs: Further arguments of `robosuite.make`.
         cameras: robosuite's names of the cameras.
+        object_size: How many numbers the observation `object` has.
     """
 
     env_name: str
@@ -53,24 +55,32 @@ class Task:
     robots: tuple[str, ...] = ("Panda",)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     cameras: tuple[str, ...] = _CAMERAS
+    object_size: int = 0
 
-    def available_obs_keys(self) -> list[str]:
-        """Return the names of all that the simulator of a known task observes, as robomimic names it."""
-        return ["object", *(f"robot{arm}_{name}" for arm in range(len(self.robots)) for name in _ARM_OBS)]
+    @property
+    def action_dim(self) -> int:
+        """Size of an action: six numbers and a gripper's for each arm."""
+        return 7 * len(self.robots)
+
+    def obs_sizes(self) -> dict[str, int]:
+        """Return what the simulator of a known task observes, by robomimic's names, and how many numbers each is."""
+        arms = {f"robot{arm}_{name}": n for arm in range(len(self.robots)) for name, n in _ARM_OBS.items()}
+        return {"object": self.object_size, **arms}
 
 
 TASKS: dict[str, Task] = {
-    "Lift": Task("Lift", 400, "lift a cube from the table"),
+    "Lift": Task("Lift", 400, "lift a cube from the table", object_size=10),
     "Can": Task(
         "PickPlaceCan",
         400,
         "move a can into its bin",
         cameras=("frontview", "birdview", "agentview", *_ROBOT_CAMERAS),
+        object_size=14,
     ),
-    "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg"),
-    "Stack": Task("Stack", 400, "put the red cube onto the green one"),
-    "Door": Task("Door", 400, "turn the handle and open the door"),
-    "ToolHang": Task("ToolHang", 700, "assemble a frame and hang a tool on it"),
+    "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg", object_size=14),
+    "Stack": Task("Stack", 400, "put the red cube onto the green one", object_size=23),
+    "Door": Task("Door", 400, "turn the handle and open the door", object_size=14),
+    "ToolHang": Task("ToolHang", 700, "assemble a frame and hang a tool on it", object_size=44),
     "Transport": Task(
         "TwoArmTransport",
         700,
@@ -79,6 +89,7 @@ TASKS: dict[str, Task] = {
         robots=("Panda", "Panda"),
         env_kwargs={"env_configuration": "opposed"},
         cameras=(*_CAMERAS, "shouldercamera0", "shouldercamera1", "robot1_robotview", "robot1_eye_in_hand"),
+        object_size=41,
     ),
 }
 
@@ -185,7 +196,7 @@ def check_camera_names(asked: tuple[str, ...], available: tuple[str, ...]) -> No
 
 
 def _check_obs_keys(config: EnvConfig, task: Task) -> None:
-    available = task.available_obs_keys()
+    available = task.obs_sizes()
     missing = [key for key in config.obs_keys or [] if key not in available]
     if missing:
         lacking = f"{config.task} has no {', '.join(missing)}; it has {', '.join(available)}"

@@ -100,6 +100,11 @@ def log_prob_terms(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return -0.5 * (distance * distance) - (std.log() + 0.5 * math.log(2 * math.pi))  # a square's gradient costs more
 
 
+def select_dims(x: Tensor, dims: Tensor | None) -> Tensor:
+    """Return some of the last dimension's entries; all of them for None, or where one stands for all."""
+    return x if dims is None or x.shape[-1] == 1 else x.index_select(-1, dims)
+
+
 def entropy_terms(std: Tensor) -> Tensor:
     """Return the entropy of a Gaussian, per element, in nats."""
     return std.log() + 0.5 * math.log(2 * math.pi * math.e)
@@ -118,6 +123,8 @@ class FlowSampler(nn.Module):
         noise_size: K + 1 chunks (initial noise, then every step's), and the number that picks `single_step`'s step.
         num_stochastic: J.
         log_prob_terms: See `Policy`.
+        num_executed: Action dimensions that the simulator executes.
+        executed_dims: Which they are, [num_executed]; None: all of them.
         noise_level: The scale a that sampling uses now, a buffer so that it is published with the weights.
     """
 
@@ -125,6 +132,7 @@ class FlowSampler(nn.Module):
     next_time: Tensor
     variance_rate: Tensor
     noise_level: Tensor
+    executed_dims: Tensor | None
 
     def __init__(self, config: PolicyConfig, action_dim: int) -> None:
         """Build the steps and, for learned noise, its parameter.
@@ -140,7 +148,10 @@ class FlowSampler(nn.Module):
         steps = config.num_inference_steps
         self.num_stochastic = steps - 1 if config.noise_method == "flow_cps" else steps
         self.noise_size = (steps + 1) * config.horizon * action_dim + self.is_single_step
-        terms = self.num_stochastic * config.n_action_steps * action_dim
+        dims = config.executed_dims
+        self.num_executed = action_dim if dims is None else len(dims)
+        self.register_buffer("executed_dims", None if dims is None else torch.tensor(dims), persistent=False)
+        terms = self.num_stochastic * config.n_action_steps * self.num_executed
         self.log_prob_terms = float(terms) if config.log_prob == "joint_mean" else 1.0
         for name, values in step_grid(steps)._asdict().items():
             self.register_buffer(name, values, persistent=False)
@@ -179,7 +190,7 @@ class FlowSampler(nn.Module):
         if inds is not None:
             sampled["denoise_inds"] = inds
         steps = self._transitions(sampled["noise_level"])
-        path = steps if inds is None else self._only(steps, inds)
+        path = self._explore_executed(steps if inds is None else self._only(steps, inds))
         kicks = path.std * step_noise
         chain, means = [x], []
         for step in range(len(self.time)):
@@ -222,7 +233,17 @@ class FlowSampler(nn.Module):
     def _only(self, steps: Transition, inds: Tensor) -> Transition:
         """Make every step but `inds [N]` an ODE step."""
         numbers = torch.arange(len(self.time), device=inds.device)
-        chosen = (numbers == inds[:, None])[..., None, None]
+        return self._else_ode((numbers == inds[:, None])[..., None, None], steps)
+
+    def _explore_executed(self, steps: Transition) -> Transition:
+        """Make every step an ODE step in the dimensions that are not executed: noise there would only disturb."""
+        if self.executed_dims is None:
+            return steps
+        nothing = torch.zeros(self.chunk_shape[1], dtype=torch.bool, device=self.executed_dims.device)
+        return self._else_ode(nothing.index_fill(0, self.executed_dims, True), steps)
+
+    def _else_ode(self, chosen: Tensor, steps: Transition) -> Transition:
+        """Return `steps` where `chosen`, which is broadcast to them, and the ODE's elsewhere."""
         ode = (1.0, -1.0 / len(self.time), 0.0)
         return Transition(*(torch.where(chosen, part, rest) for part, rest in zip(steps, ode, strict=True)))
 
@@ -234,14 +255,16 @@ class FlowSampler(nn.Module):
 
     def _log_probs(self, next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         executed = self.config.n_action_steps
-        terms = log_prob_terms(next_x[:, :, :executed], mean[:, :, :executed], std)
+        parts = (next_x[:, :, :executed], mean[:, :, :executed], std)
+        terms = log_prob_terms(*(select_dims(part, self.executed_dims) for part in parts))
         if self.config.log_prob == "joint_mean":
             return terms.mean((1, 2, 3))
         return terms.sum((2, 3) if self.config.log_prob == "per_step" else (1, 2, 3))
 
     def _entropy(self, std: Tensor, num_decisions: int) -> Tensor:
         """Return the entropy `[N]` of one step's H actions, averaged over the stochastic steps."""
-        terms = entropy_terms(std).expand(num_decisions, -1, self.config.n_action_steps, self.chunk_shape[1])
+        terms = entropy_terms(select_dims(std, self.executed_dims))
+        terms = terms.expand(num_decisions, -1, self.config.n_action_steps, self.num_executed)
         return terms.mean(1).sum((1, 2))
 
 

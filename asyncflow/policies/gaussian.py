@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from asyncflow.config import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
-from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms
+from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
 from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
 
 
 class GaussianPolicy(Policy):
     """Independent Gaussians around an MLP's mean, in normalised action units."""
+
+    executed_dims: Tensor | None
 
     def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
         """Build actor and critic; arguments as those of `make_policy`.
@@ -35,7 +37,10 @@ class GaussianPolicy(Policy):
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
         self.noise_size = config.horizon * action_dim
         self._is_mean = config.log_prob == "joint_mean"
-        self.log_prob_terms = float(config.n_action_steps * action_dim) if self._is_mean else 1.0
+        dims = config.executed_dims
+        num_executed = action_dim if dims is None else len(dims)
+        self.register_buffer("executed_dims", None if dims is None else torch.tensor(dims), persistent=False)
+        self.log_prob_terms = float(config.n_action_steps * num_executed) if self._is_mean else 1.0
         self._min_std = config.min_std
         self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
         self.action_normalizer = Normalizer((action_dim,))
@@ -67,7 +72,7 @@ class GaussianPolicy(Policy):
         """Evaluate stored decisions; see `Policy.default_forward`."""
         context = self._context(batch["obs"])
         mean, std = self._mean(context), self._std()
-        entropy = self.n_action_steps * entropy_terms(std).sum()
+        entropy = self.n_action_steps * entropy_terms(select_dims(std, self.executed_dims)).sum()
         evaluation = {
             "log_probs": self._log_probs(batch["raw_actions"], mean, std),
             "values": self._value(context),
@@ -101,7 +106,8 @@ class GaussianPolicy(Policy):
 
     def _log_probs(self, raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         executed = self.n_action_steps
-        terms = log_prob_terms(raw[:, :executed], mean[:, :executed], std)
+        parts = (raw[:, :executed], mean[:, :executed], std)
+        terms = log_prob_terms(*(select_dims(part, self.executed_dims) for part in parts))
         return terms.mean((1, 2)) if self._is_mean else terms.sum((1, 2))
 
 

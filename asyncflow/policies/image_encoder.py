@@ -59,7 +59,7 @@ class ImageEncoder(nn.Module):
             image_shapes: Camera -> `(3, height, width)`, with O in front for a history.
 
         Raises:
-            ConfigError: Images are too small to see anything in.
+            ConfigError: Images are too small to see anything in, or their names cannot be those of networks.
         """
         super().__init__()
         smallest = min(min(shape[-2:]) for shape in image_shapes.values())
@@ -67,6 +67,12 @@ class ImageEncoder(nn.Module):
             raise ConfigError(
                 f"policy.image_encoder = {kind} needs images of more than {_BLIND_SIZES[kind]} pixels a side, "
                 f"got {smallest}; see env.camera_size"
+            )
+        unusable = [camera for camera in image_shapes if "." in camera or hasattr(nn.ModuleDict(), camera)]
+        if unusable:
+            raise ConfigError(
+                f"policy.mapping.obs.images: policy.image_encoder cannot name a network {unusable[0]!r}; "
+                "use a name without dots that is no attribute of torch.nn.ModuleDict"
             )
         build = _build_resnet18 if kind == "resnet18" else _build_small
         self.cameras = nn.ModuleDict({camera: build() for camera in image_shapes})

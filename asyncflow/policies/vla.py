@@ -134,17 +134,29 @@ def build_vla(
     """
     if config.vla.model_class is not None:
         model = load_model(config.vla)
+        _instruct(model, config)
         if config.vla.lora_rank:
             add_lora(model, config.vla)
         return _wrap(config, model, action_dim)
     vla = config.vla
     shape = VLAShape(
-        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size
+        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(config.instruction), vla.patch_size
     )
     own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
     if vla.lora_rank:
         add_lora(own, vla)
     return VLAPolicy(config, own, action_dim)
+
+
+def _instruct(model: nn.Module, config: PolicyConfig) -> None:
+    """Tell a loaded model what to do, if it can be told."""
+    if callable(tell := getattr(model, "set_instruction", None)):
+        tell(config.instruction)
+    elif config.mapping.obs.language:
+        raise ConfigError(
+            f"policy.mapping.obs.language = {config.instruction!r}: {config.vla.model_class} has no method "
+            "set_instruction(text) that takes it"
+        )
 
 
 def _wrap(config: PolicyConfig, model: nn.Module, action_dim: int) -> Policy:
