@@ -241,9 +241,10 @@ class PPO:
         critic = value_loss(values, batch, config.clip_coef if config.clip_value_loss else None)
         loss, gradients = critic.value, {"values": config.vf_coef * critic.gradient}
         if not is_warmup:
-            loss, gradients["log_probs"] = loss + actor.value, actor.gradient
-        if config.ent_coef and not is_warmup:
-            loss, gradients["entropy"] = loss + (entropy * share).sum(), -config.ent_coef * share
+            # Whatever its weight: an entropy that is not finite is that of a broken policy.
+            loss, gradients["log_probs"] = loss + actor.value + (entropy * share).sum(), actor.gradient
+            if config.ent_coef:
+                gradients["entropy"] = -config.ent_coef * share
         norms = self._differentiate(out, gradients)
         is_finite = (loss + norms.sum()).isfinite()
         is_usable = is_finite & batch["valid"].any()  # zero gradients would still move weights by their momentum

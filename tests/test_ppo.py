@@ -309,6 +309,34 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is_finite():
     assert torch.equal(flat(policy.parameters()), before)
 
 
+class BrokenEntropy:
+    """A policy's `default_forward` with an infinite entropy."""
+
+    def __init__(self, policy):
+        self._forward = policy.default_forward
+
+    def __call__(self, batch):
+        out = self._forward(batch)
+        return out.set("entropy", torch.full_like(out["entropy"], math.inf))
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.1])
+def test_a_step_whose_entropy_is_not_finite_is_skipped_whatever_its_weight(monkeypatch, ent_coef):
+    policy, rollout = make_policy_and_rollout()
+    monkeypatch.setattr(policy, "default_forward", BrokenEntropy(policy))
+    before = flat(policy.parameters())
+    metrics = PPO(policy, algorithm(ent_coef=ent_coef), seed=0).update(rollout, 0, lambda: None)
+    assert metrics["train/nonfinite_skipped"] == 12
+    assert torch.equal(flat(policy.parameters()), before)
+
+
+def test_the_critics_warm_up_does_not_ask_for_the_actors_entropy(monkeypatch):
+    policy, rollout = make_policy_and_rollout()
+    monkeypatch.setattr(policy, "default_forward", BrokenEntropy(policy))
+    metrics = PPO(policy, algorithm(critic_warmup_updates=1), seed=0).update(rollout, 0, lambda: None)
+    assert metrics["train/nonfinite_skipped"] == 0
+
+
 def test_skipped_minibatches_are_outside_the_means():
     policy, rollout = make_policy_and_rollout()
     ppo = SteppingPPO(policy, alone(), seed=0)
