@@ -133,14 +133,22 @@ class PPO:
         steps: list[Step] = []
         seen: list[TensorDict] = []
         for order in orders.to(batch.device):
-            minibatches = self._shuffle(batch, order)
-            for minibatch in minibatches.unbind(0):
-                on_minibatch()
-                steps.append(self._step(minibatch, is_warmup))
-            seen.append(minibatches.select(*_LOGGED))
-            if self._is_kl_exceeded(steps[-len(minibatches) :], seen[-1]):
+            taken, logged = self._run_epoch(self._shuffle(batch, order), is_warmup, on_minibatch)
+            steps += taken
+            seen.append(logged)
+            if self._is_kl_exceeded(taken, logged):
                 break
         return self._tabulate(steps, TensorDict.cat(seen)), len(seen)
+
+    def _run_epoch(
+        self, minibatches: TensorDict, is_warmup: bool, on_minibatch: Callable[[], None]
+    ) -> tuple[list[Step], TensorDict]:
+        """Take an epoch's steps. Returned are they and `_LOGGED`, and no reference to the rest of this copy."""
+        steps = []
+        for minibatch in minibatches.unbind(0):
+            on_minibatch()
+            steps.append(self._step(minibatch, is_warmup))
+        return steps, minibatches.select(*_LOGGED)
 
     def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
         """Return an epoch's minibatches, [num_minibatches, B], with what no step changes of their objectives."""

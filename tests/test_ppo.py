@@ -1,6 +1,7 @@
 """What an update trains on, what it skips, what it leaves behind when it fails, and how it goes on."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -82,6 +83,22 @@ def test_every_decision_is_trained_once_an_epoch_in_another_order():
     for epoch in epochs:
         torch.testing.assert_close(epoch.sort().values, rollout.data["log_probs"].flatten().sort().values)
     assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_an_epochs_copy_of_the_rollout_is_freed_before_the_next_one_is_made(monkeypatch):
+    policy, rollout = make_policy_and_rollout()
+    ppo, copies, num_alive = PPO(policy, algorithm(), seed=0), [], []
+    shuffle = ppo._shuffle
+
+    def count_and_shuffle(batch, order):
+        num_alive.append(sum(copy() is not None for copy in copies))
+        minibatches = shuffle(batch, order)
+        copies.append(weakref.ref(minibatches["chains"]))
+        return minibatches
+
+    monkeypatch.setattr(ppo, "_shuffle", count_and_shuffle)
+    ppo.update(rollout, 0, lambda: None)
+    assert num_alive == [0, 0, 0]
 
 
 def test_fresh_data_is_plain_ppo_exactly():
