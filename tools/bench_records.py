@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench_report import (
+    REPORTED,
     REPOSITORY,
     Finding,
     describe_command,
@@ -187,14 +188,19 @@ def describe_records(title: str, records: Records, more_setting: str = "") -> st
 
 def target_table(findings: Sequence[Finding], measured: str = "measured (95 %)") -> str:
     """Return the table of targets; `measured` heads the column of figures."""
-    rows = [[row.what, row.target, row.measured, "held" if row.is_met else "**missed**"] for row in findings]
+    words = {"held": "held", "missed": "**missed**", REPORTED: ""}
+    rows = [[row.what, row.target, row.measured, words[_verdict(row)]] for row in findings]
     return to_table(["what", "target", measured, ""], rows)
+
+
+def _verdict(found: Finding) -> str:
+    return "missed" if not found.is_met else REPORTED if found.target == REPORTED else "held"
 
 
 def conclude(findings: Sequence[Finding], missing: Sequence[str]) -> int:
     """Print the verdicts and what is not measured yet, and return the exit code."""
     for found in findings:
-        print(f"{'held' if found.is_met else 'missed'}: {found.what}: {found.measured}; target {found.target}")
+        print(f"{_verdict(found)}: {found.what}: {found.measured}; target {found.target}")
     if missing:
         print(f"not measured yet: {', '.join(missing)}")
     return 0 if all(found.is_met for found in findings) else 1
