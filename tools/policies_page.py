@@ -182,8 +182,8 @@ What is kept instead of pictures:
 
 {rings}
 
-Bytes come from the ring's plan: rollouts of the preset's shape, two slots. Features are not smaller than pictures by
-themselves: they trade memory for the update's time.
+Bytes come from the ring's plan: rollouts of the preset's shape, two slots. Where features take more than
+pictures, the time is bought with memory.
 """
 
 
@@ -201,12 +201,12 @@ def update_rows(size: str, figures: Figures) -> Iterator[list[str]]:
 def describe_extent(record: Figures) -> str:
     """Return what was updated on, and how often."""
     found = record["figures"]["updates"][TRAINED]
-    extent, times = found["extent"], len(found["seconds"])
-    epochs = extent["num_epochs"]
-    keys = " ".join(record["settings"]["overrides"])
+    extent, times, epochs = found["extent"], len(found["seconds"]), found["extent"]["num_epochs"]
+    passes = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    timed = "timed once" if times == 1 else f"timed {times} times"
+    keys = f"preset `{record['settings']['preset']}`, `{' '.join(record['settings']['overrides'])}`"
     return (
-        f"{extent['num_decisions']} decisions, values of {extent['num_obs']} observations, "
-        f"{epochs} epoch{'s' if epochs > 1 else ''}, timed {'once' if times == 1 else f'{times} times'} (preset `{record['settings']['preset']}`, `{keys}`)"
+        f"{extent['num_decisions']} decisions, values of {extent['num_obs']} observations, {passes}, {timed} ({keys})"
     )
 
 
