@@ -39,6 +39,7 @@ from asyncflow.timing import OverlapClock
 from asyncflow.weights import WeightPublisher, changing_tensors
 
 NUM_OPTIMIZER_COPIES = 5  # Adam's two moments, and what an abandoned update is put back from
+NUM_ROLLOUT_COPIES = 2  # what an update trains on, and an epoch's order of it
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,8 @@ def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Calla
     device = next(policy.parameters()).device
     snapshots = (config.max_policy_lag + 1) * sum(t.nbytes for t in changing_tensors(policy).values())
     trained = NUM_OPTIMIZER_COPIES * sum(p.nbytes for p in policy.parameters() if p.requires_grad)
-    check_memory(plan.num_bytes + snapshots + trained, device, "buffer.buffer_size or buffer.max_policy_lag")
+    rollouts = plan.num_bytes + NUM_ROLLOUT_COPIES * plan.slot_bytes
+    check_memory(rollouts + snapshots + trained, device, "buffer.buffer_size or buffer.max_policy_lag")
     on_plan(plan.num_bytes)  # after the check: a run that does not fit leaves no folder
     buffer = RolloutBuffer(plan, device, config.buffer.on_full == "overwrite")
     return Channel(buffer, WeightPublisher(policy, config.max_policy_lag), OverlapClock())

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_report import describe_setting
+from bench_report import describe_setting, to_table
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -109,12 +109,6 @@ def describe_rate(successes: int, episodes: int) -> str:
     """Return a rate with its 95 % interval."""
     low, high = wilson_interval(successes, episodes)
     return f"{percent(successes / episodes)} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def to_table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def judge(condition: str, seeds: dict[int, Curve]) -> str:

@@ -15,8 +15,9 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
+from bench_records import Place
 from bench_report import isolated
-from overlap_settings import Place, Settings
+from overlap_settings import Settings
 
 from asyncflow.config import Config
 from asyncflow.evaluate import EvalResult

@@ -1,22 +1,20 @@
-"""What the parts of `bench_overlap.py` share: how long they measure, where they write, and their records.
+"""What the parts of `bench_overlap.py` share: how long they measure, and on what a part depends.
 
-Owns the settings and the files under `docs/benchmarks/data/`. It must not know what a part measures.
+Owns the settings. It must not know what a part measures.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from bench_report import REPOSITORY, describe_command, describe_machine, describe_software
+from bench_records import select
 
 from asyncflow.presets import load_config, parse_overrides
 
-PAGES = REPOSITORY / "docs" / "benchmarks"
+NAME = "overlap"
+CURVES = "emulated"  # the learning curves, a folder among the data
 TINY_LIFT = (
     "env.num_envs=4", "env.num_workers=2", "env.horizon=40", "buffer.buffer_size=32", "algorithm.num_minibatches=2",
     "trainer.total_updates=3",
@@ -75,8 +73,11 @@ class Settings:
 
     def of(self, part: str) -> dict[str, Any]:
         """Return what a part depends on, as a file holds it."""
-        values: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in DEPENDS[part]}))
-        return values
+        return select(self, DEPENDS[part])
+
+    def is_timed(self, part: str) -> bool:
+        """Tell whether the machine matters."""
+        return part not in UNTIMED
 
 
 # What a part depends on: a record is good for other settings that agree in these.
@@ -110,89 +111,3 @@ TINY = replace(
     curve_episodes=4,
     final_episodes=8,
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a call writes.
-
-    Attributes:
-        out: Run folders and profiles, which may be thrown away afterwards.
-        data: Records and tables.
-        pages: The page and its pictures.
-    """
-
-    out: Path
-    data: Path
-    pages: Path
-
-    @property
-    def curves(self) -> Path:
-        """Folder of the learning curves."""
-        return self.data / "emulated"
-
-    def record(self, part: str) -> Path:
-        """Return the file that a finished part leaves."""
-        return self.data / f"overlap_{part}.json"
-
-
-def choose_place(out: Path, is_tiny: bool) -> Place:
-    """Return where to write; what a tiny call measures must not overwrite the page."""
-    pages = out / "pages" if is_tiny else Path(os.path.relpath(PAGES))
-    return Place(out, pages / "data", pages)
-
-
-def write_record(place: Place, part: str, settings: Settings, figures: dict[str, Any], seconds: float) -> None:
-    """Write what a part found and how, in one step: a file that is there is whole."""
-    place.data.mkdir(parents=True, exist_ok=True)
-    record = {
-        "part": part,
-        "command": describe_command(),
-        "machine": describe_machine(),
-        "software": describe_software(),
-        "seconds": seconds,
-        "settings": settings.of(part),
-        "figures": figures,
-    }
-    path = place.record(part)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def read_record(place: Place, part: str) -> dict[str, Any] | None:
-    """Return what a part left; None if it is not finished."""
-    path = place.record(part)
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
-
-
-def is_measured(place: Place, part: str, settings: Settings) -> bool:
-    """Tell whether a part is finished.
-
-    Raises:
-        SystemExit: It is, but with other settings or on another machine, so that the page would mix them.
-    """
-    record = read_record(place, part)
-    if record is None:
-        return False
-    if record["settings"] != settings.of(part):
-        raise SystemExit(f"{place.record(part)} was measured with other settings; remove it to measure anew")
-    if part not in UNTIMED and record["machine"] != describe_machine():
-        raise SystemExit(f"{place.record(part)} was measured on another machine; remove it to measure anew")
-    return True
-
-
-def figures_of(place: Place, part: str) -> dict[str, Any]:
-    """Return what a part found that another one needs.
-
-    Raises:
-        SystemExit: It is not finished.
-    """
-    record = read_record(place, part)
-    if record is None:
-        raise SystemExit(f"part {part} comes first: {place.record(part)} is missing")
-    figures: dict[str, Any] = record["figures"]
-    return figures
