@@ -166,8 +166,8 @@ class PPO:
         limit = self.config.max_nonfinite_steps
         if self.num_nonfinite_steps > limit:
             raise TrainingError(
-                f"training diverged: steps of {self.num_nonfinite_steps} minibatches were skipped for a number that was not "
-                f"finite; algorithm.max_nonfinite_steps = {limit}"
+                f"training diverged: steps of {self.num_nonfinite_steps} minibatches were skipped for a number "
+                f"that was not finite; algorithm.max_nonfinite_steps = {limit}"
             )
 
     def _is_kl_exceeded(self, steps: list[Step], minibatches: TensorDict) -> bool:
