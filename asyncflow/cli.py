@@ -212,7 +212,7 @@ def demos(**flags: Any) -> int:
     max_shift=_flag("Pixels by which images are shifted at random, at most.", int, 4),
 )
 def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
-    """Train a flow policy on demonstrations by flow matching."""
+    """Train a policy with a velocity field on demonstrations, by flow matching."""
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")

@@ -1,4 +1,4 @@
-"""Behaviour cloning: a flow policy from a robomimic dataset, by flow matching.
+"""Behaviour cloning: a policy with a velocity field from a robomimic dataset, by flow matching.
 
 Owns the reading of datasets and the supervised loop. It must not know where demonstrations
 come from, nor about reinforcement learning; the critic and the learned noise stay as they were initialised.
@@ -23,7 +23,10 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.examples import Examples, cut_chunks, cut_histories
-from asyncflow.policies import FlowPolicy, make_policy
+from asyncflow.policies import Policy, make_policy
+from asyncflow.policies.base import Normalizer
+from asyncflow.policies.foreign import VELOCITY_METHODS
+from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policy_file import check_output, save_policy
 from asyncflow.presets import default_horizon
 from asyncflow.seeding import derive_seed
@@ -105,7 +108,7 @@ def pretrain(
     env_config: EnvConfig,
     options: PretrainOptions,
 ) -> PretrainResult:
-    """Train a flow policy on a robomimic dataset and write it as a policy file.
+    """Train a policy with a velocity field on a robomimic dataset and write it as a policy file.
 
     Args:
         dataset: HDF5 file in robomimic's layout.
@@ -116,8 +119,8 @@ def pretrain(
         options: Length, batch and seed.
 
     Raises:
-        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy is not a flow policy or has
-            names of its own.
+        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy has no velocity field or names
+            of its own.
     """
     start = time.perf_counter()
     check_output(Path(out))
@@ -126,9 +129,8 @@ def pretrain(
     demos = read_dataset(dataset, env_config)
     examples = make_examples(demos, env_config.n_obs_steps, policy_config.horizon)
     spec = _make_spec(demos).with_history(env_config.n_obs_steps)
-    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
-    if not isinstance(policy, FlowPolicy):
-        raise ConfigError(f"policy.kind = {policy_config.kind}: only `flow` can be pre-trained")
+    built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
+    policy = _require_velocity(built, policy_config)
     fit_normalizers(policy, demos)
     losses = train_flow(policy, examples, options)
     save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
@@ -140,6 +142,22 @@ def pretrain(
         first_loss=losses[:tenth].mean().item(),
         final_loss=losses[-tenth:].mean().item(),
         wall_s=time.perf_counter() - start,
+    )
+
+
+def _require_velocity(policy: Policy, config: PolicyConfig) -> VelocityPolicy:
+    """Return the policy, or refuse one that flow matching cannot train.
+
+    Raises:
+        ConfigError: It has no velocity field.
+    """
+    if isinstance(policy, VelocityPolicy):
+        return policy
+    is_foreign = config.kind == "vla"
+    what = f"policy.vla.model_class = {config.vla.model_class}" if is_foreign else f"policy.kind = {config.kind}"
+    raise ConfigError(
+        f"{what}: has no velocity field, which pre-training needs; `flow` and `vla` have one, and a model from "
+        f"elsewhere with the methods {', '.join(VELOCITY_METHODS)}"
     )
 
 
@@ -266,18 +284,25 @@ def _read(dataset: h5py.Dataset) -> Tensor:
     return torch.from_numpy(dataset[()]).float().reshape(len(dataset), -1)
 
 
-def fit_normalizers(policy: FlowPolicy, demos: Demonstrations) -> None:
-    """Map the demonstrations' range of every dimension to [-1, 1]."""
-    for normalizer, rows in ((policy.obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
+def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
+    """Map the demonstrations' range of every dimension to [-1, 1].
+
+    A model without asyncflow's `obs_normalizer` scales its inputs itself, and its actions are in the simulator's
+    units; it is left as it is.
+    """
+    obs_normalizer = getattr(policy, "obs_normalizer", None)
+    if not isinstance(obs_normalizer, Normalizer):
+        return
+    for normalizer, rows in ((obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
         values = torch.cat(rows)
         normalizer.set_range(values.amin(0), values.amax(0))
 
 
-def train_flow(policy: FlowPolicy, examples: Examples, options: PretrainOptions) -> Tensor:
+def train_flow(policy: VelocityPolicy, examples: Examples, options: PretrainOptions) -> Tensor:
     """Minimise the flow matching loss with Adam and return it for every step, [num_steps].
 
     Args:
-        policy: Trained in place, on the CPU; only what its velocity depends on has a gradient.
+        policy: Trained in place, on the CPU; only what its velocity depends on, and is not frozen, has a gradient.
         examples: What to train on.
         options: Length, batch and seed.
     """

@@ -1,7 +1,7 @@
 """Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, the features of images.
 
-Owns the two MLPs and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
-stochastic policy is in `flow_sampler.py`, how that becomes a Policy in `velocity.py`.
+Owns the two MLPs. How a velocity becomes a stochastic policy is in `flow_sampler.py`, how that becomes a Policy, and
+what pre-training minimises, in `velocity.py`.
 
 Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D context size,
 W width of the first hidden layer, E time features.
@@ -87,6 +87,12 @@ class FlowPolicy(VelocityPolicy):
 
         return velocity
 
+    def velocity_at(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, P, A]` of contexts [N, D]."""
+        state, times = self.velocity.state_in(context), self.velocity.time_in(time_features(time))
+        velocity: Tensor = self.velocity(x, state, times)
+        return velocity
+
     def value(self, context: Tensor) -> Tensor:
         """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
         value: Tensor = self.critic(context.detach())
@@ -95,21 +101,3 @@ class FlowPolicy(VelocityPolicy):
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the critic's parameters."""
         return self.critic.parameters()
-
-    def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units.
-
-        The path is `x_t = (1 - t) action + t noise`, its velocity `noise - action`.
-
-        Args:
-            obs: [N] observations.
-            actions: [N, P, A] demonstrated chunks, in the simulator's units.
-            noise: [N, P, A] standard normal numbers.
-            time: [N] times in [0, 1].
-        """
-        target = self.action_normalizer.normalize(actions)
-        weight = time[:, None, None]
-        features = self.velocity.time_in(time_features(time))
-        state = self.velocity.state_in(self.make_context(obs))
-        predicted: Tensor = self.velocity((1 - weight) * target + weight * noise, state, features)
-        return nn.functional.mse_loss(predicted.float(), noise - target)

@@ -1,7 +1,8 @@
-"""Policies with a velocity field: everything but the networks.
+"""Policies with a velocity field: everything but the networks, and how demonstrations teach them (pre-training).
 
-Owns the way from a velocity field and a value function to the Policy contract. It must not know a network or an
-observation; how a velocity becomes a stochastic policy is in `flow_sampler.py`.
+Owns the way from a velocity field and a value function to the Policy contract, and the loss of flow matching
+(arXiv:2210.02747). It must not know a network or an observation; how a velocity becomes a stochastic policy is in
+`flow_sampler.py`.
 
 Shapes: N decisions, P predicted actions, H executed actions, A action size.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
 from asyncflow.policies.base import Mode, Normalizer, Policy
@@ -44,6 +45,10 @@ class VelocityPolicy(Policy):
         """Return the velocity field of a context; what all steps share is computed here."""
 
     @abstractmethod
+    def velocity_at(self, context: Any, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, P, A]` of `x [N, P, A]` at any `time [N]` in [0, 1]; at a step's, the field's."""
+
+    @abstractmethod
     def value(self, context: Any) -> Tensor:
         """Return V, [N] float32. Its gradient reaches the critic's parameters alone."""
 
@@ -70,6 +75,22 @@ class VelocityPolicy(Policy):
     def get_value(self, obs: TensorDictBase) -> Tensor:
         """Return V(obs), [N] float32."""
         return self.value(self.make_context(obs))
+
+    def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units, float32.
+
+        The path is `x_t = (1 - t) action + t noise`, its velocity `noise - action`.
+
+        Args:
+            obs: [N] observations.
+            actions: [N, P, A] demonstrated chunks, in the simulator's units.
+            noise: [N, P, A] standard normal numbers.
+            time: [N] times in [0, 1].
+        """
+        target = self.action_normalizer.normalize(actions)
+        weight = time[:, None, None]
+        predicted = self.velocity_at(self.make_context(obs), (1 - weight) * target + weight * noise, time)
+        return nn.functional.mse_loss(predicted.float(), noise - target)
 
     def anneal(self, update: int) -> None:
         """Set the noise level for the number of finished updates, in place."""

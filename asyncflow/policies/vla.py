@@ -90,8 +90,7 @@ class VLAPolicy(VelocityPolicy):
 
     def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
-        with self._autocast():
-            cache = self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
+        cache = self._cache_prefix(context)
 
         def velocity(x: Tensor, steps: Steps) -> Tensor:
             is_slice = isinstance(steps, slice)
@@ -102,6 +101,17 @@ class VLAPolicy(VelocityPolicy):
             return v if is_slice else v[:, 0]
 
         return velocity
+
+    def velocity_at(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, P, A]`; every chunk is one step, at a time of its own."""
+        cache = self._cache_prefix(context)
+        with self._autocast():
+            velocity: Tensor = self.model.velocity(cache, x[:, None], time[:, None])
+        return velocity[:, 0]
+
+    def _cache_prefix(self, context: Tensor) -> Any:
+        with self._autocast():
+            return self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
 
     def value(self, context: Tensor) -> Tensor:
         """Return V, [N] float32."""
