@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,10 +102,14 @@ def _foresee_spec(config: Config) -> EnvSpec:
         spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
     if not is_described(config.env):
         return spec
-    obs_keys = resolve_task(config.env).obs_keys
-    images = dict.fromkeys(config.env.cameras, (3, *config.env.camera_size))
-    state = {"state": spec.obs_shapes["state"][-1:]}
-    one_step = replace(spec, obs_shapes=state, obs_keys=obs_keys, image_shapes=images)
+    settings = resolve_task(config.env)
+    one_step = replace(
+        spec,
+        obs_shapes={"state": spec.obs_shapes["state"][-1:], **settings.point_obs_shapes},
+        obs_keys=settings.obs_keys,
+        image_shapes=settings.image_shapes,
+        point_settings=settings.point_settings,
+    )
     return one_step.with_history(config.env.n_obs_steps)
 
 
@@ -172,23 +177,27 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
                 f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
                 f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
             )
-        _check_images(config, file.env_spec, spec)
+        _check_cameras(config, file.env_spec, spec)
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
 
 
-def _check_images(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:
+def _check_cameras(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:
     """Refuse a policy that has not seen such observations, since a network takes images of any size."""
-    seen, shown = (_describe_images(each) for each in (made_for, spec))
+    seen, shown = (_describe_cameras(each) for each in (made_for, spec))
     if seen != shown:
         raise CheckpointError(f"policy.checkpoint = {config.policy.checkpoint}: made for {seen}; the run has {shown}")
 
 
-def _describe_images(spec: EnvSpec) -> str:
-    sizes = [list(shape[-2:]) for shape in spec.image_shapes.values()]
-    size = f", env.camera_size = {sizes[0]}" if sizes else ""
-    return f"env.cameras = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
+def _describe_cameras(spec: EnvSpec) -> str:
+    keys: dict[str, Any] = {"cameras": list(spec.image_shapes)}
+    for shape in spec.image_shapes.values():
+        keys["camera_size"] = list(shape[-2:])
+    keys["n_obs_steps"] = spec.n_obs_steps
+    if spec.point_shapes:
+        keys |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
+    return ", ".join(f"env.{key} = {value}" for key, value in keys.items())
 
 
 def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:
