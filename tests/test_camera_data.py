@@ -20,7 +20,7 @@ ENV = EnvConfig(point_clouds=["agentview"], num_points=P)
 RECORDED = {"num_points": P, "point_bounds": [-1.0, -1.0, 0.0, 1.0, 1.0, 2.0], "camera_size": [20, 24]}
 
 
-def write_clouds(path, cameras=("agentview",), num_points=P, lengths=(5, 7), dtype=np.float32, settings=RECORDED):
+def write_clouds(path, *, cameras=("agentview",), num_points=P, lengths=(5, 7), dtype=np.float32, settings=RECORDED):
     """Write a dataset whose clouds' numbers are the step that they belong to, and 100 more a demonstration."""
     write(path, lengths, META | ({} if settings is None else {"point_settings": settings}))
     with h5py.File(path, "a") as file:

@@ -154,7 +154,7 @@ def test_a_checkpoint_made_for_other_clouds_is_refused_before_simulators_are_bui
 
 def test_a_vla_on_points_is_refused_before_simulators_are_built():
     changes = {"policy.kind": "vla", "policy.checkpoint": None, "env.point_clouds": ["agentview"]}
-    with pytest.raises(ConfigError, match="policy.kind = vla: asyncflow's own model sees no point clouds"):
+    with pytest.raises(ConfigError, match=r"policy\.kind = vla: asyncflow's own model sees no point clouds"):
         check_start(load_config("lift", changes))
 
 

@@ -59,7 +59,8 @@ def world_points(depth: NDArray[Any], view: View) -> NDArray[np.float64]:
     up = (height / 2 - np.arange(height) - 0.5) * slope
     axes = view.rotation.T
     rays = right[None, :, None] * axes[0] + up[:, None, None] * axes[1] - axes[2]
-    return view.position + metric_depth(depth, view.near, view.far)[:, :, None] * rays
+    points: NDArray[np.float64] = view.position + metric_depth(depth, view.near, view.far)[:, :, None] * rays
+    return points
 
 
 def make_cloud(
@@ -87,4 +88,5 @@ def choose_points(cloud: NDArray[np.float32], num_points: int) -> NDArray[np.flo
     """
     if not len(cloud):
         return np.zeros((num_points, NUM_CHANNELS), np.float32)
-    return cloud[np.arange(num_points) * len(cloud) // num_points]
+    chosen: NDArray[np.float32] = cloud[np.arange(num_points) * len(cloud) // num_points]
+    return chosen
