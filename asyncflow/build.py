@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,14 +111,18 @@ def _foresee_spec(config: Config) -> EnvSpec:
     if not is_described(config.env):
         return spec
     settings = resolve_task(config.env)
-    images = dict.fromkeys(config.env.cameras, (3, *config.env.camera_size))
-    state = {"state": spec.obs_shapes["state"][-1:]}
-    one_step = replace(spec, obs_shapes=state, obs_keys=settings.obs_keys, image_shapes=images)
+    one_step = replace(
+        spec,
+        obs_shapes={"state": spec.obs_shapes["state"][-1:], **settings.point_obs_shapes},
+        obs_keys=settings.obs_keys,
+        image_shapes=settings.image_shapes,
+        point_settings=settings.point_settings,
+    )
     if config.env.env_meta is None:
         sizes = settings.task.obs_sizes()
         widths = tuple(sizes[key] for key in settings.obs_keys)
-        state, action_dim = {"state": (sum(widths),)}, settings.task.action_dim
-        one_step = replace(one_step, obs_shapes=state, obs_widths=widths, action_dim=action_dim)
+        shapes = one_step.obs_shapes | {"state": (sum(widths),)}
+        one_step = replace(one_step, obs_shapes=shapes, obs_widths=widths, action_dim=settings.task.action_dim)
     return one_step.with_history(config.env.n_obs_steps)
 
 
@@ -206,15 +211,20 @@ def _check_origin(config: PolicyConfig, file: PolicyFile, spec: EnvSpec) -> None
         )
     what = "images" if config.mapping.obs.images is not None else "env.cameras"
     pair = NameMapping(made_with, file.env_spec).spec, NameMapping(config.mapping, spec).spec
-    seen, shown = (_describe_images(each, what) for each in pair)
+    seen, shown = (_describe_cameras(each, what) for each in pair)
     if seen != shown:
         raise CheckpointError(f"{name}: made for {seen}; the run has {shown}")
 
 
-def _describe_images(spec: EnvSpec, what: str) -> str:
-    sizes = [list(shape[-2:]) for shape in spec.image_shapes.values()]
-    size = f", env.camera_size = {sizes[0]}" if sizes else ""
-    return f"{what} = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
+def _describe_cameras(spec: EnvSpec, what: str) -> str:
+    keys: dict[str, Any] = {what: list(spec.image_shapes)}
+    for shape in spec.image_shapes.values():
+        keys["env.camera_size"] = list(shape[-2:])
+    keys["env.n_obs_steps"] = spec.n_obs_steps
+    if spec.point_shapes:
+        keys["env.point_clouds"] = list(spec.point_shapes)
+        keys |= {f"env.{key}": value for key, value in sorted(spec.point_settings.items())}
+    return ", ".join(f"{key} = {value}" for key, value in keys.items())
 
 
 def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:

@@ -64,6 +64,7 @@ def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int
         path.write_text(json.dumps(spec.env_meta))
         changes: dict[str, Any] = {"env_meta": str(path), "horizon": spec.horizon, "obs_keys": list(spec.obs_keys)}
         changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
+        changes |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
         for shape in spec.image_shapes.values():
             changes["camera_size"] = list(shape[-2:])
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)

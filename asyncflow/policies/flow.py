@@ -1,4 +1,4 @@
-"""Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, the features of images.
+"""Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, their features.
 
 Owns the two MLPs. How a velocity becomes a stochastic policy is in `flow_sampler.py`, how that becomes a Policy, and
 what pre-training minimises, in `velocity.py`.
@@ -20,6 +20,7 @@ from asyncflow.config import PolicyConfig
 from asyncflow.policies.base import Normalizer, mlp
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.point_encoder import build_point_encoder
 from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32
@@ -54,7 +55,7 @@ class VelocityNetwork(nn.Module):
 
 
 class FlowPolicy(VelocityPolicy):
-    """Denoises a chunk of normalised actions, conditioned on the normalised state and images."""
+    """Denoises a chunk of normalised actions, conditioned on the normalised state and what cameras see."""
 
     step_features: Tensor
 
@@ -67,14 +68,15 @@ class FlowPolicy(VelocityPolicy):
         super().__init__(config, action_dim)
         self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
         self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
-        context_dim = num_inputs(obs_shapes, self.image_encoder)
+        self.point_encoder = build_point_encoder(obs_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
         self.velocity = VelocityNetwork(context_dim, config.horizon * action_dim, config.hidden_sizes)
         self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)
 
     def make_context(self, obs: TensorDictBase) -> Tensor:
-        """Return the normalised state and the features of images, [N, D]."""
-        return encode(obs, self.obs_normalizer, self.image_encoder)
+        """Return the normalised state and the features of images and point clouds, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder, self.point_encoder)
 
     def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field of contexts [N, D]."""
@@ -94,7 +96,7 @@ class FlowPolicy(VelocityPolicy):
         return velocity
 
     def value(self, context: Tensor) -> Tensor:
-        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        """Return V of contexts [N, D], [N] float32; images and clouds are the actor's to learn from."""
         value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 

@@ -19,6 +19,7 @@ from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
 from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.point_encoder import build_point_encoder
 
 
 class GaussianPolicy(Policy):
@@ -45,7 +46,8 @@ class GaussianPolicy(Policy):
         self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
         self.action_normalizer = Normalizer((action_dim,))
         self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
-        context_dim = num_inputs(obs_shapes, self.image_encoder)
+        self.point_encoder = build_point_encoder(obs_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
         # A small gain starts every state at the middle of the action range.
         self.actor = mlp([context_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std)))
@@ -89,11 +91,11 @@ class GaussianPolicy(Policy):
         return self.critic.parameters()
 
     def _context(self, obs: TensorDictBase) -> Tensor:
-        """Return the normalised state and the features of images, [N, D]."""
-        return encode(obs, self.obs_normalizer, self.image_encoder)
+        """Return the normalised state and the features of images and point clouds, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder, self.point_encoder)
 
     def _value(self, context: Tensor) -> Tensor:
-        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        """Return V of contexts [N, D], [N] float32; images and clouds are the actor's to learn from."""
         value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 
