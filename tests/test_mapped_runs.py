@@ -143,7 +143,11 @@ def test_wrong_names_and_sizes_are_found_before_simulators_are_built(tmp_path, m
 
 def test_a_wrong_width_starts_nothing(tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(ToyVecEnv, "close", closed.append)
+
+    def close(env):
+        closed.append(env)
+
+    monkeypatch.setattr(ToyVecEnv, "close", close)
     changes = {"policy.mapping.obs.state": [{"key": "state", "slice": [2, 9]}], "logging.out": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=r"slice = \[2, 9\] of state ends beyond its 4 numbers; numbers: state 4"):
         train(load_config(PRESET, TOY | changes), Silent())

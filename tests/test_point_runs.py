@@ -137,8 +137,8 @@ def test_a_file_carries_the_clouds_it_was_made_for(checkpoint):
     ("changes", "message"),
     [
         ({"env.point_clouds": []}, r"the run has env.cameras = \[\], env.n_obs_steps = 1$"),
-        ({"env.point_clouds": ["frontview"]}, r"point_clouds = \['agentview'\].* point_clouds = \['frontview'\]"),
-        ({"env.num_points": 65}, r"num_points = 64.* num_points = 65"),
+        ({"env.point_clouds": ["frontview"]}, r"point_clouds = \['agentview'\].*point_clouds = \['frontview'\]"),
+        ({"env.num_points": 65}, r"num_points = 64.*num_points = 65"),
         ({"env.camera_size": [24, 24]}, r"camera_size = \[24, 20\].*camera_size = \[24, 24\]"),
         ({"env.point_bounds": [-1, -1, 0.8, 1, 1, 2]}, r"point_bounds = \[-0.5, .*point_bounds = \[-1.0, "),
         ({"env.n_obs_steps": 2}, r"n_obs_steps = 1.*n_obs_steps = 2"),
