@@ -116,14 +116,19 @@ def write_profile(folder: Path, profile: Profile, console: ConsoleReporter) -> N
     summary = summarise(profile)
     (folder / "profile.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _write_csv(folder / "profile.csv", summary["legs"])
-    newest: dict[Mode, Leg] = {mode: profile.legs(mode)[-1] for mode in profile.modes}
-    write_processes(folder / "trace.json", {mode: leg.spans for mode, leg in newest.items()})
+    typical: dict[Mode, Leg] = {mode: median_leg(profile.legs(mode)) for mode in profile.modes}
+    write_processes(folder / "trace.json", {mode: leg.spans for mode, leg in typical.items()})
     show(summary, console)
     try:
-        draw_profile(folder / "profile.png", newest, summary)
+        draw_profile(folder / "profile.png", typical, summary)
     except NoPicture as error:
         console.notice(str(error))
     console.notice(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def median_leg(legs: Sequence[Leg]) -> Leg:
+    """Return the leg of median speed, the slower one of two: a picture of a disturbed one would mislead."""
+    return sorted(legs, key=lambda leg: leg.decision_s)[len(legs) // 2]
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
