@@ -116,6 +116,7 @@ class FlowSampler(nn.Module):
 
     Attributes:
         noise_size: K + 1 chunks (initial noise, then every step's), and the number that picks `single_step`'s step.
+        action_dim: A. A padded model denoises wider chunks; what lies beyond A explores, too, but has no log-prob.
         num_stochastic: J.
         log_prob_terms: See `Policy`.
         noise_level: The scale a that sampling uses now, a buffer so that it is published with the weights.
@@ -126,7 +127,7 @@ class FlowSampler(nn.Module):
     variance_rate: Tensor
     noise_level: Tensor
 
-    def __init__(self, config: PolicyConfig, action_dim: int) -> None:
+    def __init__(self, config: PolicyConfig, action_dim: int, padded_dim: int | None = None) -> None:
         """Build the steps and, for learned noise, its parameter.
 
         Raises:
@@ -136,16 +137,16 @@ class FlowSampler(nn.Module):
         _check(config)
         self.config = config
         self.is_single_step = config.log_prob == "single_step"
-        self.chunk_shape = (config.horizon, action_dim)
+        self.action_dim, self.chunk_shape = action_dim, (config.horizon, padded_dim or action_dim)
         steps = config.num_inference_steps
         self.num_stochastic = steps - 1 if config.noise_method == "flow_cps" else steps
-        self.noise_size = (steps + 1) * config.horizon * action_dim + self.is_single_step
+        self.noise_size = (steps + 1) * math.prod(self.chunk_shape) + self.is_single_step
         terms = self.num_stochastic * config.n_action_steps * action_dim
         self.log_prob_terms = float(terms) if config.log_prob == "joint_mean" else 1.0
         for name, values in step_grid(steps)._asdict().items():
             self.register_buffer(name, values, persistent=False)
         self.register_buffer("noise_level", torch.tensor(config.noise_level))
-        self.noise_logit = nn.Parameter(torch.zeros(action_dim)) if _is_learned(config) else None
+        self.noise_logit = nn.Parameter(torch.zeros(self.chunk_shape[1])) if _is_learned(config) else None
 
     def anneal(self, update: int) -> None:
         """Set `noise_level` for the number of finished updates."""
@@ -233,15 +234,16 @@ class FlowSampler(nn.Module):
         return torch.take_along_dim(part, inds[:, None, None, None], dim=1)
 
     def _log_probs(self, next_x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        executed = self.config.n_action_steps
-        terms = log_prob_terms(next_x[:, :, :executed], mean[:, :, :executed], std)
+        scored = (slice(None), slice(None), slice(self.config.n_action_steps), slice(self.action_dim))
+        terms = log_prob_terms(next_x[scored], mean[scored], std[..., : self.action_dim])
         if self.config.log_prob == "joint_mean":
             return terms.mean((1, 2, 3))
         return terms.sum((2, 3) if self.config.log_prob == "per_step" else (1, 2, 3))
 
     def _entropy(self, std: Tensor, num_decisions: int) -> Tensor:
         """Return the entropy `[N]` of one step's H actions, averaged over the stochastic steps."""
-        terms = entropy_terms(std).expand(num_decisions, -1, self.config.n_action_steps, self.chunk_shape[1])
+        terms = entropy_terms(std[..., : self.action_dim])
+        terms = terms.expand(num_decisions, -1, self.config.n_action_steps, self.action_dim)
         return terms.mean(1).sum((1, 2))
 
 

@@ -23,15 +23,15 @@ from asyncflow.policies.flow_sampler import FlowSampler, Velocity
 class VelocityPolicy(Policy):
     """Denoises a chunk of normalised actions. A subclass computes what all denoising steps share, once a decision."""
 
-    def __init__(self, config: PolicyConfig, action_dim: int) -> None:
-        """Build the sampler.
+    def __init__(self, config: PolicyConfig, action_dim: int, padded_dim: int | None = None) -> None:
+        """Build the sampler; a `padded_dim` above A is the width of the chunks that it denoises.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
         """
         super().__init__()
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
-        self.sampler = FlowSampler(config, action_dim)
+        self.sampler = FlowSampler(config, action_dim, padded_dim)
         self.noise_size, self.log_prob_terms = self.sampler.noise_size, self.sampler.log_prob_terms
         self.action_normalizer = Normalizer((action_dim,))
 
@@ -57,7 +57,7 @@ class VelocityPolicy(Policy):
         else:
             decision = self.sampler.sample(velocity, noise)
             decision |= {"actions": decision["chains"][:, -1], "values": self.value(context)}
-        decision["actions"] = self.action_normalizer.denormalize(decision["actions"])
+        decision["actions"] = self.action_normalizer.denormalize(decision["actions"][..., : self.action_dim])
         return TensorDict(decision, batch_size=noise.shape[:1])
 
     def default_forward(self, batch: TensorDictBase) -> TensorDict:

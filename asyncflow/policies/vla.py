@@ -41,7 +41,7 @@ class VLAPolicy(VelocityPolicy):
         Raises:
             ConfigError: An impossible combination of noise keys, or a backbone that cannot be frozen.
         """
-        super().__init__(config, action_dim)
+        super().__init__(config, action_dim, getattr(model, "padded_action_dim", None))
         self.model: Any = model
         self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
         self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
