@@ -24,9 +24,11 @@ from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
+from asyncflow.lerobot_folder import KIND as LEROBOT
+from asyncflow.lerobot_folder import with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
-from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
 from asyncflow.progress import Progress
 from asyncflow.resources import check_memory
@@ -97,8 +99,8 @@ def check_start(config: Config) -> Path:
 def _foresee_spec(config: Config) -> EnvSpec:
     """Return what the environments will be like, as far as the configuration and the checkpoint say."""
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
-    if config.policy.checkpoint:
-        spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
+    if (file := _read_start(config)) is not None:
+        spec = file.env_spec
     if not is_described(config.env):
         return spec
     obs_keys = resolve_task(config.env).obs_keys
@@ -157,7 +159,8 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
-    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
+    policy_config = with_export(config.policy, resumed.path) if resumed else config.policy
+    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
     if resumed is not None:
         try:
             policy.load_state_dict(resumed.policy)
@@ -165,8 +168,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
             raise CheckpointError(
                 f"{resumed.path}: does not fit the run's policy: {' '.join(str(error).split())}"
             ) from None
-    elif config.policy.checkpoint:
-        file = load_policy_file(resolve_checkpoint(config.policy.checkpoint))
+    elif (file := _read_start(config)) is not None:
         if file.env_spec.obs_keys != spec.obs_keys:
             raise CheckpointError(
                 f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
@@ -176,6 +178,12 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
+
+
+def _read_start(config: Config) -> PolicyFile | None:
+    """Return the file whose weights a run starts from; None from scratch, or where LeRobot's folder gives them."""
+    name = config.policy.checkpoint
+    return load_policy_file(resolve_checkpoint(name)) if name and config.policy.kind != LEROBOT else None
 
 
 def _check_images(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:

@@ -16,7 +16,8 @@ LAYERS = [
     {"errors", "plugins", "signals"},
     {"config", "policy_config"},
     {
-        "buffer", "console", "device", "envs", "examples", "flags", "gae", "inference", "latency", "losses",
+        "buffer", "console", "device", "envs", "examples", "flags", "gae", "inference", "latency", "lerobot_folder",
+        "losses",
         "metric_files", "metrics", "optimizer", "policies", "policy_file", "presets", "profile_legs", "profile_model",
         "profile_plot", "rates", "resources", "robomimic_file", "seeding", "staging", "streams", "timing", "tracing",
         "weights",
