@@ -108,7 +108,7 @@ def assert_refused(folder, message):
     ("keys", "message"),
     [
         ({"config": PolicyConfig(horizon=51)}, r"policy.horizon = 51: .* predicts chunks of 50; use at most that"),
-        ({"shapes": {"state": (19,)}}, r"observation.state has 4 numbers, the environment's state has the shape \[19\]"),
+        ({"shapes": {"state": (19,)}}, r"observation.state has 4 numbers, .* state has the shape \[19\]"),
         ({"shapes": {"state": (2, 4)}}, r"the environment's state has the shape \[2, 4\]; see .*env.n_obs_steps"),
         ({"action_dim": 7}, r"actions have 2 numbers, the environment's 7"),
         ({"cameras": {}}, r"the environment's: none; missing: top, wrist; not the model's: none"),

@@ -1,4 +1,4 @@
-"""A LeRobot folder decides here as it does in LeRobot, is trained like any policy, and is written as LeRobot loads it."""
+"""A LeRobot folder decides here as in LeRobot, is trained like any policy, and is written as LeRobot loads it."""
 
 from __future__ import annotations
 
@@ -290,7 +290,10 @@ OUT, MEAN = "model.action_out_proj.bias", "normalize_inputs.buffer_observation_s
         (lambda path: (path / "model.safetensors").write_bytes(b"no"), "model.safetensors is truncated or damaged"),
         (lambda path: change_config(path, vlm_model_name=str(path / "none")), "LeRobot cannot build it: "),
         (lambda path: change_config(path, unheard_of=1), "LeRobot cannot build it: "),
-        (lambda path: change_config(path, expert_width_multiplier=0.5), r"action_in_proj.bias \[16\] vs \[24\].*and \d+ more"),
+        (
+            lambda path: change_config(path, expert_width_multiplier=0.5),
+            r"action_in_proj.bias \[16\] vs \[24\].*and \d+ more",
+        ),
     ],
     ids=["missing", "shape", "unset", "damaged", "no-vlm", "unknown-key", "other-size"],
 )

@@ -62,9 +62,8 @@ def write_vlm(folder):
         "image_size": 32,
         "patch_size": 8,
     }
-    SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, image_token_id=2, pad_token_id=0).save_pretrained(
-        folder
-    )
+    config = SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, image_token_id=2, pad_token_id=0)
+    config.save_pretrained(folder)
     return folder
 
 
