@@ -17,6 +17,7 @@ SPECIAL = {
     "global_image_token": "<global-img>",
     "end_of_utterance_token": "<end_of_utterance>",
 }
+VIDEO = {"max_frames": 1, "fps": 1, "video_size": {"longest_edge": 32}}  # nothing here is a video; the processor asks
 WORDS = ["<pad>", "<unk>", *SPECIAL.values(), "reach", "push", "the", "goal"]
 STATS = {
     STATE: {
@@ -41,7 +42,7 @@ def write_vlm(folder):
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=SPECIAL
     )
-    SmolVLMProcessor(SmolVLMImageProcessor(), fast).save_pretrained(folder)
+    SmolVLMProcessor(SmolVLMImageProcessor(video_sampling=VIDEO), fast).save_pretrained(folder)
     text = {
         "model_type": "llama",
         "hidden_size": 32,
