@@ -16,7 +16,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-peers bench-learning learning-page gpu-check clean distclean
+.PHONY: help install train test test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-learning learning-page gpu-check clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -64,6 +64,12 @@ bench-core: $(STAMP) ## Measure the core and write docs/benchmarks/core.md; need
 
 bench-overlap: $(STAMP) ## Measure what overlap gives and write docs/benchmarks/overlap.md; an hour, needs a quiet machine, can be resumed.
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_overlap.py $(ARGS)
+
+bench-fast-step: $(STAMP) ## Compare the faster simulator step with robosuite's and write docs/benchmarks/fast_step.md; two minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_fast_step.py $(ARGS)
+
+bench-policies: $(STAMP) ## Measure what policies cost and write docs/benchmarks/policies.md; an hour, needs a quiet machine, can be resumed.
+	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_policies.py $(ARGS)
 
 bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/peers.md; eight minutes, needs a quiet machine.
 	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_peers.py $(ARGS)

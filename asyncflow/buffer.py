@@ -63,11 +63,15 @@ class BufferPlan:
         return int(self.fields.batch_size[0])
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one rollout."""
+        num_obs = self.num_steps + 1 + self.max_truncations
+        return int(self.num_steps * self.fields.bytes() + num_obs * self.obs.bytes())
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole ring."""
-        per_obs = self.obs.bytes()
-        rows = self.num_steps * self.fields.bytes() + (self.num_steps + 1 + self.max_truncations) * per_obs
-        return int(self.num_slots * rows)
+        return self.num_slots * self.slot_bytes
 
     def allocate(self, device: torch.device) -> TensorDict:
         """Return the ring: `data [S, T, N]`, `obs [S, T+1, N]`, `final_obs [S, max_truncations, N]`."""

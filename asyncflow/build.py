@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +18,11 @@ from torch import Tensor
 from asyncflow.buffer import RolloutBuffer
 from asyncflow.checkpoint import Checkpoint
 from asyncflow.collector import Collector, InlineCollector, ThreadedCollector
-from asyncflow.config import Config
+from asyncflow.config import Config, PolicyConfig
 from asyncflow.device import check_compile, resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
@@ -28,6 +30,7 @@ from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
+from asyncflow.policies.mapping import NameMapping, check_names
 from asyncflow.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
 from asyncflow.progress import Progress
@@ -39,6 +42,7 @@ from asyncflow.timing import OverlapClock
 from asyncflow.weights import WeightPublisher, changing_tensors
 
 NUM_OPTIMIZER_COPIES = 5  # Adam's two moments, and what an abandoned update is put back from
+NUM_ROLLOUT_COPIES = 2  # what an update trains on, and an epoch's order of it
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,19 @@ def check_start(config: Config) -> Path:
     """Find a user's mistakes before simulators are built, which takes seconds; return the run folder to create.
 
     Raises:
-        ConfigError: The device, the task, its observations, the checkpoint or the policy cannot be had, or the folder
-            already holds a run.
+        ConfigError: The device, the task, its observations, the checkpoint or the policy cannot be had, the
+            names in `policy.mapping` do not exist, or the folder already holds a run.
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
     check_cameras(config.env)
     folder = name_run_folder(config)
-    spec = _foresee_spec(config)
-    if find_policy_code(config.policy):
+    spec, mapping = _foresee_spec(config), config.policy.mapping
+    is_known = is_described(config.env) and config.env.env_meta is None
+    if is_known:
+        NameMapping(mapping, spec)
+    elif is_described(config.env):  # only its simulator knows sizes
+        check_names(mapping, spec)
+    if find_policy_code(config.policy) and (is_known or not mapping.parts):
         build_policy(config, spec, torch.device("cpu"))
     return folder
 
@@ -103,10 +112,19 @@ def _foresee_spec(config: Config) -> EnvSpec:
         spec = file.env_spec
     if not is_described(config.env):
         return spec
-    obs_keys = resolve_task(config.env).obs_keys
-    images = dict.fromkeys(config.env.cameras, (3, *config.env.camera_size))
-    state = {"state": spec.obs_shapes["state"][-1:]}
-    one_step = replace(spec, obs_shapes=state, obs_keys=obs_keys, image_shapes=images)
+    settings = resolve_task(config.env)
+    one_step = replace(
+        spec,
+        obs_shapes={"state": spec.obs_shapes["state"][-1:], **settings.point_obs_shapes},
+        obs_keys=settings.obs_keys,
+        image_shapes=settings.image_shapes,
+        point_settings=settings.point_settings,
+    )
+    if config.env.env_meta is None:
+        sizes = settings.task.obs_sizes()
+        widths = tuple(sizes[key] for key in settings.obs_keys)
+        shapes = one_step.obs_shapes | {"state": (sum(widths),)}
+        one_step = replace(one_step, obs_shapes=shapes, obs_widths=widths, action_dim=settings.task.action_dim)
     return one_step.with_history(config.env.n_obs_steps)
 
 
@@ -135,7 +153,7 @@ def build_parts(
         if config.trainer.eval_interval:
             eval_env = _build_env(config, "evaluation", min(config.env.num_envs, config.trainer.eval_episodes))
             on_failure.callback(eval_env.close)
-        policy = build_policy(config, env.spec, device, resumed)
+        policy = build_policy(config, env.simulator_spec, device, resumed)
         channel = _build_channel(config, policy, env.spec, on_plan)
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
         progress = Progress()
@@ -149,18 +167,26 @@ def build_parts(
 
 def _build_env(config: Config, purpose: str, num_envs: int) -> VecEnv:
     seed = derive_seed(config.trainer.seed, purpose)
-    return make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+    env = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+    return map_names(env, config.policy.mapping)
 
 
 def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: Checkpoint | None = None) -> Policy:
     """Return the policy that training starts from or goes on with, on `device`.
+
+    Args:
+        config: The run.
+        spec: The simulators', in their own names.
+        device: Where the policy is to be.
+        resumed: Where the run goes on.
 
     Raises:
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
     policy_config = with_export(config.policy, resumed.path) if resumed else config.policy
-    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
+    seen = NameMapping(policy_config.mapping, spec).spec
+    policy = make_policy(policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
     if resumed is not None:
         try:
             policy.load_state_dict(resumed.policy)
@@ -169,12 +195,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
                 f"{resumed.path}: does not fit the run's policy: {' '.join(str(error).split())}"
             ) from None
     elif (file := _read_start(config)) is not None:
-        if file.env_spec.obs_keys != spec.obs_keys:
-            raise CheckpointError(
-                f"policy.checkpoint = {config.policy.checkpoint}: made for env.obs_keys = "
-                f"{list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
-            )
-        _check_images(config, file.env_spec, spec)
+        _check_origin(config.policy, file, spec)
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
@@ -186,17 +207,32 @@ def _read_start(config: Config) -> PolicyFile | None:
     return load_policy_file(resolve_checkpoint(name)) if name and config.policy.kind != LEROBOT else None
 
 
-def _check_images(config: Config, made_for: EnvSpec, spec: EnvSpec) -> None:
-    """Refuse a policy that has not seen such observations, since a network takes images of any size."""
-    seen, shown = (_describe_images(each) for each in (made_for, spec))
+def _check_origin(config: PolicyConfig, file: PolicyFile, spec: EnvSpec) -> None:
+    """Refuse a policy that was made for other observations or actions: a network takes any of the right size."""
+    name, made_with = f"policy.checkpoint = {config.checkpoint}", file.policy_config.mapping
+    for key, value in made_with.parts.items():
+        if key not in config.mapping.parts:
+            raise CheckpointError(f"{name}: made with {key} = {value}, which the run leaves out")
+    if config.mapping.obs.state is None and file.env_spec.obs_keys != spec.obs_keys:
+        raise CheckpointError(
+            f"{name}: made for env.obs_keys = {list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
+        )
+    what = "images" if config.mapping.obs.images is not None else "env.cameras"
+    pair = NameMapping(made_with, file.env_spec).spec, NameMapping(config.mapping, spec).spec
+    seen, shown = (_describe_cameras(each, what) for each in pair)
     if seen != shown:
-        raise CheckpointError(f"policy.checkpoint = {config.policy.checkpoint}: made for {seen}; the run has {shown}")
+        raise CheckpointError(f"{name}: made for {seen}; the run has {shown}")
 
 
-def _describe_images(spec: EnvSpec) -> str:
-    sizes = [list(shape[-2:]) for shape in spec.image_shapes.values()]
-    size = f", env.camera_size = {sizes[0]}" if sizes else ""
-    return f"env.cameras = {list(spec.image_shapes)}{size}, env.n_obs_steps = {spec.n_obs_steps}"
+def _describe_cameras(spec: EnvSpec, what: str) -> str:
+    keys: dict[str, Any] = {what: list(spec.image_shapes)}
+    for shape in spec.image_shapes.values():
+        keys["env.camera_size"] = list(shape[-2:])
+    keys["env.n_obs_steps"] = spec.n_obs_steps
+    if spec.point_shapes:
+        keys["env.point_clouds"] = list(spec.point_shapes)
+        keys |= {f"env.{key}": value for key, value in sorted(spec.point_settings.items())}
+    return ", ".join(f"{key} = {value}" for key, value in keys.items())
 
 
 def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Callable[[int], None]) -> Channel:
@@ -206,7 +242,8 @@ def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Calla
     device = next(policy.parameters()).device
     snapshots = (config.max_policy_lag + 1) * sum(t.nbytes for t in changing_tensors(policy).values())
     trained = NUM_OPTIMIZER_COPIES * sum(p.nbytes for p in policy.parameters() if p.requires_grad)
-    check_memory(plan.num_bytes + snapshots + trained, device, "buffer.buffer_size or buffer.max_policy_lag")
+    rollouts = plan.num_bytes + NUM_ROLLOUT_COPIES * plan.slot_bytes
+    check_memory(rollouts + snapshots + trained, device, "buffer.buffer_size or buffer.max_policy_lag")
     on_plan(plan.num_bytes)  # after the check: a run that does not fit leaves no folder
     buffer = RolloutBuffer(plan, device, config.buffer.on_full == "overwrite")
     return Channel(buffer, WeightPublisher(policy, config.max_policy_lag), OverlapClock())

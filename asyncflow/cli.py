@@ -178,7 +178,8 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     action_noise=_flag("Standard deviation of the noise on actions.", float, 0.15),
     grasp_offset=_flag("Metres by which the expert misjudges the object.", float, 0.0),
     cameras=_flag("Cameras whose images are recorded, too, such as agentview.", metavar="NAME,NAME"),
-    camera_size=_flag("Pixels of an image.", metavar="HEIGHT,WIDTH"),
+    camera_size=_flag("Pixels of what cameras render.", metavar="HEIGHT,WIDTH"),
+    point_clouds=_flag("Cameras whose point clouds are recorded, too.", metavar="NAME,NAME"),
     overwrite=_flag("Replace an existing file.", bool, False),
 )
 def demos(**flags: Any) -> int:
@@ -189,15 +190,16 @@ def demos(**flags: Any) -> int:
     with _quiet_imports():
         from asyncflow.demos import DemoOptions, collect_demos
 
-    images = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size")}
-    env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in images.items() if v}).env
+    seen = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size", "point_clouds")}
+    env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in seen.items() if v}).env
     result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags))
     typer.echo(
         f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
     )
-    cameras = f" 'env.cameras=[{','.join(env_config.cameras)}]'" if env_config.cameras else ""
-    typer.echo(f"next: asyncflow pretrain --dataset {result.path}{cameras}")
+    cameras = {"cameras": env_config.cameras, "point_clouds": env_config.point_clouds}
+    keys = "".join(f" 'env.{key}=[{','.join(names)}]'" for key, names in cameras.items() if names)
+    typer.echo(f"next: asyncflow pretrain --dataset {result.path}{keys}")
     return 0
 
 
@@ -212,7 +214,7 @@ def demos(**flags: Any) -> int:
     max_shift=_flag("Pixels by which images are shifted at random, at most.", int, 4),
 )
 def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
-    """Train a flow policy on demonstrations by flow matching."""
+    """Train a policy with a velocity field on demonstrations, by flow matching."""
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")

@@ -59,7 +59,17 @@ class EnvConfig(Section):
     )
     cameras: list[str] = Field([], description="Cameras that are rendered at a chunk's end; none by default.")
     camera_size: list[int] = Field(
-        [84, 84], min_length=2, max_length=2, description="Pixels of an image: height, width."
+        [84, 84], min_length=2, max_length=2, description="Pixels of what cameras render: height, width."
+    )
+    point_clouds: list[str] = Field(
+        [], description="Cameras whose depth and colours become a point cloud at a chunk's end; none by default."
+    )
+    num_points: int = Field(1024, ge=1, le=65536, description="Points of a cloud.")
+    point_bounds: list[float] = Field(
+        [-0.5, -0.5, 0.805, 0.5, 0.5, 1.5],
+        min_length=6,
+        max_length=6,
+        description="Box in the world whose points are kept, metres: low x, y, z, then high x, y, z.",
     )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
     emulated_latency_s: float = Field(
@@ -71,12 +81,16 @@ class EnvConfig(Section):
 
     @model_validator(mode="after")
     def _check_cameras(self) -> EnvConfig:
-        if len(set(self.cameras)) < len(self.cameras):
-            raise ValueError(f"env.cameras = {self.cameras} names a camera twice")
+        for key, names in (("cameras", self.cameras), ("point_clouds", self.point_clouds)):
+            if len(set(names)) < len(names):
+                raise ValueError(f"env.{key} = {names} names a camera twice")
         if not all(MIN_PIXELS <= size <= MAX_PIXELS for size in self.camera_size):
             raise ValueError(
                 f"env.camera_size = {self.camera_size} must be two numbers from {MIN_PIXELS} to {MAX_PIXELS}"
             )
+        low, high = self.point_bounds[:3], self.point_bounds[3:]
+        if not all(a < b for a, b in zip(low, high, strict=True)):
+            raise ValueError(f"env.point_bounds = {self.point_bounds} must be three numbers and three larger ones")
         return self
 
 
@@ -264,7 +278,14 @@ def _describe(prefix: str, section: Section) -> Iterator[tuple[str, Any, str]]:
         if isinstance(value, Section):
             yield from _describe(f"{key}.", value)
         else:
-            yield key, value, info.description or ""
+            yield key, _plain(value), info.description or ""
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a preset holds it."""
+    if isinstance(value, list):
+        return [each.model_dump(exclude_none=True) if isinstance(each, Section) else each for each in value]
+    return value
 
 
 def _explain(error: ValidationError) -> str:

@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncflow.camera_data import CLOUD_SUFFIX, IMAGE_SUFFIX, SETTINGS_KEY
 from asyncflow.config import EnvConfig
 from asyncflow.envs.robomimic import RobomimicEnv
 from asyncflow.envs.tasks import resolve_task
@@ -57,13 +58,16 @@ class Simulator(Protocol):
 
 
 class RobomimicSimulator:
-    """A `Simulator` around `RobomimicEnv`, with every low-dimensional observation that robomimic offers, and images."""
+    """A `Simulator` around `RobomimicEnv`, with all that robomimic observes in few numbers, images and point clouds."""
 
     def __init__(self, env_config: EnvConfig, seed: int) -> None:
         """Construct the simulator; `seed` decides what it keeps for good, such as the cube's size."""
         self._env = RobomimicEnv(resolve_task(env_config), seed)
         self._cameras = env_config.cameras
+        self._point_clouds = env_config.point_clouds
         self.env_meta = deepcopy(self._env.spec.env_meta)
+        if self._point_clouds:
+            self.env_meta[SETTINGS_KEY] = self._env.spec.point_settings
         if self._cameras:
             height, width = env_config.camera_size
             sizes = {"camera_heights": height, "camera_widths": width}
@@ -80,11 +84,14 @@ class RobomimicSimulator:
         return self._observe(), reward, is_success
 
     def _observe(self) -> Obs:
-        """Return robomimic's observations; images as its datasets hold them, [height, width, 3]."""
+        """Return robomimic's observations; images as its datasets hold them, [height, width, 3], and point clouds."""
         obs: Obs = dict(self._env.observe_all())
-        if self._cameras:
-            images = self._env.render().transpose(0, 2, 3, 1)
-            obs |= {f"{camera}_image": image for camera, image in zip(self._cameras, images, strict=True)}
+        if self._cameras or self._point_clouds:
+            rendered = self._env.render()
+            images = zip(self._cameras, rendered.get("images", ()), strict=True)
+            obs |= {camera + IMAGE_SUFFIX: image.transpose(1, 2, 0) for camera, image in images}
+            clouds = zip(self._point_clouds, rendered.get("points", ()), strict=True)
+            obs |= {camera + CLOUD_SUFFIX: cloud for camera, cloud in clouds}
         return obs
 
     def model(self) -> str:

@@ -120,7 +120,7 @@ def evaluate(
         on_decision()
         busy = remaining.nonzero().flatten().tolist()
         noise = policy_noise(seed, busy, decision, policy.noise_size)
-        for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise)):
+        for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise, vec_env.spec.action_limit)):
             rows = slice(env_ids.start, env_ids.stop)
             obs[rows] = result.obs
             remaining[rows] -= (result.terminated | result.truncated).long()
@@ -137,12 +137,12 @@ def episode_quotas(num_episodes: int, num_envs: int) -> Tensor:
     return quotas
 
 
-def _decide(policy: Policy, obs: TensorDict, noise: Tensor) -> Tensor:
-    """Return the actions to execute, [n, H, A] on CPU."""
+def _decide(policy: Policy, obs: TensorDict, noise: Tensor, limit: float) -> Tensor:
+    """Return the actions to execute, [n, H, A] on CPU, within `limit`."""
     device = next(policy.parameters()).device
     decided = policy.sample_actions(obs.to(device), "eval", noise.to(device))
     actions: Tensor = decided["actions"]
-    return actions[:, : policy.n_action_steps].clamp(-1, 1).float().cpu()
+    return actions[:, : policy.n_action_steps].clamp(-limit, limit).float().cpu()
 
 
 def _step(vec_env: VecEnv, env_ids: list[int], actions: Tensor) -> list[tuple[range, ChunkResult]]:

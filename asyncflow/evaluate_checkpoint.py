@@ -16,9 +16,11 @@ from asyncflow.config import Config, EnvConfig
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import TOY
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.policies import make_policy
+from asyncflow.policies.mapping import NameMapping
 from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
 from asyncflow.seeding import derive_seed
 
@@ -32,19 +34,20 @@ def evaluate_checkpoint(checkpoint: str, config: Config, num_episodes: int) -> E
         num_episodes: Episodes to run.
 
     Raises:
-        ConfigError: The checkpoint or the device does not exist.
+        ConfigError: The checkpoint or the device does not exist, or its `policy.mapping` does not fit its environment.
         EnvError: A simulator failed.
     """
     file = load_policy_file(resolve_checkpoint(checkpoint))
     device = resolve_device(config.trainer.device)
     torch.set_num_threads(config.trainer.num_threads)
-    spec = file.env_spec
+    mapping = file.policy_config.mapping
+    seen = NameMapping(mapping, file.env_spec).spec
     policy = make_policy(
-        file.policy_config, spec.obs_shapes, spec.action_dim, config.trainer.seed, image_shapes=spec.image_shapes
+        file.policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, image_shapes=seen.image_shapes
     )
     load_into(policy, file)
     num_envs = min(config.env.num_envs, num_episodes)
-    env = _rebuild_env(spec, config, file.policy_config.n_action_steps, num_envs)
+    env = map_names(_rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs), mapping)
     try:
         return evaluate(policy.to(device), env, num_episodes, config.trainer.seed)
     finally:
@@ -61,6 +64,7 @@ def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int
         path.write_text(json.dumps(spec.env_meta))
         changes: dict[str, Any] = {"env_meta": str(path), "horizon": spec.horizon, "obs_keys": list(spec.obs_keys)}
         changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
+        changes |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
         for shape in spec.image_shapes.values():
             changes["camera_size"] = list(shape[-2:])
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)

@@ -1,15 +1,15 @@
 """Examples: what pre-training draws from demonstrations, an observation and the actions that followed it.
 
-Owns the cutting of chunks and histories, and the augmentation of images. It must not know the file that demonstrations
-come from, nor what learns from them.
+Owns the cutting of chunks and histories, and the augmentation of images; point clouds stay as they are. It must not
+know the file that demonstrations come from, nor what learns from them.
 
 Shapes: B examples in a batch, M steps of all demonstrations, L of one, O env steps of a history (n_obs_steps),
-P predicted actions (horizon), A action size, D state size.
+P predicted actions (horizon), A action size, D state size, Q points of a cloud.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tensordict import TensorDict
@@ -25,14 +25,16 @@ class Examples:
     Attributes:
         states: [M, D].
         images: Camera -> [M, 3, height, width] uint8.
-        frames: [M, O] int64 rows of `states` and `images` that the example observes, oldest first.
+        frames: [M, O] int64 rows of `states`, `images` and `points` that the example observes, oldest first.
         chunks: [M, P, A] actions that follow.
+        points: Camera -> [M, Q, 6] float32.
     """
 
     states: Tensor
     images: dict[str, Tensor]
     frames: Tensor
     chunks: Tensor
+    points: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -53,6 +55,8 @@ class Examples:
             offsets = torch.randint(-max_shift, max_shift + 1, (len(rows), 2), generator=generator)
             shifted = {camera: random_shift(images[frames], offsets) for camera, images in self.images.items()}
             obs["images"] = TensorDict(shifted, batch_size=size)
+        if self.points:
+            obs["points"] = TensorDict({k: points[frames] for k, points in self.points.items()}, batch_size=size)
         return obs
 
 

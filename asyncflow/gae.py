@@ -11,7 +11,7 @@ Papers: GAE, Schulman et al., arXiv:1506.02438, eq. 16; a chunk is one decision 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +40,20 @@ class Transitions:
     @property
     def bootstrap(self) -> Tensor:
         """Discounted value of what followed, zero after termination."""
-        return self.discounts * self.next_values * ~self.terminated
+        return torch.where(self.terminated, 0.0, self.discounts * self.next_values)
+
+    @property
+    def errors(self) -> Tensor:
+        """By how much what a decision led to exceeds its value: r + discount V' - V."""
+        return self.rewards + self.bootstrap - self.values
+
+    def without(self, invalid: Tensor) -> Transitions:
+        """Return a copy in which nothing spreads from decisions that are `invalid`, [T, N], to those before them."""
+        boundary = self.boundary.clone()
+        boundary[:-1] |= invalid[1:]
+        names = ("rewards", "values", "next_values", "discounts")
+        zeroed = {name: getattr(self, name).masked_fill(invalid, 0.0) for name in names}
+        return replace(self, boundary=boundary, **zeroed)
 
 
 def compute_gae(transitions: Transitions, gae_lambda: float) -> tuple[Tensor, Tensor]:
@@ -50,10 +63,9 @@ def compute_gae(transitions: Transitions, gae_lambda: float) -> tuple[Tensor, Te
         transitions: The rollout.
         gae_lambda: Lambda per decision; 1 gives the Monte Carlo return, bootstrapped at a cut.
     """
-    deltas = transitions.rewards + transitions.bootstrap - transitions.values
     decay = transitions.discounts * gae_lambda * ~transitions.boundary
-    running, backwards = torch.zeros_like(deltas[0]), []
-    for delta, factor in zip(deltas.flip(0), decay.flip(0), strict=True):
+    running, backwards = torch.zeros_like(transitions.rewards[0]), []
+    for delta, factor in zip(transitions.errors.flip(0), decay.flip(0), strict=True):
         running = delta + factor * running
         backwards.append(running)
     advantages = torch.stack(backwards).flip(0)

@@ -61,8 +61,14 @@ GLOSSARY: dict[str, Metric] = {
     "train/grad_norm": Metric("1", "Gradient norm of the actor before clipping, mean over minibatches."),
     "train/critic_grad_norm": Metric("1", "Gradient norm of the critic before clipping, mean over minibatches."),
     "train/num_epochs": Metric("count", "Passes over the rollout; fewer than update_epochs if target_kl ended it."),
+    "train/nonfinite_decisions": Metric(
+        "count",
+        "Decisions left out of the update for an advantage or return that was not finite; clocks and books count them.",
+    ),
     "train/nonfinite_skipped": Metric(
-        "count", "Minibatches skipped because the loss or a gradient was not finite; no other mean includes them."
+        "count",
+        "Minibatches skipped because loss, entropy or a gradient was not finite, or all their decisions were left out "
+        "for that; no other mean includes them.",
     ),
     "time/env_step_s": Metric("s", "The rollout's time in the simulators."),
     "time/inference_s": Metric("s", "The rollout's time in the policy."),

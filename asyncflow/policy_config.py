@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from asyncflow.plugins import POLICIES, plugin_names
 
@@ -47,6 +47,81 @@ class VLAConfig(Section):
     lora_targets: list[str] | None = Field(
         None, description="Layers of the backbone that get an adapter, as peft matches names; null: all linear ones."
     )
+
+
+class StatePart(Section):
+    """A piece of what the simulator observes, where it stands in the model's state."""
+
+    key: str = Field(description="One of env.obs_keys; `state` where the environment has no names.")
+    slice: list[int] | None = Field(
+        None, min_length=2, max_length=2, description="Its first number and the one after its last; null: all of it."
+    )
+
+    @model_validator(mode="after")
+    def _check_slice(self) -> StatePart:
+        if self.slice is not None and not 0 <= self.slice[0] < self.slice[1]:
+            raise ValueError(
+                f"policy.mapping.obs.state: slice = {self.slice} of {self.key!r} must be [first, end], 0 <= first < end"
+            )
+        return self
+
+
+class ObsMapping(Section):
+    """What the model sees of the simulator's observations."""
+
+    images: dict[str, str] | None = Field(
+        None, description="Image of env.cameras -> the model's name for it; null: all, under their own names."
+    )
+    state: list[StatePart] | None = Field(
+        None, min_length=1, description="{key, slice} of what the model's state concatenates; null: env.obs_keys."
+    )
+    language: str = Field("", description="The instruction, in place of policy.vla.instruction.")
+
+    @model_validator(mode="after")
+    def _check_images(self) -> ObsMapping:
+        names = list((self.images or {}).values())
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"policy.mapping.obs.images = {self.images}: every image needs a name of its own")
+        return self
+
+
+class ActionMapping(Section):
+    """How the model's actions become the simulator's: selected, scaled, offset. An entry for each of its dimensions."""
+
+    size: PositiveInt | None = Field(None, description="Size of the model's action; null: the simulator's.")
+    select: list[NonNegativeInt] | None = Field(
+        None, min_length=1, description="Dimensions of the model's action that the simulator executes; null: all."
+    )
+    scale: list[float] | None = Field(None, min_length=1, description="Factors; null: 1.")
+    offset: list[float] | None = Field(None, min_length=1, description="What is added, after scaling; null: 0.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ActionMapping:
+        if self.select is None:
+            if self.size is not None:
+                raise ValueError(f"policy.mapping.action.size = {self.size} needs policy.mapping.action.select")
+        elif max(self.select) >= (size := self.size or len(self.select)):
+            raise ValueError(
+                f"policy.mapping.action.select = {self.select}: the model's actions have {size} dimensions, counted "
+                "from 0; see policy.mapping.action.size"
+            )
+        if 0 in (self.scale or []):
+            raise ValueError(f"policy.mapping.action.scale = {self.scale}: a factor of 0 would execute nothing")
+        return self
+
+
+class MappingConfig(Section):
+    """From a simulator's names and units to a model's."""
+
+    obs: ObsMapping = ObsMapping()
+    action: ActionMapping = ActionMapping()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is mapped, by its key; the instruction apart."""
+        obs, action = self.obs.model_dump(exclude_none=True), self.action.model_dump(exclude_none=True)
+        found = {f"policy.mapping.obs.{name}": obs[name] for name in ("images", "state") if name in obs}
+        return found | ({"policy.mapping.action": action} if action else {})
 
 
 class PolicyConfig(Section):
@@ -99,10 +174,35 @@ class PolicyConfig(Section):
         False, description="vla: train without the backbone; the ring keeps its features instead of observations."
     )
     vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
+    mapping: MappingConfig = Field(MappingConfig(), description="From a simulator's names to a model's.")
+
+    @property
+    def instruction(self) -> str:
+        """What the robot is told to do."""
+        return self.mapping.obs.language or self.vla.instruction
+
+    @property
+    def executed_dims(self) -> list[int] | None:
+        """The model's action dimensions that the simulator executes; None: all of them."""
+        action = self.mapping.action
+        executed = sorted(set(action.select or []))
+        return executed if len(executed) < (action.size or len(action.select or [])) else None
 
     @model_validator(mode="after")
     def _check_kind(self) -> PolicyConfig:
         if self.kind not in POLICY_KINDS and self.kind not in plugin_names(POLICIES):
             known = ", ".join([*POLICY_KINDS, *plugin_names(POLICIES)])
             raise ValueError(f"policy.kind = {self.kind!r}: not known; allowed: {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_language(self) -> PolicyConfig:
+        language, instruction = self.mapping.obs.language, self.vla.instruction
+        if language and self.kind in ("flow", "gaussian"):
+            raise ValueError(f"policy.mapping.obs.language = {language!r}: policy.kind = {self.kind} reads none")
+        if language and instruction and language != instruction:
+            raise ValueError(
+                f"policy.mapping.obs.language = {language!r} and policy.vla.instruction = {instruction!r} differ; "
+                "set one of them"
+            )
         return self

@@ -123,6 +123,7 @@ def load_policy_file(path: str | Path) -> PolicyFile:
             "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
             "image_shapes": {key: tuple(shape) for key, shape in header["env"].get("image_shapes", {}).items()},
             "obs_keys": tuple(header["env"]["obs_keys"]),
+            "obs_widths": tuple(header["env"].get("obs_widths", ())),
         }
         policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
         return PolicyFile(tensors, policy_config, EnvSpec(**env))

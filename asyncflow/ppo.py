@@ -133,14 +133,22 @@ class PPO:
         steps: list[Step] = []
         seen: list[TensorDict] = []
         for order in orders.to(batch.device):
-            minibatches = self._shuffle(batch, order)
-            for minibatch in minibatches.unbind(0):
-                on_minibatch()
-                steps.append(self._step(minibatch, is_warmup))
-            seen.append(minibatches.select(*_LOGGED))
-            if self._is_kl_exceeded(steps[-len(minibatches) :], seen[-1]):
+            taken, logged = self._run_epoch(self._shuffle(batch, order), is_warmup, on_minibatch)
+            steps += taken
+            seen.append(logged)
+            if self._is_kl_exceeded(taken, logged):
                 break
         return self._tabulate(steps, TensorDict.cat(seen)), len(seen)
+
+    def _run_epoch(
+        self, minibatches: TensorDict, is_warmup: bool, on_minibatch: Callable[[], None]
+    ) -> tuple[list[Step], TensorDict]:
+        """Take an epoch's steps. Returned are they and `_LOGGED`, and no reference to the rest of this copy."""
+        steps = []
+        for minibatch in minibatches.unbind(0):
+            on_minibatch()
+            steps.append(self._step(minibatch, is_warmup))
+        return steps, minibatches.select(*_LOGGED)
 
     def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
         """Return an epoch's minibatches, [num_minibatches, B], with what no step changes of their objectives."""
@@ -158,8 +166,8 @@ class PPO:
         limit = self.config.max_nonfinite_steps
         if self.num_nonfinite_steps > limit:
             raise TrainingError(
-                f"training diverged: the loss or a gradient of {self.num_nonfinite_steps} minibatches was not finite; "
-                f"algorithm.max_nonfinite_steps = {limit}"
+                f"training diverged: steps of {self.num_nonfinite_steps} minibatches were skipped for a number "
+                f"that was not finite; algorithm.max_nonfinite_steps = {limit}"
             )
 
     def _is_kl_exceeded(self, steps: list[Step], minibatches: TensorDict) -> bool:
@@ -191,23 +199,36 @@ class PPO:
         return batch
 
     def _add_advantages(self, batch: TensorDict, rollout: Rollout, piece: int) -> None:
-        """Add `values`, `advantages` and `returns`, [T, N], from today's value function."""
+        """Add `values`, `advantages` and `returns`, [T, N], from today's value function, and `is_lost`.
+
+        A decision with a number that is not finite becomes invalid before anything is accumulated or normalised, so
+        that it spoils no other one; `is_lost` says which were valid until then.
+        """
+        given, transitions = batch["valid"], self._transitions(batch, rollout, piece)
+        is_finite = transitions.errors.isfinite()
+        transitions = transitions.without(~(given & is_finite))
+        advantages, returns = self._estimate(transitions)
+        is_finite &= advantages.isfinite() & returns.isfinite()  # what finite numbers add up to may not be
+        batch["valid"], batch["is_lost"] = given & is_finite, given & ~is_finite
+        batch["values"] = transitions.values
+        batch["advantages"], batch["returns"] = (x.masked_fill(~is_finite, 0.0) for x in (advantages, returns))
+
+    def _transitions(self, batch: TensorDict, rollout: Rollout, piece: int) -> Transitions:
+        """Return what the estimator needs, with today's values, [T, N]."""
         values = self._values(rollout.obs, piece)
-        batch["values"] = values[:-1]
         finals = self._values(rollout.final_obs, piece).gather(0, batch["final_index"])
         next_values = torch.where(batch["truncated"], finals, values[1:])
         boundary = batch["terminated"] | batch["truncated"]
-        boundary[:-1] |= ~batch["valid"][1:]
-        transitions = Transitions(
-            batch["rewards"], batch["values"], next_values, batch["discounts"], batch["terminated"], boundary
+        return Transitions(
+            batch["rewards"], values[:-1], next_values, batch["discounts"], batch["terminated"], boundary
         )
+
+    def _estimate(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns, [T, N], by the estimator of the configuration."""
         config = self.config
         if config.advantage == "n_step":
-            advantages, returns = compute_n_step(transitions, config.n_step)
-        else:
-            gae_lambda = 1.0 if config.advantage == "monte_carlo" else config.gae_lambda
-            advantages, returns = compute_gae(transitions, gae_lambda)
-        batch["advantages"], batch["returns"] = advantages, returns
+            return compute_n_step(transitions, config.n_step)
+        return compute_gae(transitions, 1.0 if config.advantage == "monte_carlo" else config.gae_lambda)
 
     def _values(self, obs: TensorDictBase, piece: int) -> Tensor:
         """Return V of observations [R, N], computed `piece` at a time, [R, N]."""
@@ -241,9 +262,10 @@ class PPO:
         critic = value_loss(values, batch, config.clip_coef if config.clip_value_loss else None)
         loss, gradients = critic.value, {"values": config.vf_coef * critic.gradient}
         if not is_warmup:
-            loss, gradients["log_probs"] = loss + actor.value, actor.gradient
-        if config.ent_coef and not is_warmup:
-            loss, gradients["entropy"] = loss + (entropy * share).sum(), -config.ent_coef * share
+            # Whatever its weight: an entropy that is not finite is that of a broken policy.
+            loss, gradients["log_probs"] = loss + actor.value + (entropy * share).sum(), actor.gradient
+            if config.ent_coef:
+                gradients["entropy"] = -config.ent_coef * share
         norms = self._differentiate(out, gradients)
         is_finite = (loss + norms.sum()).isfinite()
         is_usable = is_finite & batch["valid"].any()  # zero gradients would still move weights by their momentum
@@ -259,7 +281,7 @@ class PPO:
         return self.optimizer.clip_gradients(self.config.max_grad_norm)
 
     def _tabulate(self, steps: list[Step], minibatches: TensorDict) -> Tensor:
-        """Return `_METRICS` of M minibatches, NaN if skipped, and whether a number was not finite, [M, 10].
+        """Return `_METRICS` of M minibatches, NaN if skipped, and whether for a number that was not finite, [M, 10].
 
         What is only logged is computed here, of all minibatches at once: in each it would cost as much as its loss.
 
@@ -272,7 +294,8 @@ class PPO:
         logged = policy_statistics(done.log_probs, minibatches, self.config.clip_coef)
         columns = [done.policy_loss, done.value_loss, entropy, *logged, *done.norms.unbind(1)]
         table = torch.where(done.is_usable, torch.stack(columns).float(), torch.nan)
-        return torch.cat([table, (~done.is_finite).float().unsqueeze(0)]).T
+        is_skipped = ~done.is_finite | (minibatches["is_lost"].any(-1) & ~minibatches["valid"].any(-1))
+        return torch.cat([table, is_skipped.float().unsqueeze(0)]).T
 
     def _summarise(self, table: Tensor, batch: TensorDict, num_epochs: int) -> dict[str, float]:
         valid = batch["valid"]
@@ -287,12 +310,12 @@ class PPO:
                 (batch["weights"] * valid).max(),
                 masked_mean(batch["is_weight_clipped"].float(), valid),
                 1 - residual / variance.clamp(min=1e-12),
+                batch["is_lost"].sum().float(),
             ]
         )
         means, num_skipped = table[:, :-1].nanmean(0), table[:, -1:].sum(0)  # over the minibatches that were trained
         numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
-        names = (*_METRICS, "nonfinite_skipped", "behavior_kl", "is_weight_mean", "is_weight_max")
-        metrics = dict(zip((*names, "is_weight_clipped_fraction", "explained_variance"), numbers, strict=True))
+        metrics = dict(zip((*_METRICS, "nonfinite_skipped", *_OF_THE_BATCH), numbers, strict=True))
         return {f"train/{name}": number for name, number in (metrics | {"num_epochs": num_epochs}).items()}
 
 
@@ -307,6 +330,14 @@ _METRICS = (
     "grad_norm",
     "critic_grad_norm",
 )
-_LOGGED = ("valid", "share", "advantages", "highest_ratio", "proximal", "behavior")  # what is read after an epoch
-# What neither a loss nor a policy reads, and no epoch shuffles.
+_OF_THE_BATCH = (
+    "behavior_kl",
+    "is_weight_mean",
+    "is_weight_max",
+    "is_weight_clipped_fraction",
+    "explained_variance",
+    "nonfinite_decisions",
+)
+_LOGGED = ("valid", "is_lost", "share", "advantages", "highest_ratio", "proximal", "behavior")
+# `_LOGGED` is what is read after an epoch, `_OUTCOME` what neither a loss nor a policy reads, and no epoch shuffles.
 _OUTCOME = ("rewards", "discounts", "executed", "terminated", "truncated", "final_index", "is_weight_clipped")

@@ -1,16 +1,17 @@
-"""Behaviour cloning: a flow policy from a robomimic dataset, by flow matching.
+"""Behaviour cloning: a policy with a velocity field from a robomimic dataset, by flow matching.
 
 Owns the reading of datasets and the supervised loop. It must not know where demonstrations
 come from, nor about reinforcement learning; the critic and the learned noise stay as they were initialised.
 
 Shapes: B chunks in a batch, M chunks in the dataset, L steps of one demonstration, P predicted actions (horizon),
-A action size, D state size.
+A action size, D state size, Q points of a cloud.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ import h5py
 import torch
 from torch import Tensor
 
+from asyncflow.camera_data import read_clouds, read_images, take_point_settings
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
+from asyncflow.envs.tasks import POINTS, TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.examples import Examples, cut_chunks, cut_histories
-from asyncflow.policies import FlowPolicy, make_policy
+from asyncflow.policies import Policy, make_policy
+from asyncflow.policies.base import Normalizer
+from asyncflow.policies.foreign import VELOCITY_METHODS
+from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policy_file import check_output, save_policy
 from asyncflow.presets import default_horizon
 from asyncflow.seeding import derive_seed
@@ -88,6 +93,8 @@ class Demonstrations:
         states: One [L, D] float32 tensor a demonstration.
         actions: One [L, A] float32 tensor a demonstration.
         images: Camera -> one [L, 3, height, width] uint8 tensor a demonstration.
+        points: Camera -> one [L, Q, 6] float32 tensor a demonstration.
+        point_settings: As `EnvSpec.point_settings`.
     """
 
     env_meta: dict[str, Any]
@@ -96,6 +103,8 @@ class Demonstrations:
     states: list[Tensor]
     actions: list[Tensor]
     images: dict[str, list[Tensor]] = field(default_factory=dict)
+    points: dict[str, list[Tensor]] = field(default_factory=dict)
+    point_settings: dict[str, Any] = field(default_factory=dict)
 
 
 def pretrain(
@@ -105,27 +114,29 @@ def pretrain(
     env_config: EnvConfig,
     options: PretrainOptions,
 ) -> PretrainResult:
-    """Train a flow policy on a robomimic dataset and write it as a policy file.
+    """Train a policy with a velocity field on a robomimic dataset and write it as a policy file.
 
     Args:
         dataset: HDF5 file in robomimic's layout.
         out: The policy file to write.
         policy_config: What to build; `checkpoint` is ignored.
-        env_config: Supplies `obs_keys` and `horizon`, both the task's own by default, `cameras` and `n_obs_steps`; the
-            task itself and the size of images are the dataset's.
+        env_config: Supplies `obs_keys` and `horizon`, both the task's own by default, `cameras`, `point_clouds` and
+            `n_obs_steps`; the task itself, the size of images and how clouds are made are the dataset's.
         options: Length, batch and seed.
 
     Raises:
-        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy is not a flow policy.
+        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy has no velocity field or names
+            of its own.
     """
     start = time.perf_counter()
     check_output(Path(out))
+    if policy_config.mapping.parts:
+        raise ConfigError(f"{next(iter(policy_config.mapping.parts))}: pre-training is in the simulator's own names")
     demos = read_dataset(dataset, env_config)
     examples = make_examples(demos, env_config.n_obs_steps, policy_config.horizon)
     spec = _make_spec(demos).with_history(env_config.n_obs_steps)
-    policy = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
-    if not isinstance(policy, FlowPolicy):
-        raise ConfigError(f"policy.kind = {policy_config.kind}: only `flow` can be pre-trained")
+    built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
+    policy = _require_velocity(built, policy_config)
     fit_normalizers(policy, demos)
     losses = train_flow(policy, examples, options)
     save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
@@ -140,14 +151,32 @@ def pretrain(
     )
 
 
+def _require_velocity(policy: Policy, config: PolicyConfig) -> VelocityPolicy:
+    """Return the policy, or refuse one that flow matching cannot train.
+
+    Raises:
+        ConfigError: It has no velocity field.
+    """
+    if isinstance(policy, VelocityPolicy):
+        return policy
+    is_foreign = config.kind == "vla"
+    what = f"policy.vla.model_class = {config.vla.model_class}" if is_foreign else f"policy.kind = {config.kind}"
+    raise ConfigError(
+        f"{what}: has no velocity field, which pre-training needs; `flow` and `vla` have one, and a model from "
+        f"elsewhere with the methods {', '.join(VELOCITY_METHODS)}"
+    )
+
+
 def _make_spec(demos: Demonstrations) -> EnvSpec:
+    clouds = {POINTS + camera: tuple(points[0].shape[1:]) for camera, points in demos.points.items()}
     return EnvSpec(
-        obs_shapes={"state": (demos.states[0].shape[1],)},
+        obs_shapes={"state": (demos.states[0].shape[1],), **clouds},
         action_dim=demos.actions[0].shape[1],
         horizon=demos.horizon,
         env_meta=demos.env_meta,
         obs_keys=demos.obs_keys,
         image_shapes={camera: tuple(images[0].shape[1:]) for camera, images in demos.images.items()},
+        point_settings=demos.point_settings,
     )
 
 
@@ -158,11 +187,12 @@ def make_examples(demos: Demonstrations, n_obs_steps: int, horizon: int) -> Exam
         images={camera: torch.cat(images) for camera, images in demos.images.items()},
         frames=cut_histories([len(states) for states in demos.states], n_obs_steps),
         chunks=cut_chunks(demos.actions, horizon),
+        points={camera: torch.cat(points) for camera, points in demos.points.items()},
     )
 
 
 def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
-    """Load the low-dimensional observations and actions of every demonstration.
+    """Load the low-dimensional observations and actions of every demonstration, and what the asked cameras saw.
 
     Raises:
         ConfigError: A missing file, not HDF5, not robomimic's layout, of another simulator, missing observations or
@@ -184,6 +214,7 @@ def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
 
 def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> Demonstrations:
     env_meta = _read_env_meta(file, path)
+    point_settings = take_point_settings(env_meta, env_config, f"--dataset {path}")
     names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
     if not names:
         raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
@@ -196,23 +227,31 @@ def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> 
     actions = [_read(group["actions"]) for group in groups]
     if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
         raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
-    images = {camera: [_read_images(group, camera, path) for group in groups] for camera in env_config.cameras}
+    images, points = _read_cameras(groups, env_config, point_settings, f"--dataset {path}")
+    return Demonstrations(
+        env_meta=env_meta,
+        horizon=env_config.horizon or default_horizon(task),
+        obs_keys=obs_keys,
+        states=states,
+        actions=actions,
+        images=images,
+        points=points,
+        point_settings=point_settings,
+    )
+
+
+def _read_cameras(
+    groups: list[h5py.Group], env_config: EnvConfig, point_settings: dict[str, Any], source: str
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """Return images and point clouds by camera, one tensor a demonstration each."""
+    images = {camera: [read_images(group, camera, source) for group in groups] for camera in env_config.cameras}
     if any(len({image.shape[1:] for image in images[camera]}) > 1 for camera in images):
-        raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their images")
-    return Demonstrations(env_meta, env_config.horizon or default_horizon(task), obs_keys, states, actions, images)
-
-
-def _read_images(demo: h5py.Group, camera: str, path: Path) -> Tensor:
-    """Return what a camera saw, [L, 3, height, width]; robomimic stores [L, height, width, 3]."""
-    dataset = demo["obs"].get(f"{camera}_image")
-    if not isinstance(dataset, h5py.Dataset):
-        found = ", ".join(key.removesuffix("_image") for key in demo["obs"] if key.endswith("_image"))
-        raise ConfigError(
-            f"--dataset {path}: {demo.name} has no images of env.cameras = {camera}; cameras: {found or 'none'}"
-        )
-    if dataset.dtype != "uint8" or dataset.ndim != 4 or dataset.shape[::3] != (len(demo["actions"]), 3):
-        raise ConfigError(f"--dataset {path}: {dataset.name} must be uint8 [steps, height, width, 3]")
-    return torch.from_numpy(dataset[()]).permute(0, 3, 1, 2).contiguous()
+        raise ConfigError(f"{source}: demonstrations differ in the size of their images")
+    clouds = {
+        camera: [read_clouds(group, camera, point_settings["num_points"], source) for group in groups]
+        for camera in env_config.point_clouds
+    }
+    return images, clouds
 
 
 def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:
@@ -263,18 +302,28 @@ def _read(dataset: h5py.Dataset) -> Tensor:
     return torch.from_numpy(dataset[()]).float().reshape(len(dataset), -1)
 
 
-def fit_normalizers(policy: FlowPolicy, demos: Demonstrations) -> None:
-    """Map the demonstrations' range of every dimension to [-1, 1]."""
-    for normalizer, rows in ((policy.obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
+def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
+    """Map the demonstrations' range of every dimension to [-1, 1].
+
+    A model without asyncflow's `obs_normalizer` scales its inputs itself, and its actions are in the simulator's
+    units; it is left as it is.
+    """
+    obs_normalizer, encoder = getattr(policy, "obs_normalizer", None), getattr(policy, "point_encoder", None)
+    if not isinstance(obs_normalizer, Normalizer):
+        return
+    fitted = [(obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)]
+    if encoder is not None:
+        fitted.append((encoder.normalizer, [part.flatten(0, 1) for part in chain(*demos.points.values())]))
+    for normalizer, rows in fitted:
         values = torch.cat(rows)
         normalizer.set_range(values.amin(0), values.amax(0))
 
 
-def train_flow(policy: FlowPolicy, examples: Examples, options: PretrainOptions) -> Tensor:
+def train_flow(policy: VelocityPolicy, examples: Examples, options: PretrainOptions) -> Tensor:
     """Minimise the flow matching loss with Adam and return it for every step, [num_steps].
 
     Args:
-        policy: Trained in place, on the CPU; only what its velocity depends on has a gradient.
+        policy: Trained in place, on the CPU; only what its velocity depends on, and is not frozen, has a gradient.
         examples: What to train on.
         options: Length, batch and seed.
     """

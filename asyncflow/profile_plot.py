@@ -73,7 +73,9 @@ def _draw_lanes(axes: Any, legs: Mapping[Any, Leg]) -> None:
             ticks.append((row, f"{mode}: {lane}"))
             for name, (colour, _) in COLOURS.items():
                 bars = [_clip(span, leg.start_s, shown_s) for span in leg.spans if _belongs(span, lane, name)]
-                axes.broken_barh([bar for bar in bars if bar[1] > 0], (row - 0.4, 0.8), color=colour, linewidth=0)
+                shown = [bar for bar in bars if bar[1] > 0]
+                # Without snapping to pixels, bars narrower than one are faint instead of here and there.
+                axes.broken_barh(shown, (row - 0.4, 0.8), color=colour, linewidth=0, snap=False)
     axes.set_yticks([row for row, _ in ticks], [label for _, label in ticks])
     axes.set_xlim(0, shown_s)
     axes.set_xlabel("seconds")

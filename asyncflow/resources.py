@@ -41,7 +41,7 @@ def check_shared_memory(num_bytes: int) -> None:
     Raises:
         ConfigError: It does not fit.
     """
-    advice = "lower env.num_envs or env.camera_size, or give a container more (docker run --shm-size)"
+    advice = "lower env.num_envs or env.camera_size or env.num_points, or give a container more (docker run --shm-size)"
     _check(str(SHARED_MEMORY), num_bytes, _free_shared_memory(), advice)
 
 

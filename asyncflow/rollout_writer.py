@@ -182,6 +182,7 @@ class RolloutWriter:
             decision = self._infer(obs, g, index * self._buffer.plan.num_steps + t)
             executed = decision["actions"][:, : self._policy.n_action_steps]
             actions = self._staging[g].fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
+            self._settings.inference_latency.wait(index, len(group) / self._env.num_envs)  # beyond the device's work
         self._env.step_async(actions, group)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
@@ -199,10 +200,7 @@ class RolloutWriter:
         group = self._groups[g]
         noise = policy_noise(self._settings.seed, group, decision_index, self._policy.noise_size)
         noise = self._staging[g].send("noise", {"noise": noise})["noise"]
-        decision = self._sample(obs, noise)
-        rollout, share = decision_index // self._buffer.plan.num_steps, len(group) / self._env.num_envs
-        self._settings.inference_latency.wait(rollout, share)
-        return decision
+        return self._sample(obs, noise)
 
     def _wait_for_chunk(self, index: int, t: int, g: int) -> ChunkResult:
         """Wait for group `g`'s chunk, its emulated latency included, and trace who simulated it when."""

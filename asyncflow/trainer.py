@@ -240,7 +240,7 @@ class Trainer:
     def _save(self) -> bool:
         """Save the boundary after the newest update; tell whether that worked. A full disk is reported, no more."""
         parts, progress = self.parts, self.progress
-        source = PolicyToSave(parts.policy, self.config.policy, parts.env.spec)
+        source = PolicyToSave(parts.policy, self.config.policy, parts.env.simulator_spec)
         groups = name_snapshots(parts.channel.publisher.snapshots()) | {"optimizer": parts.ppo.state_tensors()}
         if progress.journal is not None:
             groups["journal"] = progress.journal.to_tensors()

@@ -102,11 +102,15 @@ class WeightPublisher:
 
         Raises:
             PublisherClosed: `close` was called while waiting.
+            AsyncflowError: A newer version was written over this one, so that it never comes.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._has(version))
+            self._changed.wait_for(lambda: self._is_closed or self._has(version) or self._is_past(version))
             if self._is_closed:
                 raise PublisherClosed
+            if not self._has(version):
+                held = sorted(each for each in self._versions if each >= 0)
+                raise AsyncflowError(f"version {version} of the weights is gone; held are {held}")
             taken = self.newest if version is None else version
             index = self._leased = taken % self._num_snapshots
         wait_event(self._written[index], self._device)
@@ -120,6 +124,9 @@ class WeightPublisher:
 
     def _has(self, version: int | None) -> bool:
         return self.newest >= 0 if version is None else version in self._versions
+
+    def _is_past(self, version: int | None) -> bool:
+        return version is not None and version < self.newest and version not in self._versions
 
     def close(self) -> None:
         """Wake whoever waits. Any thread; may be called twice."""

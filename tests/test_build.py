@@ -10,8 +10,9 @@ from asyncflow.build import build_parts
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.launch import train
+from asyncflow.ppo import PPO
 from asyncflow.presets import load_config
-from asyncflow.weights import WeightPublisher
+from asyncflow.weights import WeightPublisher, changing_tensors
 
 
 def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
@@ -20,6 +21,31 @@ def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, mo
     with pytest.raises(ConfigError, match=r"device cpu: .* are free; lower buffer.buffer_size"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
     assert not (tmp_path / "run").exists()
+
+
+PICTURES = TOY | {"trainer.buffer_type": "standard", "trainer.total_updates": 1}
+
+
+def test_the_copies_that_an_update_makes_of_a_rollout_are_checked_for(tmp_path, monkeypatch):
+    """What is asked for beside ring, weights and optimizer suffices for all that an update holds of pictures."""
+    asked, held = [], {}
+
+    def note(name, method):
+        def noting(*arguments):
+            made = method(*arguments)
+            held[name] = made.bytes()
+            return made
+
+        monkeypatch.setattr(PPO, name, noting)
+
+    monkeypatch.setattr(build, "check_memory", lambda num_bytes, device, keys: asked.append(num_bytes))
+    for name in ("_prepare", "_shuffle"):
+        note(name, getattr(PPO, name))
+    parts = train(load_config("toy_vla_tiny", PICTURES | {"logging.out": str(tmp_path / "run")}), Silent()).parts
+    weights = sum(p.nbytes for p in parts.policy.parameters())
+    rest = parts.channel.buffer.plan.num_bytes + sum(t.nbytes for t in changing_tensors(parts.policy).values())
+    left = asked[0] - rest - build.NUM_OPTIMIZER_COPIES * weights
+    assert 0.7 * left < held["_prepare"] + held["_shuffle"] <= left
 
 
 @pytest.mark.parametrize(

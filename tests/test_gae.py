@@ -1,5 +1,7 @@
 """Advantages against hand-computed numbers and an independent float64 reference."""
 
+import math
+
 import pytest
 import torch
 
@@ -54,6 +56,21 @@ def test_termination_bootstraps_from_nothing_and_truncation_from_the_final_obser
     truncated = make([0, 1], [0, 0], [9, 9], [0.9, 0.9], [0, 0], [1, 0])
     assert compute_gae(terminated, 0.95)[0][0, 0] == 0.0
     assert compute_gae(truncated, 0.95)[0][0, 0] == pytest.approx(8.1)
+
+
+def test_what_follows_a_termination_is_not_read_whatever_it_is():
+    terminated = make([2, 1], [0, 0], [math.nan, 9], [0.9, 0.9], [1, 0], [1, 0])
+    assert compute_gae(terminated, 0.95)[0][0, 0] == 2.0
+    assert compute_n_step(terminated, 3)[0][0, 0] == 2.0
+
+
+@pytest.mark.parametrize("estimate", [lambda tr: compute_gae(tr, 0.5), lambda tr: compute_n_step(tr, 3)])
+def test_decisions_that_are_left_out_reach_none_before_or_after_them(estimate):
+    """By hand: the decision before the left-out one bootstraps from what it observed, 4 + 0.5 * 6 - 1 = 6."""
+    tr = make([4, math.nan, 2], [1, math.inf, 1], [6, 3, 8], [0.5, 0.9, 0.5], [0, 0, 0], [0, 0, 0])
+    advantages, returns = estimate(tr.without(torch.tensor([[False], [True], [False]])))
+    assert advantages[:, 0].tolist() == [6.0, 0.0, 5.0]
+    assert returns.isfinite().all()
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 0.95, 1.0])

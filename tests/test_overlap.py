@@ -128,7 +128,7 @@ def test_three_stages_are_compared_with_the_serial_run(judge, value, verdict):
 
 @pytest.mark.parametrize(("worst", "verdict"), [(-0.05, True), (0.051, False), (-0.051, False)])
 def test_one_point_of_a_sweep_is_enough_to_miss_it(judge, worst, verdict):
-    sweep = [{"wanted_ratio": ratio, "error": error} for ratio, error in ((0.1, 0.0), (1.0, worst), (4.0, 0.01))]
+    sweep = [{"ratio": ratio, "error": error} for ratio, error in ((0.1, 0.0), (1.0, worst), (4.0, 0.01))]
     (found,) = judge.judge_sweep({"profile": {"sweep": sweep}})
     assert found.is_met is verdict
     assert f"{100 * worst:+.2f} %" in found.measured

@@ -26,52 +26,56 @@ def settings(tools):
 
 
 @pytest.fixture(scope="module")
+def records(tools):
+    return tools("bench_records")
+
+
+@pytest.fixture(scope="module")
 def bench(tools):
     return tools("bench_overlap")
 
 
 @pytest.fixture
-def place(settings, tmp_path):
-    return settings.choose_place(tmp_path, is_tiny=True)
+def place(records, settings, tmp_path):
+    return records.choose_place(settings.NAME, tmp_path, is_tiny=True)
 
 
 # What is measured again.
 
 
-def test_a_finished_part_is_not_measured_again(settings, bench, place, monkeypatch):
+def test_a_finished_part_is_not_measured_again(settings, records, place):
     measured = []
-    monkeypatch.setitem(bench.PARTS, "sweep", lambda *_: measured.append("sweep") or {"profile": 1})
-    bench.measure(["sweep"], settings.TINY, place)
-    bench.measure(["sweep"], settings.TINY, place)
+    parts = {"sweep": lambda *_: measured.append("sweep") or {"profile": 1}}
+    records.measure(parts, settings.TINY, place)
+    records.measure(parts, settings.TINY, place)
     assert measured == ["sweep"]
-    assert settings.figures_of(place, "sweep") == {"profile": 1}
+    assert records.figures_of(place, "sweep") == {"profile": 1}
 
 
-def test_a_part_that_fails_leaves_no_record(settings, bench, place, monkeypatch):
+def test_a_part_that_fails_leaves_no_record(settings, records, place):
     def fail(*_):
         raise SystemExit("failed")
 
-    monkeypatch.setitem(bench.PARTS, "sweep", fail)
     with pytest.raises(SystemExit, match="failed"):
-        bench.measure(["sweep"], settings.TINY, place)
-    assert settings.read_record(place, "sweep") is None
+        records.measure({"sweep": fail}, settings.TINY, place)
+    assert records.read_record(place, "sweep") is None
 
 
-def test_other_settings_of_a_part_are_refused_and_those_of_another_are_not(settings, place):
-    settings.write_record(place, "train", settings.TINY, {}, 1.0)
-    assert settings.is_measured(place, "train", replace(settings.TINY, curve_episodes=77))
+def test_other_settings_of_a_part_are_refused_and_those_of_another_are_not(settings, records, place):
+    records.write_record(place, "train", settings.TINY, {}, 1.0)
+    assert records.is_measured(place, "train", replace(settings.TINY, curve_episodes=77))
     with pytest.raises(SystemExit, match="other settings"):
-        settings.is_measured(place, "train", replace(settings.TINY, seeds=(7,)))
+        records.is_measured(place, "train", replace(settings.TINY, seeds=(7,)))
 
 
-def test_what_takes_time_is_not_mixed_with_another_machines(settings, place):
+def test_what_takes_time_is_not_mixed_with_another_machines(settings, records, place):
     for part in ("train", "evaluate"):
-        settings.write_record(place, part, settings.TINY, {}, 1.0)
-        record = settings.read_record(place, part)
+        records.write_record(place, part, settings.TINY, {}, 1.0)
+        record = records.read_record(place, part)
         place.record(part).write_text(json.dumps(record | {"machine": {"processor": "another"}}))
-    assert settings.is_measured(place, "evaluate", settings.TINY)
+    assert records.is_measured(place, "evaluate", settings.TINY)
     with pytest.raises(SystemExit, match="another machine"):
-        settings.is_measured(place, "train", settings.TINY)
+        records.is_measured(place, "train", settings.TINY)
 
 
 def test_every_setting_belongs_to_a_part(settings, bench):
@@ -92,12 +96,12 @@ def test_a_part_without_what_it_needs_names_it(settings, tools, place):
 # How they are called.
 
 
-def write_balance(settings, place):
-    settings.write_record(place, "balance", settings.FULL, {"Lift": {"update_latency_s": 3.2}}, 1.0)
+def write_balance(settings, records, place):
+    records.write_record(place, "balance", settings.FULL, {"Lift": {"update_latency_s": 3.2}}, 1.0)
 
 
-def test_the_training_emulates_what_the_profile_emulates(settings, tools, place):
-    write_balance(settings, place)
+def test_the_training_emulates_what_the_profile_emulates(settings, records, tools, place):
+    write_balance(settings, records, place)
     profile = tools("overlap_profiles").balanced_arguments(settings.FULL, place, "Lift")
     assert profile == ["--task", "Lift", "--inference-latency-s", "1.5", "--update-latency-s", "3.2"]
     keys = tools("overlap_training").emulation(settings.FULL, place)
@@ -107,8 +111,8 @@ def test_the_training_emulates_what_the_profile_emulates(settings, tools, place)
     assert values == pytest.approx([1.5 / config.num_steps, 3.2 / minibatches], abs=1e-6)
 
 
-def test_the_training_is_one_that_bench_learning_knows(settings, tools, place, monkeypatch):
-    write_balance(settings, place)
+def test_the_training_is_one_that_bench_learning_knows(settings, records, tools, place, monkeypatch):
+    write_balance(settings, records, place)
     arguments = tools("overlap_training").learning_arguments(settings.FULL, place, "eval")
     monkeypatch.setattr("sys.argv", ["bench_learning.py", *arguments])
     options = tools("bench_learning").parse_arguments()
@@ -129,7 +133,7 @@ def test_recording_is_on_in_every_other_pair_of_windows(settings, tools, tmp_pat
         monkeypatch.setattr(
             tracing.Tracer, name, lambda *args, name=name, original=original: (calls.append(name), original(*args))[1]
         )
-    costs = overhead.measure_run(replace(settings.TINY, overhead_blocks=1, toy_window=1), "Toy", is_second)
+    costs = overhead.measure_run(replace(settings.TINY, toy_blocks=1, toy_window=1), "Toy", is_second)
     assert all(cost.wall_s > 0 and cost.cpu_s > 0 for cost in costs)
     off, on = ["close"], ["open", "close"]
     wanted = [on, off, off, on] if is_second else [off, on, on, off]
@@ -155,23 +159,32 @@ def test_the_clocks_of_workers_are_read(tools):
 # The page.
 
 
-def test_the_page_holds_every_target_that_was_measured(settings, tools, bench, place):
-    sweep = {"wanted_ratio": 1.0, "ratio": 1.0, "ceiling": 2.0, "predicted": 2.0, "measured": 1.98, "error": -0.01}
-    overhead = {task: {"wall_s": speedup(0.0), "cpu_s": speedup(0.0)} for task in ("Lift", "Toy")}
+def test_the_page_holds_every_target_that_was_measured(settings, records, tools, bench, place):
+    sweep = {
+        "wanted_ratio": 1.0,
+        "ratio": 1.0,
+        "ceiling": 2.0,
+        "predicted": 2.0,
+        "measured": 1.98,
+        "interval": "-",
+        "error": -0.01,
+    }
+    overhead = {"wall_s": speedup(0.0), "cpu_s": speedup(0.0)}
     figures = {
         "balance": {},
         "two_stages": {"command": "asyncflow profile two", "profile": make_profile()},
         "three_stages": {"command": "asyncflow profile three", "profile": make_serial_profile()},
         "sweep": {"command": "asyncflow profile sweep", "profile": {"sweep": [sweep]}},
-        "overhead": overhead,
+        "overhead_toy": {"Toy": overhead},
+        "overhead_lift": {"Lift": overhead},
         "lift": {"command": "asyncflow profile lift", "profile": make_profile()},
         "train": {"command": "python tools/bench_learning.py"},
         "evaluate": {"command": "python tools/bench_learning.py"},
     }
     for part, found in figures.items():
-        settings.write_record(place, part, settings.TINY, found, 60.0)
-    write_curves(tools, place.curves)
-    findings = tools("overlap_page").write_page(place, bench.read_records(place, list(bench.PARTS)))
+        records.write_record(place, part, settings.TINY, found, 60.0)
+    write_curves(tools, place.data / settings.CURVES)
+    findings = tools("overlap_page").write_page(place, records.read_records(place, list(bench.PARTS)))
     page = (place.pages / "overlap.md").read_text()
     assert len(findings) == 8
     assert all(f"| {found.what} | {found.target} | {found.measured} |" in page for found in findings)
@@ -202,8 +215,8 @@ def test_a_page_without_anything_measured_is_refused(bench, place):
         bench.report(place)
 
 
-def test_a_missed_target_ends_with_1(settings, bench, place, capsys):
-    settings.write_record(place, "lift", settings.TINY, {"command": "x", "profile": make_profile(1.2)}, 1.0)
+def test_a_missed_target_ends_with_1(settings, records, bench, place, capsys):
+    records.write_record(place, "lift", settings.TINY, {"command": "x", "profile": make_profile(1.2)}, 1.0)
     assert bench.report(place) == 1
     said = capsys.readouterr().out
     assert said.startswith("missed: Lift")

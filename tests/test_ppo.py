@@ -1,6 +1,7 @@
 """What an update trains on, what it skips, what it leaves behind when it fails, and how it goes on."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -82,6 +83,22 @@ def test_every_decision_is_trained_once_an_epoch_in_another_order():
     for epoch in epochs:
         torch.testing.assert_close(epoch.sort().values, rollout.data["log_probs"].flatten().sort().values)
     assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_an_epochs_copy_of_the_rollout_is_freed_before_the_next_one_is_made(monkeypatch):
+    policy, rollout = make_policy_and_rollout()
+    ppo, copies, num_alive = PPO(policy, algorithm(), seed=0), [], []
+    shuffle = ppo._shuffle
+
+    def count_and_shuffle(batch, order):
+        num_alive.append(sum(copy() is not None for copy in copies))
+        minibatches = shuffle(batch, order)
+        copies.append(weakref.ref(minibatches["chains"]))
+        return minibatches
+
+    monkeypatch.setattr(ppo, "_shuffle", count_and_shuffle)
+    ppo.update(rollout, 0, lambda: None)
+    assert num_alive == [0, 0, 0]
 
 
 def test_fresh_data_is_plain_ppo_exactly():
@@ -266,13 +283,9 @@ def test_lr_zero_keeps_the_stored_log_probs_right():
 
 
 def poisoned(rollout, count=1):
-    """Give decisions a reward that is not finite; `alone` keeps it from reaching others."""
-    rollout.data["rewards"].view(-1)[:count] = math.inf
+    """Give decisions a log-prob, so a loss, that is not finite."""
+    rollout.data["log_probs"].view(-1)[:count] = math.nan
     return rollout
-
-
-def alone(**changes):
-    return algorithm(gae_lambda=0.0, normalize_advantages=False, **changes)
 
 
 class SteppingPPO(RecordingPPO):
@@ -291,9 +304,9 @@ class SteppingPPO(RecordingPPO):
 
 def test_a_minibatch_that_is_not_finite_is_skipped_and_the_others_are_trained():
     policy, rollout = make_policy_and_rollout()
-    ppo = SteppingPPO(policy, alone(), seed=0)
+    ppo = SteppingPPO(policy, algorithm(), seed=0)
     metrics = ppo.update(poisoned(rollout), 0, lambda: None)
-    has_poison = [bool(batch["returns"].isinf().any()) for batch in ppo.minibatches]
+    has_poison = [bool(batch["behavior"].isnan().any()) for batch in ppo.minibatches]
     assert ppo.is_changed == [not poison for poison in has_poison]
     assert metrics["train/nonfinite_skipped"] == ppo.num_nonfinite_steps == 3
     assert {float(state["step"]) for state in ppo.optimizer.state.values()} == {9.0}
@@ -309,9 +322,37 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is_finite():
     assert torch.equal(flat(policy.parameters()), before)
 
 
+class BrokenEntropy:
+    """A policy's `default_forward` with an infinite entropy."""
+
+    def __init__(self, policy):
+        self._forward = policy.default_forward
+
+    def __call__(self, batch):
+        out = self._forward(batch)
+        return out.set("entropy", torch.full_like(out["entropy"], math.inf))
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.1])
+def test_a_step_whose_entropy_is_not_finite_is_skipped_whatever_its_weight(monkeypatch, ent_coef):
+    policy, rollout = make_policy_and_rollout()
+    monkeypatch.setattr(policy, "default_forward", BrokenEntropy(policy))
+    before = flat(policy.parameters())
+    metrics = PPO(policy, algorithm(ent_coef=ent_coef), seed=0).update(rollout, 0, lambda: None)
+    assert metrics["train/nonfinite_skipped"] == 12
+    assert torch.equal(flat(policy.parameters()), before)
+
+
+def test_the_critics_warm_up_does_not_ask_for_the_actors_entropy(monkeypatch):
+    policy, rollout = make_policy_and_rollout()
+    monkeypatch.setattr(policy, "default_forward", BrokenEntropy(policy))
+    metrics = PPO(policy, algorithm(critic_warmup_updates=1), seed=0).update(rollout, 0, lambda: None)
+    assert metrics["train/nonfinite_skipped"] == 0
+
+
 def test_skipped_minibatches_are_outside_the_means():
     policy, rollout = make_policy_and_rollout()
-    ppo = SteppingPPO(policy, alone(), seed=0)
+    ppo = SteppingPPO(policy, algorithm(), seed=0)
     metrics = ppo.update(poisoned(rollout), 0, lambda: None)
     kept = [step for step, changed in zip(ppo.steps, ppo.is_changed, strict=True) if changed]
     assert metrics["train/policy_loss"] == pytest.approx(sum(float(step.policy_loss) for step in kept) / 9)
@@ -322,7 +363,7 @@ def test_if_all_minibatches_are_skipped_nothing_changes_and_the_means_are_nan():
     policy, rollout = make_policy_and_rollout()
     before = flat(policy.parameters())
     ppo = PPO(policy, algorithm(target_kl=1e-9), seed=0)
-    metrics = ppo.update(poisoned(rollout), 0, lambda: None)
+    metrics = ppo.update(poisoned(rollout, NUM_STEPS * NUM_ENVS), 0, lambda: None)
     assert torch.equal(flat(policy.parameters()), before)
     assert math.isnan(metrics["train/policy_loss"])
     assert (metrics["train/nonfinite_skipped"], metrics["train/num_epochs"]) == (12, 3)
@@ -330,13 +371,13 @@ def test_if_all_minibatches_are_skipped_nothing_changes_and_the_means_are_nan():
 
 def test_target_kl_is_compared_with_the_minibatches_that_were_trained():
     policy, rollout = make_policy_and_rollout()
-    ppo = PPO(policy, alone(target_kl=1e-9, learning_rate=1e-2), seed=0)
+    ppo = PPO(policy, algorithm(target_kl=1e-9, learning_rate=1e-2), seed=0)
     assert ppo.update(poisoned(rollout), 0, lambda: None)["train/num_epochs"] == 1
 
 
 def test_too_many_skipped_steps_of_a_run_end_it():
     policy, rollout = make_policy_and_rollout()
-    ppo = PPO(policy, alone(max_nonfinite_steps=6), seed=0)
+    ppo = PPO(policy, algorithm(max_nonfinite_steps=6), seed=0)
     ppo.update(poisoned(rollout), 0, lambda: None)
     ppo.update(rollout, 1, lambda: None)
     before = flat(policy.parameters())
@@ -359,12 +400,105 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(("target_kl", "num_reads"), [(None, 0), (1e9, 3)], ids=["without target_kl", "with target_kl"])
 def test_epochs_read_nothing_back_from_the_device_but_a_target_kl(target_kl, num_reads):
     policy, rollout = make_policy_and_rollout()
-    ppo = PPO(policy, alone(target_kl=target_kl), seed=0)
+    ppo = PPO(policy, algorithm(target_kl=target_kl), seed=0)
     batch = ppo._prepare(poisoned(rollout), 0)
     with Reads() as reads:
         _, num_epochs = ppo._run_epochs(batch, 1, lambda: None)
     assert num_epochs == 3
     assert reads.count == num_reads
+
+
+# What is left out before it reaches others.
+
+
+def update_with(advantage, spoil):
+    """Return an update's metrics and parameters after `spoil` was given the rollout and the policy."""
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["terminated"][2:4, 1] = False
+    spoil(rollout, policy)
+    metrics = PPO(policy, algorithm(advantage=advantage, n_step=3), seed=0).update(rollout, 0, lambda: None)
+    return metrics, flat(policy.parameters())
+
+
+def marking(rows):
+    def mark(rollout, policy):
+        rollout.data["valid"][rows, 1] = False
+
+    return mark
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("advantage", ["gae", "monte_carlo", "n_step"])
+def test_a_reward_that_is_not_finite_is_as_if_its_decision_had_been_invalid_from_the_start(advantage, number):
+    def spoil(rollout, policy):
+        rollout.data["rewards"][3, 1] = number
+
+    wanted, wanted_parameters = update_with(advantage, marking([3]))
+    metrics, parameters = update_with(advantage, spoil)
+    assert torch.equal(parameters, wanted_parameters)
+    assert wanted["train/nonfinite_decisions"] == 0
+    assert metrics == wanted | {"train/nonfinite_decisions": 1}
+
+
+@pytest.mark.parametrize(("is_terminated", "lost"), [(False, [2, 3]), (True, [3])], ids=["open", "terminated"])
+@pytest.mark.parametrize("advantage", ["gae", "monte_carlo", "n_step"])
+def test_a_value_that_is_not_finite_leaves_out_its_decision_and_what_bootstraps_from_it(advantage, is_terminated, lost):
+    def end(rollout, policy):
+        rollout.data["terminated"][2, 1] = is_terminated
+
+    def spoil(rollout, policy):
+        end(rollout, policy)
+        where, get_value = rollout.obs["state"][3, 1], policy.get_value
+        policy.get_value = lambda obs: get_value(obs).masked_fill((obs["state"] == where).all(-1), math.nan)
+
+    def mark(rollout, policy):
+        end(rollout, policy)
+        marking(lost)(rollout, policy)
+
+    wanted, wanted_parameters = update_with(advantage, mark)
+    metrics, parameters = update_with(advantage, spoil)
+    assert torch.equal(parameters, wanted_parameters)
+    assert metrics == wanted | {"train/nonfinite_decisions": len(lost)}
+
+
+def test_finite_rewards_whose_sum_is_not_finite_are_left_out_too():
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["terminated"][:] = False
+    rollout.data["rewards"][3:5, 1] = 3e38
+    batch = PPO(policy, algorithm(normalize_advantages=False), seed=0)._prepare(rollout, 0)
+    lost = batch["is_lost"].view(NUM_STEPS, NUM_ENVS)
+    assert lost[:4, 1].all()
+    assert int(lost.sum()) == 4
+    assert torch.equal(~batch["valid"], batch["is_lost"])
+    assert all(batch[name].isfinite().all() for name in ("advantages", "returns"))
+
+
+def test_a_decision_that_was_invalid_already_is_not_counted_again():
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["valid"][3, 1], rollout.data["rewards"][3, 1] = False, math.nan
+    metrics = PPO(policy, algorithm(), seed=0).update(rollout, 0, lambda: None)
+    assert metrics["train/nonfinite_decisions"] == 0
+    assert metrics["train/nonfinite_skipped"] == 0
+
+
+def test_nothing_is_read_back_to_leave_decisions_out():
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["rewards"][3, 1] = math.nan
+    with Reads() as reads:
+        batch = PPO(policy, algorithm(), seed=0)._prepare(rollout, 0)
+    assert reads.count == 0
+    assert int(batch["is_lost"].sum()) == 1
+
+
+def test_values_that_all_diverged_count_as_skipped_steps_and_end_the_run():
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["rewards"][:] = math.nan
+    before = flat(policy.parameters())
+    metrics = PPO(policy, algorithm(), seed=0).update(rollout, 0, lambda: None)
+    assert (metrics["train/nonfinite_decisions"], metrics["train/nonfinite_skipped"]) == (24, 12)
+    assert torch.equal(flat(policy.parameters()), before)
+    with pytest.raises(TrainingError, match="training diverged"):
+        PPO(policy, algorithm(max_nonfinite_steps=11), seed=0).update(rollout, 0, lambda: None)
 
 
 def stop_at(minibatch, error):
@@ -382,7 +516,7 @@ def stop_at(minibatch, error):
 def test_an_update_that_is_abandoned_leaves_no_trace(error, num_finished):
     """In the second update, after the critic's warm-up, the actor's state does not exist yet."""
     policy, rollout = make_policy_and_rollout()
-    ppo = PPO(policy, alone(critic_warmup_updates=1), seed=0)
+    ppo = PPO(policy, algorithm(critic_warmup_updates=1), seed=0)
     for version in range(num_finished):
         ppo.update(rollout, version, lambda: None)
     before, state = flat(policy.parameters()), {name: x.clone() for name, x in ppo.state_tensors().items()}

@@ -12,7 +12,7 @@ from written_leg import read
 
 from asyncflow.console import ConsoleReporter
 from asyncflow.presets import load_config
-from asyncflow.profile_report import summarise, write_profile, write_sweep
+from asyncflow.profile_report import median_leg, summarise, write_profile, write_sweep
 from asyncflow.profiling import Block, Profile, ProfileOptions, SweepPoint
 
 PNG = b"\x89PNG"
@@ -47,11 +47,22 @@ def test_the_json_holds_every_figure_asked_for(tmp_path, said):
     found = write(tmp_path, said)
     assert found["speedup"]["standard"]["value"] == pytest.approx(1.25)
     assert found["ceilings"]["ideal"]["two_stage"] == pytest.approx(10 / 6)
+    limits = {kind: limit["two_stage"] for kind, limit in found["ceilings"].items()}
+    assert found["reached"] == {"standard": {kind: pytest.approx(1.25 / limit) for kind, limit in limits.items()}}
+    assert set(found["modes"]["standard"]["bubbles"]) == {"trainer", "collector", "simulators"}
+    assert {"predicted", "alone", "at_work", "advice"} < set(found)
     vla = found["modes"]["vla"]
     assert vla["lags"] == {"1": 8}
     assert vla["decisions"] == {"fresh": 64, "reused": 0, "dropped": 0}
     assert vla["stages"]["chunk"] == {"mean_s": 2.0, "std_s": 0.0, "num": 16}
     assert vla["memory"] == {"process_bytes": 1, "workers_bytes": 2, "gpu_bytes": 3}
+
+
+def test_the_leg_of_median_speed_is_drawn():
+    fast = read("vla")
+    legs = [replace(fast, seconds=fast.seconds * factor) for factor in (5.0, 1.0, 1.1)]
+    assert median_leg(legs) is legs[2]
+    assert median_leg(legs[:2]) is legs[0]
 
 
 def test_the_csv_has_a_row_for_each_leg(tmp_path, said):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from waiting import PATIENCE_S, Waiting
 
+from asyncflow.errors import AsyncflowError
 from asyncflow.weights import PublisherClosed, WeightPublisher, changing_tensors, make_acting_copy
 
 
@@ -69,6 +70,17 @@ def test_a_lease_waits_for_its_version_and_close_wakes_it():
     publisher.close()
     with pytest.raises(PublisherClosed):
         collector.finish()
+
+
+def test_a_version_that_was_written_over_is_refused_instead_of_waited_for():
+    publisher = WeightPublisher(Constant(), 1)
+    for version in (1, 2):
+        publisher.publish(version)
+    with (
+        pytest.raises(AsyncflowError, match=r"version 0 of the weights is gone; held are \[1, 2\]"),
+        publisher.lease(0),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2, 4])

@@ -11,7 +11,8 @@ def leg(block, mode, seconds, collect_s, trainer_s):
 
 def make_profile(value=1.96, modes=("standard", "vla")):
     """Return a profile of two blocks: 10 s in turn, 5.2 s contended, 5.3 s reached."""
-    stages = {name: {"mean_s": 5.0, "std_s": 0.1, "num": 6} for name in ("collect", "env", "policy", "trainer")}
+    names = ("collect", "env", "policy", "trainer", "chunk", "inference")
+    stages = {name: {"mean_s": 5.0, "std_s": 0.1, "num": 6} for name in names}
     legs = [leg(block, *one) for block in (0, 1) for one in (("standard", 30.0, 5, 5), ("vla", 15.9, 5.2, 5.1))]
     return {
         "alone": {"collect_s": 5.0, "update_s": 5.0},
@@ -21,6 +22,7 @@ def make_profile(value=1.96, modes=("standard", "vla")):
             "contended": {"two_stage": 10 / 5.2, "three_stage": 2.8},
         },
         "predicted": 2.0,
+        "advice": "only making both faster gains more",
         "legs": legs,
         "modes": {mode: {"stages": stages, "decisions_per_s": 9.0, "decisions_per_s_std": 0.1} for mode in modes},
     }

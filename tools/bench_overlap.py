@@ -1,7 +1,7 @@
 """Measure what overlap gives, and what the profiler says of it; write `docs/benchmarks/overlap.md` and its pictures.
 
     python tools/bench_overlap.py                       # everything, on a quiet machine; an hour
-    python tools/bench_overlap.py --part overhead       # parts, each on its own
+    python tools/bench_overlap.py --part overhead_toy   # parts, each on its own
     python tools/bench_overlap.py --part evaluate       # any time, any machine: nothing of it is timed
     python tools/bench_overlap.py --page                # the page again, from what is there
 
@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from bench_records import MeasurePart, Place, choose_place, conclude, measure, read_records
 from overlap_overhead import measure_overhead
-from overlap_page import read_records, write_page
+from overlap_page import write_page
 from overlap_profiles import measure_balance, profile_lift, profile_sweep, profile_three_stages, profile_two_stages
-from overlap_settings import FULL, TINY, Place, Settings, choose_place, is_measured, write_record
+from overlap_settings import FULL, NAME, TINY
 from overlap_training import evaluate_lift, train_lift
 
-Part = Callable[[Settings, Place], dict[str, Any]]
-PARTS: dict[str, Part] = {  # in the order in which they are measured
+PARTS: dict[str, MeasurePart] = {  # in the order in which they are measured
     "balance": measure_balance,
     "two_stages": profile_two_stages,
     "three_stages": profile_three_stages,
     "sweep": profile_sweep,
-    "overhead": measure_overhead,
+    "overhead_toy": partial(measure_overhead, "Toy"),
+    "overhead_lift": partial(measure_overhead, "Lift"),
     "lift": profile_lift,
     "train": train_lift,
     "evaluate": evaluate_lift,
@@ -45,36 +44,13 @@ def with_needs(asked: list[str]) -> list[str]:
     return [part for part in PARTS if part in wanted]
 
 
-def measure(parts: list[str], settings: Settings, place: Place) -> None:
-    """Measure what is not finished, one part after the other.
-
-    Raises:
-        SystemExit: A part failed, or what is finished was measured otherwise.
-    """
-    is_finished = {part: is_measured(place, part, settings) for part in parts}  # refused before anything is measured
-    for part in parts:
-        if is_finished[part]:
-            print(f"{part}: measured already ({place.record(part)})", flush=True)
-            continue
-        print(f"{part}: measuring", flush=True)
-        start = time.perf_counter()
-        figures = PARTS[part](settings, place)
-        seconds = time.perf_counter() - start
-        write_record(place, part, settings, figures, seconds)
-        print(f"{part}: {seconds / 60:.1f} min", flush=True)
-
-
 def report(place: Place) -> int:
     """Write the page of all parts that are finished and return the exit code."""
     records = read_records(place, list(PARTS))
     if not records:
         raise SystemExit(f"{place.data} holds no overlap_*.json; call without --page first")
     findings = write_page(place, records)
-    for found in findings:
-        print(f"{'held' if found.is_met else 'missed'}: {found.what}: {found.measured}; target {found.target}")
-    if missing := [part for part in PARTS if part not in records]:
-        print(f"not measured yet: {', '.join(missing)}")
-    return 0 if all(found.is_met for found in findings) else 1
+    return conclude(findings, [part for part in PARTS if part not in records])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -94,14 +70,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure, write, and say which targets were missed."""
     options = parse_arguments()
-    settings, place = TINY if options.quick else FULL, choose_place(options.out, options.quick)
+    settings, place = TINY if options.quick else FULL, choose_place(NAME, options.out, options.quick)
     settings = replace(
         settings,
         lift_overrides=(*settings.lift_overrides, *options.override),
         curve_episodes=options.curve_episodes or settings.curve_episodes,
     )
     if not options.page:
-        measure(with_needs(options.part), settings, place)
+        measure({part: PARTS[part] for part in with_needs(options.part)}, settings, place)
     return report(place)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,6 +48,25 @@ def isolated(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function in a fresh process: nothing that ran before has warmed it up or left memory to it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def run_profile(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Run `asyncflow profile` in a process of its own, on one thread; return what it found and how it was called.
+
+    Args:
+        arguments: Of the command.
+        folder: What it writes; what was there is removed.
+
+    Raises:
+        SystemExit: It failed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+    command = [sys.executable, "-m", "asyncflow", "profile", *arguments, "--out", str(folder)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}: exit code {done.returncode}")
+    found = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+    return {"command": shlex.join(["asyncflow", "profile", *arguments]), "profile": found}
 
 
 def with_range(values: list[float]) -> str:
@@ -105,6 +126,12 @@ def describe_setting(machine: dict[str, str], software: dict[str, str]) -> str:
         f"- Hardware: {machine['processor']}, {machine['cores']} cores, {machine['memory']}\n"
         f"- Commit: `{software['commit']}`\n- Versions: {versions}\n"
     )
+
+
+def to_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_markdown(title: str, parts: list[Part], more_setting: str = "") -> str:

@@ -1,6 +1,6 @@
 """Check on a GPU what the tests check on a CPU, and measure what only a GPU shows.
 
-    python tools/gpu_check.py                              # everything, within eight minutes on an H100
+    python tools/gpu_check.py                              # everything; eight minutes on an H100 without `vla`
     python tools/gpu_check.py --only weights ratio         # parts of it
     python tools/gpu_check.py --device cpu --quick         # the check itself, in small
 
@@ -10,7 +10,8 @@ It needs no simulator: torch, tensordict, numpy, pydantic, pyyaml, safetensors a
 `policy.compile: compile` a C++ compiler and, on a GPU, triton. Nothing of asyncflow has to be installed.
 
 Parts: `weights` hunts torn weights, `memory` compares the ring with its plan, `ratio` evaluates fresh rollouts,
-`equality` trains in both modes, `inference` times decisions, `profile` both modes.
+`equality` trains in both modes, `inference` times decisions, `profile` both modes, `vla` decisions, updates and both
+modes at 0.5 B parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 from pathlib import Path
 
 PACKAGES = ("torch", "tensordict", "numpy", "pydantic", "yaml", "safetensors", "rich")
-PARTS = ("weights", "memory", "ratio", "equality", "inference", "profile")
+PARTS = ("weights", "memory", "ratio", "equality", "inference", "profile", "vla")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -28,6 +28,7 @@ from gpu_check_runs import (
     check_ratio,
 )
 from gpu_check_speed import Tables, check_inference, check_profiles
+from gpu_check_vla import check_vla
 from gpu_check_weights import hunt_on_device
 
 from asyncflow import inference
@@ -43,6 +44,7 @@ PARTS: dict[str, Part] = {
     "equality": lambda scale, _: check_equality(scale),
     "inference": lambda scale, _: check_inference(scale),
     "profile": check_profiles,
+    "vla": check_vla,
 }
 NOTES = """
 - Seconds: {seconds}

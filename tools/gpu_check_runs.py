@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from bench_report import Finding
+from policies_inference import modes_on
 from torch import Tensor
 
 from asyncflow.buffer import RolloutBuffer
@@ -83,7 +84,7 @@ class Scale:
     @property
     def modes(self) -> list[CompileMode]:
         """What `policy.compile` can be here."""
-        return ["none", "compile", "graph"] if self.device.type == "cuda" else ["none", "compile"]
+        return modes_on(self.device)
 
     def config(self, policy: str, **changes: Any) -> Config:
         """Return a configuration of a policy; `changes` are keys with `__` for the dot."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,19 +10,17 @@ from typing import Any
 import torch
 from bench_report import REPORTED, Finding
 from gpu_check_runs import TOY, WIDE, Scale, new_policy
+from policies_inference import time_decisions
 from tensordict import TensorDict
-from torch import Tensor
 
 from asyncflow.config import Config
-from asyncflow.inference import Sampler, make_sampler
+from asyncflow.inference import make_sampler
 from asyncflow.profile_legs import Window, stage_times
 from asyncflow.profile_plot import describe_interval
 from asyncflow.profile_report import show, summarise
 from asyncflow.profile_run import num_warmup, run_leg
 from asyncflow.profiling import Profile, ProfileOptions, measure_profile
 from asyncflow.seeding import policy_noise
-from asyncflow.staging import Staging
-from asyncflow.streams import collector_stream
 from asyncflow.weights import make_acting_copy
 
 DECISION_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
@@ -54,7 +51,8 @@ def check_inference(scale: Scale) -> Iterator[Finding]:
                 f"<= {tolerance:g}",
                 largest <= tolerance,
             )
-            seconds = time_decision(sample, obs, noise, 5 if scale.is_quick else NUM_DECISIONS)
+            num_decisions = 5 if scale.is_quick else NUM_DECISIONS
+            seconds = statistics.median(time_decisions(policy, sample, obs, noise, num_decisions))
             eager_s = eager_s or seconds
             shown = f"{1000 * seconds:.3f} ms, {eager_s / seconds:.2f} times as fast as none"
             what = f"{name}, policy.compile={mode}: a decision of {len(state)} environments, median"
@@ -63,18 +61,6 @@ def check_inference(scale: Scale) -> Iterator[Finding]:
 
 def _largest_difference(decision: TensorDict, expected: TensorDict) -> float:
     return float((decision["log_probs"] - expected["log_probs"]).abs().max())
-
-
-def time_decision(sample: Sampler, obs: TensorDict, noise: Tensor, num_decisions: int) -> float:
-    """Return the median seconds of a decision as the collector makes it, on a stream as it has."""
-    staging, seconds = Staging(obs["state"].device), []
-    with collector_stream(obs["state"].device):
-        for _ in range(num_decisions + 3):
-            start = time.perf_counter()
-            decision = sample(obs, staging.send("noise", {"noise": noise})["noise"])
-            staging.fetch(decision["actions"])  # sync: what is timed ends with the actions
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[3:])
 
 
 # Profiles.
@@ -99,10 +85,10 @@ def check_profiles(scale: Scale, tables: Tables) -> Iterator[Finding]:
     """Profile both policies, and the wide one with simulators so slow that collecting takes as long as training."""
     for name in (TOY, WIDE):
         config = scale.config(name, trainer__total_updates=1000)
-        yield _profile(scale, name, config, ProfileOptions(), tables)
+        yield profile_policy(scale, name, config, ProfileOptions(), tables)
     balance_s = _balance(config)
     options = ProfileOptions(env_latency_s=balance_s)
-    yield _profile(scale, f"{WIDE}, simulators take {balance_s:.2f} s a rollout", config, options, tables)
+    yield profile_policy(scale, f"{WIDE}, simulators take {balance_s:.2f} s a rollout", config, options, tables)
 
 
 def _balance(config: Config) -> float:
@@ -112,7 +98,8 @@ def _balance(config: Config) -> float:
     return max(0.1, times.update_s - times.collect_s)
 
 
-def _profile(scale: Scale, title: str, config: Config, options: ProfileOptions, tables: Tables) -> Finding:
+def profile_policy(scale: Scale, title: str, config: Config, options: ProfileOptions, tables: Tables) -> Finding:
+    """Profile both modes of a policy, keep the tables, and return what overlap gave."""
     num_updates = 2 if scale.is_quick else NUM_MEASURED[TOY if title == TOY else WIDE]
     fixed: dict[str, Any] = {"num_repeats": 1 if scale.is_quick else NUM_REPEATS, "num_updates": num_updates}
     profile = measure_profile(config, replace(options, **fixed), lambda text: None)

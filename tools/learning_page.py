@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench_report import describe_setting
+from bench_report import describe_setting, to_table
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
@@ -111,12 +111,6 @@ def describe_rate(successes: int, episodes: int) -> str:
     return f"{percent(successes / episodes)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def to_table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def judge(condition: str, seeds: dict[int, Curve]) -> str:
     """Return a sentence on whether the targets are met."""
     finals = {seed: curve[-1] for seed, curve in seeds.items()}
@@ -134,9 +128,9 @@ def judge(condition: str, seeds: dict[int, Curve]) -> str:
     )
 
 
-def modes_table(curves: Curves) -> str:
+def modes_table(curves: Curves, has_seconds: bool) -> str:
     """Return the final success of each mode and seed, and pooled."""
-    head = ["mode", "seed", "start", "final success (95 %)", "episodes", "env steps", "training, s", "speed-up"]
+    head = ["mode", "seed", "start (95 %)", "final success (95 %)", "episodes", "env steps", "training, s", "speed-up"]
     rows = []
     for mode in (mode for mode in MODES if mode in curves):
         for seed, curve in curves[mode].items():
@@ -146,13 +140,14 @@ def modes_table(curves: Curves) -> str:
         speedup = describe_speedup(curves, mode, list(curves[mode]))
         pooled = [describe_rate(successes, episodes), str(episodes), "", f"{seconds:.0f} (mean)", speedup]
         rows.append([f"**`{mode}`**", "**all**", "", *pooled])
-    return to_table(head, rows)
+    shown = len(head) if has_seconds else -2
+    return to_table(head[:shown], [row[:shown] for row in rows])
 
 
 def describe_curve(curve: Curve) -> list[str]:
     """Return the cells of one run."""
     first, final = curve[0], curve[-1]
-    start = percent(first.success_rate) if first.updates == 0 else "-"
+    start = describe_rate(first.num_successes, first.num_episodes) if first.updates == 0 else "-"
     rate = describe_rate(final.num_successes, final.num_episodes)
     return [start, rate, str(final.num_episodes), f"{final.env_steps:,}", f"{final.wall_s:.0f}"]
 
@@ -194,6 +189,12 @@ def describe_gap(lag: int, decoupled: dict[int, Curve] | None, plain: dict[int, 
     return f"{100 * gap:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
+def describe_panels(options: argparse.Namespace, curves: Curves) -> list[str]:
+    """Return what the picture shows: wall time if it means something, lags if conditions with one were measured."""
+    has_lags = not set(curves) <= set(MODES)
+    return [" over env steps", *[" over wall time"] * options.has_seconds, *[" by policy lag"] * has_lags]
+
+
 def write_page(options: argparse.Namespace, curves: Curves, meta: dict[str, Any]) -> None:
     """Write the Markdown."""
     commits = sorted(set(meta["commits"].values()))
@@ -202,11 +203,13 @@ def write_page(options: argparse.Namespace, curves: Curves, meta: dict[str, Any]
     (options.out / "learning.md").write_text(
         PAGE.format(
             task=options.task,
+            pictured=",".join(describe_panels(options, curves)),
             setting=setting + (f"- Note: {options.note}\n" if options.note else ""),
             commands="\n".join([*meta["commands"], command]),
             verdicts=describe_targets(curves) if options.task == TARGET_TASK else "",
-            modes=modes_table(curves),
-            lags=lag_table(curves),
+            modes=modes_table(curves, options.has_seconds),
+            seconds=SECONDS if options.has_seconds else "",
+            lags=STALENESS.format(lags=lag_table(curves)) if not set(curves) <= set(MODES) else "",
         )
     )
 
@@ -223,7 +226,7 @@ def describe_targets(curves: Curves) -> str:
 
 PAGE = """# Learning: {task}
 
-![Success over env steps and over wall time, and final success by policy lag](learning.png)
+![Success{pictured}](learning.png)
 
 Thin lines are seeds, thick ones their mean; bars are 95 % intervals over the pooled episodes of all seeds.
 
@@ -238,19 +241,21 @@ start from.
 ## Both modes
 {verdicts}
 {modes}
-
+{seconds}{lags}
+Intervals are Wilson's, and Newcombe's for differences, over pooled episodes. They say how exactly these policies were
+measured; how much another training seed would change is seen from the rows or columns of seeds.
+"""
+SECONDS = """
 Speed-up: training seconds of `standard` over those of `vla`, for the same number of updates on as many fresh
 decisions; below 1 `vla` is slower. Simulators, policy and training share the cores here, and the policy is small.
-
+"""
+STALENESS = """
 ## What stale data cost
 Lag is the number of updates between the version that acted and the version that is trained. A lag of 0 is `standard`,
 where both objectives are the same; a lag of 1 with the decoupled objective is `vla`; the others are synchronous
-runs with an artificial lag (`buffer.max_policy_lag`), which end as asynchronous ones do.
+runs with an artificial lag (`buffer.max_policy_lag`), which end as asynchronous ones do. Success in per cent.
 
 {lags}
-
-Success in per cent. Intervals are Wilson's, and Newcombe's for differences, over pooled episodes. They say how exactly
-these policies were measured; how much another training seed would change is seen from the columns of seeds.
 """
 
 
@@ -304,30 +309,32 @@ def add_target(axes: Axes) -> None:
     axes.text(0.02, 100 * POOLED_TARGET + 0.5, "target", transform=axes.get_yaxis_transform(), **place)
 
 
-def draw_picture(path: Path, curves: Curves, has_target: bool) -> None:
-    """Write the PNG: success over env steps, over wall time, and by lag."""
+def draw_picture(path: Path, curves: Curves, options: argparse.Namespace) -> None:
+    """Write the PNG: success over env steps, over wall time, and by lag, as far as the page has them."""
     style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlelocation": "left",
     }
+    panels = describe_panels(options, curves)
     with plt.rc_context(style):
-        figure, (steps, seconds, lags) = plt.subplots(1, 3, figsize=(9, 3.1), layout="constrained")
-        draw_curves(steps, curves, lambda point: point.env_steps / 1000)
-        draw_curves(seconds, curves, lambda point: point.wall_s)
-        draw_lags(lags, curves)
-        names = {"standard": "\u2014 standard", "vla": "- - vla"}
-        for axes in (steps, seconds):
-            add_names(axes, names, 0.97, "right")
-            if has_target:
+        size = (max(4.5, 3 * len(panels)), 3.1)
+        figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+        by_panel = dict(zip(panels, grid[0], strict=True))
+        lags = by_panel.pop(" by policy lag", None)
+        for panel, axes in by_panel.items():
+            is_steps = panel == " over env steps"
+            draw_curves(axes, curves, lambda point, steps=is_steps: point.env_steps / 1000 if steps else point.wall_s)
+            add_names(axes, {"standard": "\u2014 standard", "vla": "- - vla"}, 0.97, "right")
+            if options.task == TARGET_TASK:
                 add_target(axes)
-        add_names(lags, {"decoupled": "\u25cf decoupled", "plain": "\u25a0 plain PPO"}, 0.05, "left")
-        plt.setp([steps, seconds, lags], ylim=(None, 101))
-        steps.set(title="Success, %", xlabel="thousand env steps")
-        seconds.set(title="Success, %", xlabel="seconds of training")
-        lags.set(title="Final success, %", xlabel="policy lag, updates", xticks=[0, 1, 2, 3, 4], xlim=(-0.3, 4.3))
-        seconds.sharey(steps)
+            axes.set(title="Success, %", xlabel="thousand env steps" if is_steps else "seconds of training")
+        if lags is not None:
+            draw_lags(lags, curves)
+            add_names(lags, {"decoupled": "\u25cf decoupled", "plain": "\u25a0 plain PPO"}, 0.05, "left")
+            lags.set(title="Final success, %", xlabel="policy lag, updates", xticks=[0, 1, 2, 3, 4], xlim=(-0.3, 4.3))
+        plt.setp(grid[0], ylim=(None, 101))
         figure.savefig(path, dpi=200)
         plt.close(figure)
 
@@ -337,6 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default=TARGET_TASK, help="what the tables are of; the targets are those of Lift")
     parser.add_argument("--note", default="", help="what a reader must know of these tables")
+    parser.add_argument("--no-seconds", dest="has_seconds", action="store_false", help="seconds mean nothing here")
     parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the tables")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder of the page and the picture")
     options = parser.parse_args()
@@ -345,7 +353,7 @@ def main() -> None:
     if not curves:
         raise SystemExit(f"{options.data} holds no learning_*_seed*.csv; tools/bench_learning.py writes them")
     write_page(options, curves, json.loads((options.data / "learning_meta.json").read_text()))
-    draw_picture(options.out / "learning.png", curves, options.task == TARGET_TASK)
+    draw_picture(options.out / "learning.png", curves, options)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
+from bench_records import Place
 from bench_report import isolated
-from overlap_settings import Place, Settings
+from overlap_settings import Settings
 
 from asyncflow.config import Config
 from asyncflow.evaluate import EvalResult
@@ -120,8 +121,9 @@ class Switch:
 
 def measure_run(settings: Settings, task: str, is_second: bool) -> list[Cost]:
     """Train with both lanes at work, without emulated latency; return the cost of every window."""
-    window = settings.toy_window if task == "Toy" else settings.lift_window
-    num_windows = settings.overhead_blocks * len(IS_ON)
+    is_toy = task == "Toy"
+    window = settings.toy_window if is_toy else settings.lift_window
+    num_windows = (settings.toy_blocks if is_toy else settings.lift_blocks) * len(IS_ON)
     size = {"buffer.buffer_size": settings.overhead_rollout} if task == "Lift" else {}
     with tempfile.TemporaryDirectory() as folder:
         total = NUM_WARMUP_UPDATES + window * num_windows + 3  # the collector works on to the end of the last window
@@ -165,12 +167,9 @@ def _block_mean(runs: tuple[list[Cost], list[Cost]], start: int, is_wanted: bool
     )
 
 
-def measure_overhead(settings: Settings, place: Place) -> dict[str, Any]:
-    """Measure both tasks."""
-    found: dict[str, Any] = {}
-    for task in ("Lift", "Toy"):
-        first, second = (isolated(measure_run, settings, task, is_second) for is_second in (False, True))
-        shares = {name: asdict(overhead(first, second, name)) for name in ("wall_s", "cpu_s", "process_s")}
-        print(f"{task}: {100 * shares['wall_s']['value']:+.2f} % seconds", flush=True)
-        found[task] = shares | {"windows": [[asdict(cost) for cost in costs] for costs in (first, second)]}
-    return found
+def measure_overhead(task: str, settings: Settings, place: Place) -> dict[str, Any]:
+    """Measure one task."""
+    first, second = (isolated(measure_run, settings, task, is_second) for is_second in (False, True))
+    shares = {name: asdict(overhead(first, second, name)) for name in ("wall_s", "cpu_s", "process_s")}
+    print(f"{task}: {100 * shares['wall_s']['value']:+.2f} % seconds", flush=True)
+    return {task: shares | {"windows": [[asdict(cost) for cost in costs] for costs in (first, second)]}}

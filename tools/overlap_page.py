@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_report import Finding, describe_setting
+from bench_records import Place, Records, describe_records, target_table
+from bench_report import Finding, to_table
 from learning_page import (
     COLOURS,
     GREY,
@@ -20,16 +21,14 @@ from learning_page import (
     draw_curves,
     pool_final,
     read_curves,
-    to_table,
 )
 from matplotlib import pyplot as plt
 from overlap_judge import JUDGES, judge_learning
-from overlap_settings import Place, read_record
+from overlap_settings import CURVES
 from overlap_training import THRESHOLD, Finder, find_first, find_lasting, pool, seconds_per_update, time_ratio, time_to
 
 from asyncflow.profile_model import mean
 
-Records = dict[str, dict[str, Any]]
 TITLES = {
     "two_stages": "Two equal stages",
     "three_stages": "Three equal stages, two groups",
@@ -41,22 +40,18 @@ STAGES = {"collect": "Tc, collecting", "env": "simulators", "policy": "policy", 
 
 def write_page(place: Place, records: Records) -> list[Finding]:
     """Write what there are records of, and return the rows of the table."""
-    curves = read_curves(place.curves) if "evaluate" in records else {}
+    curves = read_curves(place.data / CURVES) if "evaluate" in records else {}
     findings = judge(records, curves)
     place.pages.mkdir(parents=True, exist_ok=True)
     sections = [*describe_profiles(records)]
     if curves:
         draw_learning(place.pages / "overlap_learning.png", curves)
         sections.append(describe_learning(curves))
-    text = "\n".join([head(records), target_table(findings), NOTES, *sections])
-    (place.pages / "overlap.md").write_text(text, encoding="utf-8")
+    remarks = place.data / "overlap_remarks.md"  # by hand: what was repeated, and why
+    said = [remarks.read_text(encoding="utf-8")] if remarks.exists() else []
+    text = "\n".join([describe_records("Overlap", records), target_table(findings), NOTES, *said, *sections])
+    place.page.write_text(text, encoding="utf-8")
     return findings
-
-
-def read_records(place: Place, parts: list[str]) -> Records:
-    """Return the records that there are, by part."""
-    found = {part: read_record(place, part) for part in parts}
-    return {part: record for part, record in found.items() if record is not None}
 
 
 def judge(records: Records, curves: Curves) -> list[Finding]:
@@ -68,25 +63,6 @@ def judge(records: Records, curves: Curves) -> list[Finding]:
 
 
 # Text.
-
-
-def head(records: Records) -> str:
-    """Return the title, the setting and the commands."""
-    first = next(iter(records.values()))
-    commits = sorted({record["software"]["commit"] for record in records.values()})
-    setting = describe_setting(first["machine"], first["software"] | {"commit": "`, `".join(commits)})
-    calls = list(dict.fromkeys(record["command"] for record in records.values()))
-    inner = [record["figures"]["command"] for record in records.values() if "command" in record["figures"]]
-    minutes = ", ".join(f"{part} {record['seconds'] / 60:.1f}" for part, record in records.items())
-    commands = "\n".join([*calls, *(f"# {command}" for command in inner)])
-    note = "Lines with `#` are what the first one runs."
-    return f"# Overlap\n\n{setting}- Minutes: {minutes}\n\n```\n{commands}\n```\n{note}\n"
-
-
-def target_table(findings: list[Finding]) -> str:
-    """Return the table of targets."""
-    rows = [[row.what, row.target, row.measured, "held" if row.is_met else "**missed**"] for row in findings]
-    return to_table(["what", "target", "measured (95 %)", ""], rows)
 
 
 NOTES = """
@@ -125,13 +101,13 @@ def with_spread(stage: dict[str, float]) -> str:
 
 def sweep_table(found: dict[str, Any]) -> str:
     """Return measured against predicted speed-up at each ratio."""
-    head = ["Tt / Tc", "as measured", "ceiling", "predicted", "measured", "error"]
-    names = ("ratio", "ceiling", "predicted", "measured")
-    rows = [
-        [f"{row['wanted_ratio']:g}", *(f"{row[name]:.3f}" for name in names), f"{100 * row['error']:+.1f} %"]
-        for row in found["sweep"]
-    ]
-    return to_table(head, rows)
+    head = ["Tt / Tc", "as measured", "ceiling", "predicted", "measured", "95 %", "error"]
+    return to_table(head, [_sweep_row(row) for row in found["sweep"]])
+
+
+def _sweep_row(row: dict[str, Any]) -> list[str]:
+    figures = [f"{row[name]:.3f}" for name in ("ratio", "ceiling", "predicted", "measured")]
+    return [f"{row['wanted_ratio']:g}", *figures, row["interval"], f"{100 * row['error']:+.1f} %"]
 
 
 def describe_learning(curves: Curves) -> str:

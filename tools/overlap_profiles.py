@@ -5,17 +5,13 @@ Owns the commands. It must not know what a profile's figures are compared with.
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-from bench_report import isolated
-from overlap_settings import Place, Settings, figures_of
+from bench_records import Place, figures_of
+from bench_report import isolated, run_profile
+from overlap_settings import Settings
 
 from asyncflow.profile_legs import Window, stage_times
 from asyncflow.profile_run import num_warmup, run_leg
@@ -52,24 +48,18 @@ def balanced_arguments(settings: Settings, place: Place, task: str) -> list[str]
 
 
 def profile(part: str, arguments: Sequence[str], place: Place, settings: Settings) -> dict[str, Any]:
-    """Run the command in a process of its own; return what it found and how it was called.
+    """Run the command and keep its picture; return what it found and how it was called.
 
     Raises:
         SystemExit: It failed.
     """
     folder = place.out / f"profile_{part}"
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
     overrides = [each for each in arguments if not each.startswith("-") and "=" in each]
     flags = [each for each in arguments if each not in overrides]
-    shown = ["profile", *flags, *settings.profile_arguments, *overrides]
-    command = [sys.executable, "-m", "asyncflow", *shown, "--out", str(folder)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}: exit code {done.returncode}")
+    found = run_profile([*flags, *settings.profile_arguments, *overrides], folder)
     place.pages.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "profile.png", place.pages / f"overlap_{part}.png")
-    found = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
-    return {"command": shlex.join(["asyncflow", *shown]), "profile": found}
+    shutil.copyfile(folder / "profile.png", place.picture(part))
+    return found
 
 
 def profile_two_stages(settings: Settings, place: Place) -> dict[str, Any]:
@@ -87,7 +77,7 @@ def profile_three_stages(settings: Settings, place: Place) -> dict[str, Any]:
 
 def profile_sweep(settings: Settings, place: Place) -> dict[str, Any]:
     """Profile the toy at each ratio of training to collecting."""
-    return profile("sweep", ["--task", "Toy", "--sweep"], place, settings)
+    return profile("sweep", ["--task", "Toy", "--sweep", "--num-repeats", str(settings.sweep_repeats)], place, settings)
 
 
 def profile_lift(settings: Settings, place: Place) -> dict[str, Any]:

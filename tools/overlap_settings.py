@@ -1,22 +1,20 @@
-"""What the parts of `bench_overlap.py` share: how long they measure, where they write, and their records.
+"""What the parts of `bench_overlap.py` share: how long they measure, and on what a part depends.
 
-Owns the settings and the files under `docs/benchmarks/data/`. It must not know what a part measures.
+Owns the settings. It must not know what a part measures.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from bench_report import REPOSITORY, describe_command, describe_machine, describe_software
+from bench_records import select
 
 from asyncflow.presets import load_config, parse_overrides
 
-PAGES = REPOSITORY / "docs" / "benchmarks"
+NAME = "overlap"
+CURVES = "emulated"  # the learning curves, a folder among the data
 TINY_LIFT = (
     "env.num_envs=4", "env.num_workers=2", "env.horizon=40", "buffer.buffer_size=32", "algorithm.num_minibatches=2",
     "trainer.total_updates=3",
@@ -31,9 +29,11 @@ class Settings:
         toy_inference_s: Emulated inference where the toy's two stages are equally long.
         three_stages_s: Each of the toy's three emulated stages.
         lift_inference_s: Emulated inference on Lift: 1.5 s are 25 ms for a decision of all environments.
+        sweep_repeats: Blocks of each ratio of the sweep: of one block, a single disturbed leg would decide.
         profile_arguments: For every `asyncflow profile`; none means its defaults.
         balance_updates: Updates by which the real seconds of a stage are measured.
-        overhead_blocks: Times off, on, on, off, of each of two runs.
+        toy_blocks: Times off, on, on, off, of each of two runs of the toy.
+        lift_blocks: The same of Lift.
         toy_window: Updates of the toy with recording on, or off.
         lift_window: The same of Lift.
         overhead_rollout: Decisions of Lift's rollouts there: half a second instead of five, so that turns are short.
@@ -46,9 +46,11 @@ class Settings:
     toy_inference_s: float = 1.5
     three_stages_s: float = 1.5
     lift_inference_s: float = 1.5
+    sweep_repeats: int = 3
     profile_arguments: tuple[str, ...] = ()
-    balance_updates: int = 5
-    overhead_blocks: int = 16
+    balance_updates: int = 15
+    toy_blocks: int = 48
+    lift_blocks: int = 48
     toy_window: int = 8
     lift_window: int = 3
     overhead_rollout: int = 96
@@ -71,8 +73,11 @@ class Settings:
 
     def of(self, part: str) -> dict[str, Any]:
         """Return what a part depends on, as a file holds it."""
-        values: dict[str, Any] = json.loads(json.dumps({name: getattr(self, name) for name in DEPENDS[part]}))
-        return values
+        return select(self, DEPENDS[part])
+
+    def is_timed(self, part: str) -> bool:
+        """Tell whether the machine matters."""
+        return part not in UNTIMED
 
 
 # What a part depends on: a record is good for other settings that agree in these.
@@ -80,8 +85,9 @@ DEPENDS = {
     "balance": ("toy_inference_s", "lift_inference_s", "balance_updates", "lift_overrides"),
     "two_stages": ("toy_inference_s", "profile_arguments"),
     "three_stages": ("three_stages_s", "profile_arguments"),
-    "sweep": ("profile_arguments",),
-    "overhead": ("overhead_blocks", "toy_window", "lift_window", "overhead_rollout", "lift_overrides"),
+    "sweep": ("sweep_repeats", "profile_arguments"),
+    "overhead_toy": ("toy_blocks", "toy_window"),
+    "overhead_lift": ("lift_blocks", "lift_window", "overhead_rollout", "lift_overrides"),
     "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
     "train": ("lift_inference_s", "lift_overrides", "seeds"),
     "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
@@ -93,9 +99,11 @@ TINY = replace(
     toy_inference_s=0.2,
     three_stages_s=0.2,
     lift_inference_s=0.3,
+    sweep_repeats=1,
     profile_arguments=("--num-repeats", "1", "--num-updates", "2"),
     balance_updates=2,
-    overhead_blocks=2,
+    toy_blocks=2,
+    lift_blocks=2,
     toy_window=2,
     lift_window=1,
     overhead_rollout=32,
@@ -103,89 +111,3 @@ TINY = replace(
     curve_episodes=4,
     final_episodes=8,
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a call writes.
-
-    Attributes:
-        out: Run folders and profiles, which may be thrown away afterwards.
-        data: Records and tables.
-        pages: The page and its pictures.
-    """
-
-    out: Path
-    data: Path
-    pages: Path
-
-    @property
-    def curves(self) -> Path:
-        """Folder of the learning curves."""
-        return self.data / "emulated"
-
-    def record(self, part: str) -> Path:
-        """Return the file that a finished part leaves."""
-        return self.data / f"overlap_{part}.json"
-
-
-def choose_place(out: Path, is_tiny: bool) -> Place:
-    """Return where to write; what a tiny call measures must not overwrite the page."""
-    pages = out / "pages" if is_tiny else Path(os.path.relpath(PAGES))
-    return Place(out, pages / "data", pages)
-
-
-def write_record(place: Place, part: str, settings: Settings, figures: dict[str, Any], seconds: float) -> None:
-    """Write what a part found and how, in one step: a file that is there is whole."""
-    place.data.mkdir(parents=True, exist_ok=True)
-    record = {
-        "part": part,
-        "command": describe_command(),
-        "machine": describe_machine(),
-        "software": describe_software(),
-        "seconds": seconds,
-        "settings": settings.of(part),
-        "figures": figures,
-    }
-    path = place.record(part)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def read_record(place: Place, part: str) -> dict[str, Any] | None:
-    """Return what a part left; None if it is not finished."""
-    path = place.record(part)
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
-
-
-def is_measured(place: Place, part: str, settings: Settings) -> bool:
-    """Tell whether a part is finished.
-
-    Raises:
-        SystemExit: It is, but with other settings or on another machine, so that the page would mix them.
-    """
-    record = read_record(place, part)
-    if record is None:
-        return False
-    if record["settings"] != settings.of(part):
-        raise SystemExit(f"{place.record(part)} was measured with other settings; remove it to measure anew")
-    if part not in UNTIMED and record["machine"] != describe_machine():
-        raise SystemExit(f"{place.record(part)} was measured on another machine; remove it to measure anew")
-    return True
-
-
-def figures_of(place: Place, part: str) -> dict[str, Any]:
-    """Return what a part found that another one needs.
-
-    Raises:
-        SystemExit: It is not finished.
-    """
-    record = read_record(place, part)
-    if record is None:
-        raise SystemExit(f"part {part} comes first: {place.record(part)} is missing")
-    figures: dict[str, Any] = record["figures"]
-    return figures

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from bench_records import Place, figures_of
 from bench_report import REPOSITORY
 from learning_page import Curve, Point, difference_interval, pool_final
-from overlap_settings import Place, Settings, figures_of
+from overlap_settings import CURVES, Settings
 
 from asyncflow.profile_model import Interval, mean
 from asyncflow.profiling import ProfileOptions, emulate
@@ -40,7 +41,7 @@ def emulation(settings: Settings, place: Place) -> list[str]:
 
 def learning_arguments(settings: Settings, place: Place, phase: str) -> list[str]:
     """Return what follows `bench_learning.py`: both modes, every update a checkpoint."""
-    folders = ["--out", str(place.out / "emulated"), "--data", str(place.curves)]
+    folders = ["--out", str(place.out / "emulated"), "--data", str(place.data / CURVES)]
     what = ["--phase", phase, "--conditions", "standard", "vla", "--seeds", *map(str, settings.seeds)]
     episodes = [
         "--curve-episodes", str(settings.curve_episodes), "--final-episodes", str(settings.final_episodes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncflow.envs.tasks import TOY_IMAGES, TOYS, resolve_task, task_names
+from asyncflow.envs.tasks import TOY_IMAGES, TOY_POINTS, TOYS, resolve_task, task_names
 from asyncflow.plugins import ENVS, load_plugin, plugin_names
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
     if config.task in TOYS:
         from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
 
-        return ToyVecEnv(num_envs, chunk_length, config.horizon, has_camera=config.task == TOY_IMAGES)
+        sees_images, sees_points = config.task == TOY_IMAGES, config.task == TOY_POINTS
+        return ToyVecEnv(num_envs, chunk_length, config.horizon, sees_images, sees_points)
     if config.env_meta is None and config.task in plugin_names(ENVS):
         vec_env: VecEnv = load_plugin(ENVS, config.task)(config, chunk_length, num_envs, seed)
         return vec_env

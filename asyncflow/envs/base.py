@@ -10,6 +10,7 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.tasks import POINTS
 from asyncflow.errors import EnvError
 
 if TYPE_CHECKING:
     from tensordict import TensorDict  # loading it would double the time in which a worker process starts
+
+RENDERED = {"images": torch.uint8, "points": torch.float32}  # what cameras yield, by its name in an observation
 
 
 class EnvInterrupted(EnvError):
@@ -33,13 +37,17 @@ class EnvSpec:
 
     Attributes:
         obs_shapes: Observation key -> shape without the environment dimension, such as `{"state": (19,)}`; float32.
-            With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first.
-        action_dim: A. Actions are in [-1, 1].
+            With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first. A dotted key is a camera's point
+            cloud: `points.agentview`, `(num_points, 6)`, is `obs["points", "agentview"]`.
+        action_dim: A. A simulator's actions are in [-1, 1].
         horizon: Env steps until an episode is truncated.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
+        obs_widths: How many numbers each of them has; empty where that is not said.
         image_shapes: Camera -> `(3, height, width)`, or `(n_obs_steps, 3, height, width)`; uint8, under `images`.
         task: Name of the task, where `env_meta` does not describe it.
+        action_limit: Actions are clipped to [-action_limit, action_limit]; infinite where they are not the simulator's.
+        point_settings: The keys of `env` with which point clouds are made; empty without any.
     """
 
     obs_shapes: dict[str, tuple[int, ...]]
@@ -49,12 +57,26 @@ class EnvSpec:
     obs_keys: tuple[str, ...] = ()
     image_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     task: str = ""
+    obs_widths: tuple[int, ...] = ()
+    action_limit: float = 1.0
+    point_settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_obs_steps(self) -> int:
         """Env steps that one observation shows."""
         shape = self.obs_shapes["state"]
         return shape[0] if len(shape) == 2 else 1
+
+    @property
+    def point_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Camera -> `(num_points, 6)`, or `(n_obs_steps, num_points, 6)`."""
+        return point_shapes(self.obs_shapes)
+
+    @property
+    def rendered_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """What cameras yield: a key of `RENDERED` -> camera -> shape; a kind that no camera yields is absent."""
+        shapes = {"images": self.image_shapes, "points": self.point_shapes}
+        return {kind: by_camera for kind, by_camera in shapes.items() if by_camera}
 
     def with_history(self, n_obs_steps: int) -> EnvSpec:
         """Return the description of observations of the last `n_obs_steps` env steps; of one, it stays as it is."""
@@ -68,14 +90,14 @@ class EnvSpec:
         )
 
     def empty_obs(self, num_envs: int) -> TensorDict:
-        """Return observations of nothing, [N]: float32 vectors, and uint8 `images` by camera if there are any."""
+        """Return observations of nothing, [N]: float32 vectors, and by camera uint8 `images` and float32 `points`."""
         from tensordict import TensorDict  # noqa: PLC0415  see above: not in a worker process
 
-        vectors = {key: torch.zeros(num_envs, *shape) for key, shape in self.obs_shapes.items()}
+        vectors = {k: torch.zeros(num_envs, *s) for k, s in self.obs_shapes.items() if not k.startswith(POINTS)}
         obs = TensorDict(vectors, batch_size=[num_envs])
-        if self.image_shapes:
-            images = {k: torch.zeros(num_envs, *s, dtype=torch.uint8) for k, s in self.image_shapes.items()}
-            obs["images"] = TensorDict(images, batch_size=[num_envs])
+        for kind, shapes in self.rendered_shapes.items():
+            by_camera = {k: torch.zeros(num_envs, *s, dtype=RENDERED[kind]) for k, s in shapes.items()}
+            obs[kind] = TensorDict(by_camera, batch_size=[num_envs])
         return obs
 
 
@@ -109,8 +131,8 @@ class ChunkResult:
 
     Attributes:
         obs: [n] observation to decide on next; of the new episode where one ended.
-        final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended. Images of a success,
-            from which nothing bootstraps, are not rendered: they are those of `obs`.
+        final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended. The end of a success,
+            from which nothing bootstraps, is not rendered: images and point clouds are those of `obs`.
         rewards: [n, H] reward of each executed env step, zero after the episode's end.
         executed: [n] int64, env steps executed, 1 to H; 0 where `broken`.
         terminated: [n] bool, the task was solved.
@@ -144,6 +166,11 @@ class VecEnv(ABC):
 
     spec: EnvSpec
     num_envs: int
+
+    @property
+    def simulator_spec(self) -> EnvSpec:
+        """What the environments can be built from again: `spec`, unless that is in a model's names."""
+        return self.spec
 
     @abstractmethod
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
@@ -184,6 +211,11 @@ class VecEnv(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the simulators and free their memory; may be called twice, and while chunks are under way."""
+
+
+def point_shapes(obs_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return camera -> shape of the point clouds among `EnvSpec.obs_shapes`."""
+    return {key.removeprefix(POINTS): shape for key, shape in obs_shapes.items() if key.startswith(POINTS)}
 
 
 def as_slice(env_ids: range) -> slice:

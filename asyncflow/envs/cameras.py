@@ -1,11 +1,11 @@
-"""Cameras of one robosuite simulation, rendered when asked, on EGL or OSMesa.
+"""Cameras of one robosuite simulation, rendered when asked, on EGL or OSMesa: images and point clouds.
 
-Owns the OpenGL context and the order of the pixels. It must not know when an image is needed, nor what reads it.
+Owns the OpenGL context and the order of the pixels. It must not know when they are needed, nor what reads them.
 
 robosuite's own camera observations would be rendered at every step, and its `render` draws into whichever context was
 used last, so that simulators of one process would draw each other's scenes.
 
-Shapes: C cameras.
+Shapes: C cameras of one kind, P points of a cloud.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncflow.envs.point_clouds import View, make_cloud
 from asyncflow.envs.tasks import SimulatorSettings, check_camera_names
 from asyncflow.errors import ConfigError
 
@@ -27,8 +28,11 @@ _ADVICE = (
 )
 
 
-def choose_gl() -> None:
+def choose_gl(key: str = "env.cameras") -> None:
     """Choose EGL, else OSMesa, unless the environment variable MUJOCO_GL does. Before robosuite is first imported.
+
+    Args:
+        key: Of the configuration, because of which there is something to render.
 
     Raises:
         ConfigError: Neither library is installed, or MUJOCO_GL is something else.
@@ -37,7 +41,7 @@ def choose_gl() -> None:
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower() or (installed or [""])[0]
     if chosen not in installed:
         found = f"MUJOCO_GL = {chosen} is not installed" if chosen else "neither EGL nor OSMesa is installed"
-        raise ConfigError(f"env.cameras: cannot render: {found}; {_ADVICE}")
+        raise ConfigError(f"{key}: cannot render: {found}; {_ADVICE}")
     os.environ["MUJOCO_GL"] = chosen
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite would read a number there
         os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
@@ -51,26 +55,56 @@ class Cameras:
 
         Args:
             sim: robosuite's `MjSim`, which must outlive this.
-            settings: Its `cameras` and `camera_size` are read.
+            settings: What is rendered, and how large; where points are kept.
 
         Raises:
             ConfigError: The simulation lacks one of the cameras, or OpenGL does not work here.
         """
-        check_camera_names(settings.cameras, tuple(sim.model.camera_names))
-        self._height, self._width = settings.camera_size
-        self._ids = [sim.model.camera_name2id(name) for name in settings.cameras]
-        self._context = _create_context(sim)
+        available = tuple(sim.model.camera_names)
+        check_camera_names(settings.cameras, available)
+        check_camera_names(settings.point_clouds, available, "env.point_clouds")
+        self._settings = settings
+        self._image_ids = [sim.model.camera_name2id(name) for name in settings.cameras]
+        self._cloud_ids = [sim.model.camera_name2id(name) for name in settings.point_clouds]
+        self._context = _create_context(sim, settings.rendering_key)
         self._context.vopt.geomgroup[0] = 0  # what collides is not what is seen
 
-    def render(self) -> NDArray[np.uint8]:
-        """Return what the cameras see now, [C, 3, height, width], upright."""
-        self._context.gl_ctx.make_current()
-        return np.stack([self._render(camera) for camera in self._ids])
+    def render(self) -> dict[str, NDArray[Any]]:
+        """Return what the cameras see now; a camera that yields both kinds is rendered once.
 
-    def _render(self, camera: int) -> NDArray[np.uint8]:
-        self._context.render(self._width, self._height, camera)
-        pixels: NDArray[np.uint8] = self._context.read_pixels(self._width, self._height)
-        return pixels[::-1].transpose(2, 0, 1)  # OpenGL's first row is the lowest
+        Returns:
+            `images` [C, 3, height, width] uint8, upright; `points` [C, P, 6] float32: x, y, z in the world, metres,
+            then r, g, b in [0, 1]. A kind that was not asked for is absent.
+        """
+        self._context.gl_ctx.make_current()
+        pictures = {camera: self._render(camera) for camera in {*self._image_ids, *self._cloud_ids}}
+        rendered: dict[str, NDArray[Any]] = {}
+        if self._image_ids:
+            rendered["images"] = np.stack([pictures[camera][0].transpose(2, 0, 1) for camera in self._image_ids])
+        if self._cloud_ids:
+            rendered["points"] = np.stack([self._make_cloud(camera, *pictures[camera]) for camera in self._cloud_ids])
+        return rendered
+
+    def _render(self, camera: int) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+        """Return pixels [height, width, 3], and depth [height, width] where there is to be a cloud."""
+        height, width = self._settings.camera_size
+        self._context.render(width, height, camera)
+        if camera not in self._cloud_ids:
+            return self._context.read_pixels(width, height)[::-1], None  # OpenGL's first row is the lowest
+        pixels, depth = self._context.read_pixels(width, height, depth=True)
+        return pixels[::-1], depth[::-1]
+
+    def _make_cloud(
+        self, camera: int, pixels: NDArray[np.uint8], depth: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        assert depth is not None  # of a camera whose cloud was asked for
+        return make_cloud(pixels, depth, self._view(camera), self._settings.point_bounds, self._settings.num_points)
+
+    def _view(self, camera: int) -> View:
+        model, data = self._context.model, self._context.data
+        planes, extent = model.vis.map, model.stat.extent
+        position, rotation = data.cam_xpos[camera], data.cam_xmat[camera].reshape(3, 3)
+        return View(float(model.cam_fovy[camera]), position, rotation, planes.znear * extent, planes.zfar * extent)
 
     def close(self) -> None:
         """Give the context back to the simulation, which frees it at its own end; may be called twice."""
@@ -79,7 +113,7 @@ class Cameras:
             self._context = None
 
 
-def _create_context(sim: Any) -> Any:
+def _create_context(sim: Any, key: str | None) -> Any:
     from robosuite.utils.binding_utils import MjRenderContextOffscreen  # noqa: PLC0415  seconds
 
     try:
@@ -87,5 +121,5 @@ def _create_context(sim: Any) -> Any:
     except Exception as error:  # whatever OpenGL, its loader or MuJoCo find missing
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"env.cameras: cannot render with MUJOCO_GL = {os.environ.get('MUJOCO_GL')}: {reason}; {_ADVICE}"
+            f"{key}: cannot render with MUJOCO_GL = {os.environ.get('MUJOCO_GL')}: {reason}; {_ADVICE}"
         ) from None

@@ -3,7 +3,7 @@
 Owns the chunk semantics of the contract in `base`. It must not know which process it runs in.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
-`state` observation, O env steps that an observation shows (n_obs_steps), C cameras.
+`state` observation, O env steps that an observation shows (n_obs_steps), C cameras, P points of a cloud.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncflow.envs.base import EnvSpec, Fault
+from asyncflow.envs.base import RENDERED, EnvSpec, Fault
 from asyncflow.errors import EnvError
 from asyncflow.resources import check_shared_memory
 from asyncflow.seeding import derive_seed
@@ -28,6 +28,7 @@ from asyncflow.seeding import derive_seed
 MAX_STATE = 4096
 MAX_ACTION = 64
 NO_IMAGES = (1, 0, 3, 0, 0)
+NO_POINTS = (1, 0, 0, 6)
 _NONFINITE = ("", "action", "reward", "observation")  # what a number of the board's column stands for
 _OUTCOME = (
     "rewards", "executed", "terminated", "truncated", "episode_return", "episode_length", "nonfinite", "nonfinite_step",
@@ -48,10 +49,10 @@ class Simulator(Protocol):
     def observe(self) -> NDArray[Any]:
         """Return the `state` observation after the last step or reset, [D]."""
 
-    def render(self) -> NDArray[np.uint8]:
-        """Return what the cameras see after the last step or reset, [C, 3, height, width].
+    def render(self) -> dict[str, NDArray[Any]]:
+        """Return what the cameras see after the last step or reset, in the order of the `spec`'s `rendered_shapes`.
 
-        Asked for only where the `spec` has `image_shapes`.
+        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has either.
         """
 
 
@@ -60,7 +61,7 @@ class ChunkBoard:
     """The memory that the parent and its workers share; row i belongs to environment i.
 
     It is allocated before a simulator says how much it needs, hence the room for `MAX_STATE` and `MAX_ACTION`: pages
-    that nobody writes take no memory. Images are known from the configuration.
+    that nobody writes take no memory. What cameras yield is known from the configuration.
 
     Attributes:
         actions: [N, H, MAX_ACTION] written by the parent, everything else by the workers.
@@ -68,6 +69,8 @@ class ChunkBoard:
         final_obs: [N, MAX_STATE] last observation of the chunk's own episode.
         images: [N, O, C, 3, height, width] uint8, the images of `obs`.
         final_images: [N, O, C, 3, height, width] uint8, those of `final_obs`.
+        points: [N, O, C, P, 6] float32, the point clouds of `obs`.
+        final_points: [N, O, C, P, 6] float32, those of `final_obs`.
         rewards: [N, H] zero after the episode's end.
         executed: [N] env steps executed; zero where the chunk counts for nothing.
         terminated: [N] the task was solved.
@@ -85,6 +88,8 @@ class ChunkBoard:
     final_obs: Tensor
     images: Tensor
     final_images: Tensor
+    points: Tensor
+    final_points: Tensor
     rewards: Tensor
     executed: Tensor
     terminated: Tensor
@@ -97,13 +102,20 @@ class ChunkBoard:
     ended_s: Tensor
 
     @classmethod
-    def allocate(cls, num_envs: int, chunk_length: int, image_shape: tuple[int, ...] = NO_IMAGES) -> ChunkBoard:
+    def allocate(
+        cls,
+        num_envs: int,
+        chunk_length: int,
+        image_shape: tuple[int, ...] = NO_IMAGES,
+        point_shape: tuple[int, ...] = NO_POINTS,
+    ) -> ChunkBoard:
         """Allocate shared memory without a name, which the system frees with its last user.
 
         Args:
             num_envs: N.
             chunk_length: H.
             image_shape: (O, C, 3, height, width).
+            point_shape: (O, C, P, 6).
 
         Raises:
             ConfigError: /dev/shm is too small; writing to it would kill the process.
@@ -114,6 +126,8 @@ class ChunkBoard:
             final_obs=torch.empty(num_envs, MAX_STATE),
             images=torch.empty(num_envs, *image_shape, dtype=torch.uint8),
             final_images=torch.empty(num_envs, *image_shape, dtype=torch.uint8),
+            points=torch.empty(num_envs, *point_shape),
+            final_points=torch.empty(num_envs, *point_shape),
             rewards=torch.zeros(num_envs, chunk_length),
             executed=torch.zeros(num_envs, dtype=torch.int64),
             terminated=torch.zeros(num_envs, dtype=torch.bool),
@@ -151,10 +165,10 @@ class _NonFiniteError(Exception):
 
 
 class _Frame(NamedTuple):
-    """One moment of an episode: [D] and [C, 3, height, width]."""
+    """One moment of an episode: [D], and what `Simulator.render` returned; nothing if it was not asked."""
 
     state: NDArray[np.float32]
-    images: NDArray[np.uint8] | None
+    rendered: dict[str, NDArray[Any]]
 
 
 class EpisodeRunner:
@@ -209,8 +223,8 @@ class EpisodeRunner:
         self._row["started_s"][...] = time.perf_counter()
         try:
             terminated = self._step_chunk()
-            self._look(has_images=not terminated)
-            self._write("final_obs", "final_images")
+            self._look(is_rendered=not terminated)
+            self._write("final_")
         except _NonFiniteError as error:
             self._give_up(error)
         else:
@@ -235,7 +249,7 @@ class EpisodeRunner:
             if terminated:
                 break
             if planned - self._n_obs_steps <= step < planned - 1:  # the last one is looked at by the caller
-                self._look(has_images=True)
+                self._look()
         return terminated
 
     def _finish_chunk(self, executed: int, terminated: bool) -> None:
@@ -248,9 +262,9 @@ class EpisodeRunner:
             self._begin_episode(self._episode + 1)
         else:
             row["obs"][: self._size] = row["final_obs"][: self._size]
-            row["images"][...] = row["final_images"]
+            self._copy_rendered("final_", "")
         if terminated:
-            row["final_images"][...] = row["images"]
+            self._copy_rendered("", "final_")
 
     def _give_up(self, error: _NonFiniteError) -> None:
         self._begin_episode(self._episode + 1)
@@ -261,35 +275,44 @@ class EpisodeRunner:
         self._episode, self._length, self._return = episode, 0, 0.0
         self._simulator.reset(derive_seed(self._seed, "episode", self._env, episode))
         try:
-            self._look(has_images=True)
+            self._look()
         except _NonFiniteError:
             raise EnvError(
                 f"environment {self._env}: the first observation of episode {episode} is not finite"
             ) from None
         self._history.extend([self._history[-1]] * self._n_obs_steps)  # an episode begins at rest
-        self._write("obs", "images")
+        self._write()
 
-    def _look(self, has_images: bool) -> None:
+    def _look(self, is_rendered: bool = True) -> None:
         """Take the present moment into the history; rendering takes far longer than the rest."""
         state = np.asarray(self._simulator.observe(), np.float32)
-        if not np.isfinite(state).all():
-            raise _NonFiniteError("observation", self._length)
-        is_rendered = has_images and bool(self.spec.image_shapes)
-        self._history.append(_Frame(state, self._simulator.render() if is_rendered else None))
+        self._check_finite(state)
+        rendered = self._simulator.render() if is_rendered and self.spec.rendered_shapes else {}
+        if "points" in rendered:
+            self._check_finite(rendered["points"])
+        self._history.append(_Frame(state, rendered))
 
-    def _write(self, states: str, images: str) -> None:
-        """Write the history, oldest first; of a success, images are not rendered."""
-        self._row[states][: self._size] = np.concatenate([frame.state for frame in self._history])
-        for target, frame in zip(self._row[images], self._history, strict=True):
-            if frame.images is not None:
-                target[...] = frame.images
+    def _check_finite(self, numbers: NDArray[np.float32]) -> None:
+        if not np.isfinite(numbers).all():
+            raise _NonFiniteError("observation", self._length)
+
+    def _write(self, prefix: str = "") -> None:
+        """Write the history, oldest first, to `obs` or `final_obs` and their images; a success is not rendered."""
+        self._row[f"{prefix}obs"][: self._size] = np.concatenate([frame.state for frame in self._history])
+        for step, frame in enumerate(self._history):
+            for kind, values in frame.rendered.items():
+                self._row[f"{prefix}{kind}"][step] = values
+
+    def _copy_rendered(self, source: str, target: str) -> None:
+        for kind in RENDERED:
+            self._row[target + kind][...] = self._row[source + kind]
 
     def _clear_row(self) -> None:
         """Make the row that of a chunk that counts for nothing, before the first observation of an episode."""
         for name in _OUTCOME:
             self._row[name][...] = 0
         self._row["final_obs"][: self._size] = self._row["obs"][: self._size]
-        self._row["final_images"][...] = self._row["images"]
+        self._copy_rendered("", "final_")
 
 
 def nonfinite_fault(env: int, episode: int, step: int, what: str) -> Fault:

@@ -3,7 +3,7 @@
 Owns construction, seeding, success and the `state` vector. It must not know about processes, chunks, horizons or
 other environments. An episode is a function of the constructor's seed, the episode's seed and the actions alone.
 
-Shapes: A action size, D size of the `state` observation, C cameras.
+Shapes: A action size, D size of the `state` observation.
 """
 
 from __future__ import annotations
@@ -45,22 +45,24 @@ class RobomimicEnv:
             EnvError: The simulator does not observe one of the `obs_keys`.
             ConfigError: It lacks one of the cameras, or nothing here can render.
         """
-        if settings.cameras:
-            choose_gl()
+        if settings.rendering_key:
+            choose_gl(settings.rendering_key)
         with quiet():
             env_meta = settings.env_meta or build_env_meta(settings.task)
             self.env = _create(env_meta, seed, settings.obs_keys)
             self._obs_keys = settings.obs_keys
             self._raw_obs: dict[str, Any] = self.env.env.reset()
             self._step = _find_step(self.env.env, settings.fast_step)
-            self._cameras = Cameras(self.env.env.sim, settings) if settings.cameras else None
+            self._cameras = Cameras(self.env.env.sim, settings) if settings.rendering_key else None
         self.spec = EnvSpec(
-            obs_shapes={"state": self.observe().shape},
+            obs_shapes={"state": self.observe().shape, **settings.point_obs_shapes},
             action_dim=self.env.action_dimension,
             horizon=settings.horizon,
             env_meta=env_meta,
             obs_keys=settings.obs_keys,
-            image_shapes={name: (3, *settings.camera_size) for name in settings.cameras},
+            obs_widths=self._count_numbers(),
+            image_shapes=settings.image_shapes,
+            point_settings=settings.point_settings,
         )
 
     def reset(self, seed: int) -> None:
@@ -83,8 +85,13 @@ class RobomimicEnv:
             raise EnvError(f"env.obs_keys: the simulator has no {', '.join(missing)}; it has {', '.join(sorted(obs))}")
         return np.concatenate([np.atleast_1d(obs[key]) for key in self._obs_keys], dtype=np.float32)
 
-    def render(self) -> NDArray[np.uint8]:
-        """Return what the cameras see after the last step, [C, 3, height, width], upright.
+    def _count_numbers(self) -> tuple[int, ...]:
+        """Return how many numbers each of the `obs_keys` has."""
+        obs = self.observe_all()
+        return tuple(np.size(obs[key]) for key in self._obs_keys)
+
+    def render(self) -> dict[str, NDArray[Any]]:
+        """Return what the cameras see after the last step, as `Cameras.render`.
 
         Raises:
             EnvError: It was built without cameras.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +19,25 @@ from asyncflow.plugins import ENVS, plugin_names
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
 
-TOY, TOY_IMAGES = "Toy", "ToyImages"
-TOYS = {TOY: "reach a goal in the plane, in pure torch", TOY_IMAGES: "the same, seen by a camera from above"}
+TOY, TOY_IMAGES, TOY_POINTS = "Toy", "ToyImages", "ToyPoints"
+TOYS = {
+    TOY: "reach a goal in the plane, in pure torch",
+    TOY_IMAGES: "the same, seen by a camera from above",
+    TOY_POINTS: "the same, seen as a point cloud",
+}
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 _SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
 _ROBOT_CAMERAS = ("robot0_robotview", "robot0_eye_in_hand")
+POINTS = "points."  # before the camera, in the key of a point cloud's shape
+POINT_SETTINGS = ("num_points", "point_bounds", "camera_size")  # keys of `env` with which point clouds are made
 _CAMERAS = ("frontview", "birdview", "agentview", "sideview", *_ROBOT_CAMERAS)
-_ARM_OBS = (
-    "eef_pos", "eef_quat", "eef_quat_site", "gripper_qpos", "gripper_qvel",
-    "joint_acc", "joint_pos", "joint_pos_cos", "joint_pos_sin", "joint_vel",
-)  # fmt: skip
+# What robosuite observes of a Panda, and how many numbers each is.
+_ARM_OBS = {
+    "eef_pos": 3, "eef_quat": 4, "eef_quat_site": 4, "gripper_qpos": 2, "gripper_qvel": 2,
+    "joint_acc": 7, "joint_pos": 7, "joint_pos_cos": 7, "joint_pos_sin": 7, "joint_vel": 7,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Task:
         robots: robosuite's names of the arms.
         env_kwargs: Further arguments of `robosuite.make`.
         cameras: robosuite's names of the cameras.
+        object_size: How many numbers the observation `object` has.
     """
 
     env_name: str
@@ -53,24 +62,32 @@ class Task:
     robots: tuple[str, ...] = ("Panda",)
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     cameras: tuple[str, ...] = _CAMERAS
+    object_size: int = 0
 
-    def available_obs_keys(self) -> list[str]:
-        """Return the names of all that the simulator of a known task observes, as robomimic names it."""
-        return ["object", *(f"robot{arm}_{name}" for arm in range(len(self.robots)) for name in _ARM_OBS)]
+    @property
+    def action_dim(self) -> int:
+        """Size of an action: six numbers and a gripper's for each arm."""
+        return 7 * len(self.robots)
+
+    def obs_sizes(self) -> dict[str, int]:
+        """Return what the simulator of a known task observes, by robomimic's names, and how many numbers each is."""
+        arms = {f"robot{arm}_{name}": n for arm in range(len(self.robots)) for name, n in _ARM_OBS.items()}
+        return {"object": self.object_size, **arms}
 
 
 TASKS: dict[str, Task] = {
-    "Lift": Task("Lift", 400, "lift a cube from the table"),
+    "Lift": Task("Lift", 400, "lift a cube from the table", object_size=10),
     "Can": Task(
         "PickPlaceCan",
         400,
         "move a can into its bin",
         cameras=("frontview", "birdview", "agentview", *_ROBOT_CAMERAS),
+        object_size=14,
     ),
-    "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg"),
-    "Stack": Task("Stack", 400, "put the red cube onto the green one"),
-    "Door": Task("Door", 400, "turn the handle and open the door"),
-    "ToolHang": Task("ToolHang", 700, "assemble a frame and hang a tool on it"),
+    "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg", object_size=14),
+    "Stack": Task("Stack", 400, "put the red cube onto the green one", object_size=23),
+    "Door": Task("Door", 400, "turn the handle and open the door", object_size=14),
+    "ToolHang": Task("ToolHang", 700, "assemble a frame and hang a tool on it", object_size=44),
     "Transport": Task(
         "TwoArmTransport",
         700,
@@ -79,6 +96,7 @@ TASKS: dict[str, Task] = {
         robots=("Panda", "Panda"),
         env_kwargs={"env_configuration": "opposed"},
         cameras=(*_CAMERAS, "shouldercamera0", "shouldercamera1", "robot1_robotview", "robot1_eye_in_hand"),
+        object_size=41,
     ),
 }
 
@@ -93,8 +111,11 @@ class SimulatorSettings:
         obs_keys: robomimic's names of what `state` concatenates.
         env_meta: robomimic's description; None means one built from the task.
         fast_step: Whether simulators that `FastStep` covers are stepped by it.
-        cameras: robosuite's names of the cameras that are rendered.
-        camera_size: Height and width of their images, in pixels.
+        cameras: robosuite's names of the cameras of which there are images.
+        camera_size: Height and width of what cameras render, in pixels.
+        point_clouds: robosuite's names of the cameras of which there are point clouds.
+        num_points: Points of a cloud.
+        point_bounds: The box that points are kept in, metres in the world: low x, y, z, then high x, y, z.
     """
 
     task: Task
@@ -104,6 +125,34 @@ class SimulatorSettings:
     fast_step: bool = True
     cameras: tuple[str, ...] = ()
     camera_size: tuple[int, int] = (84, 84)
+    point_clouds: tuple[str, ...] = ()
+    num_points: int = 1024
+    point_bounds: tuple[float, ...] = (-math.inf, -math.inf, -math.inf, math.inf, math.inf, math.inf)
+
+    @property
+    def rendering_key(self) -> str | None:
+        """The key of the configuration because of which something is rendered; None if nothing is."""
+        if self.cameras:
+            return "env.cameras"
+        return "env.point_clouds" if self.point_clouds else None
+
+    @property
+    def image_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As `EnvSpec.image_shapes`."""
+        return dict.fromkeys(self.cameras, (3, *self.camera_size))
+
+    @property
+    def point_obs_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The part of `EnvSpec.obs_shapes` that describes point clouds."""
+        return {POINTS + camera: (self.num_points, 6) for camera in self.point_clouds}
+
+    @property
+    def point_settings(self) -> dict[str, Any]:
+        """As `EnvSpec.point_settings`; lists, as JSON gives them back."""
+        if not self.point_clouds:
+            return {}
+        values = (self.num_points, list(self.point_bounds), list(self.camera_size))
+        return dict(zip(POINT_SETTINGS, values, strict=True))
 
 
 def task_names() -> list[str]:
@@ -154,6 +203,9 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
         fast_step=config.fast_step,
         cameras=tuple(config.cameras),
         camera_size=(height, width),
+        point_clouds=tuple(config.point_clouds),
+        num_points=config.num_points,
+        point_bounds=tuple(config.point_bounds),
     )
 
 
@@ -161,31 +213,34 @@ def check_cameras(config: EnvConfig) -> None:
     """Refuse cameras that the task lacks, as far as that is known without a simulator.
 
     Raises:
-        ConfigError: A camera that a task of the table lacks; the toy has no cameras, and no history either.
+        ConfigError: A camera that a task of the table lacks; a toy takes no cameras, and no history either.
     """
     if config.task in TOYS and config.env_meta is None:
-        if config.cameras or config.n_obs_steps > 1:
+        if config.cameras or config.point_clouds or config.n_obs_steps > 1:
+            points = f"env.point_clouds = {config.point_clouds}, " if config.point_clouds else ""
             raise ConfigError(
-                f"env.cameras = {config.cameras}, env.n_obs_steps = {config.n_obs_steps}: "
+                f"env.cameras = {config.cameras}, {points}env.n_obs_steps = {config.n_obs_steps}: "
                 f"env.task = {config.task} takes neither cameras nor a history"
             )
     elif config.env_meta is None and is_described(config):
-        check_camera_names(tuple(config.cameras), find_task(config.task).cameras)
+        available = find_task(config.task).cameras
+        check_camera_names(tuple(config.cameras), available)
+        check_camera_names(tuple(config.point_clouds), available, "env.point_clouds")
 
 
-def check_camera_names(asked: tuple[str, ...], available: tuple[str, ...]) -> None:
-    """Refuse cameras that are not there.
+def check_camera_names(asked: tuple[str, ...], available: tuple[str, ...], key: str = "env.cameras") -> None:
+    """Refuse cameras that are not there; `key` is where they are asked for.
 
     Raises:
         ConfigError: Names the first one and lists those that are there.
     """
     for name in asked:
         if name not in available:
-            raise ConfigError(f"env.cameras: there is no camera {name!r}; cameras: {', '.join(available)}")
+            raise ConfigError(f"{key}: there is no camera {name!r}; cameras: {', '.join(available)}")
 
 
 def _check_obs_keys(config: EnvConfig, task: Task) -> None:
-    available = task.available_obs_keys()
+    available = task.obs_sizes()
     missing = [key for key in config.obs_keys or [] if key not in available]
     if missing:
         lacking = f"{config.task} has no {', '.join(missing)}; it has {', '.join(available)}"

@@ -21,7 +21,7 @@ from torch import Tensor
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv
 from asyncflow.envs.chunks import check_actions, nonfinite_fault
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.envs.tasks import TOY, TOY_IMAGES
+from asyncflow.envs.tasks import POINTS, TOY, TOY_IMAGES, TOY_POINTS
 from asyncflow.errors import EnvError
 from asyncflow.seeding import derive_seed
 
@@ -29,16 +29,25 @@ STEP_SIZE = 0.1
 GOAL_RADIUS = 0.1
 DEFAULT_HORIZON = 40
 CAMERA, IMAGE_SIZE, BLOB_RADIUS = "top", 28, 0.25
+NUM_POINTS = 32  # of a cloud: a ring around the position, another around the goal
 
 
 class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
     """Move by 0.1 times the action, [2]; an episode ends with reward 1 within 0.1 of the goal.
 
-    The `state`, [4], is the position and the goal; on request a camera shows both from above. Chunks are executed by
-    `step_async` itself: nothing waits. Only an action can be not finite here, and nothing else can fail.
+    The `state`, [4], is the position and the goal; on request a camera shows both from above, as a picture
+    or as a point cloud. Chunks are executed by `step_async` itself: nothing waits. Only an action can be not finite
+    here, and nothing else can fail.
     """
 
-    def __init__(self, num_envs: int, chunk_length: int, horizon: int | None = None, has_camera: bool = False) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        chunk_length: int,
+        horizon: int | None = None,
+        has_camera: bool = False,
+        has_points: bool = False,
+    ) -> None:
         """Allocate the state of N environments.
 
         Args:
@@ -46,14 +55,16 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
             chunk_length: Actions of a chunk, H.
             horizon: Env steps until an episode is truncated; None means 40.
             has_camera: Whether observations hold `images`, rendered once per chunk.
+            has_points: Whether they hold `points`, as often.
         """
         self.num_envs = num_envs
+        points = {POINTS + CAMERA: (NUM_POINTS, 6)} if has_points else {}
         self.spec = EnvSpec(
-            obs_shapes={"state": (4,)},
+            obs_shapes={"state": (4,), **points},
             action_dim=2,
             horizon=horizon or DEFAULT_HORIZON,
             image_shapes={CAMERA: (3, IMAGE_SIZE, IMAGE_SIZE)} if has_camera else {},
-            task=TOY_IMAGES if has_camera else TOY,
+            task=TOY_POINTS if has_points else TOY_IMAGES if has_camera else TOY,
         )
         self._chunk_length = chunk_length
         self._seed = 0
@@ -133,6 +144,8 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
         obs = TensorDict({"state": state}, batch_size=state.shape[:1])
         if self.spec.image_shapes:
             obs["images"] = TensorDict({CAMERA: render(state)}, batch_size=state.shape[:1])
+        if self.spec.point_shapes:
+            obs["points"] = TensorDict({CAMERA: point_cloud(state)}, batch_size=state.shape[:1])
         return obs
 
     def _execute(self, actions: Tensor, rows: Tensor) -> ChunkResult:
@@ -205,3 +218,12 @@ def render(state: Tensor) -> Tensor:
     distance = ((axis - x).square() + (axis[:, None] - y).square()).sqrt()
     blobs = (255 * (1 - distance / BLOB_RADIUS).clamp(min=0)).to(torch.uint8)
     return torch.cat([blobs, torch.zeros_like(blobs[:, :1])], 1)
+
+
+def point_cloud(state: Tensor) -> Tensor:
+    """Return clouds of states [n, 4], [n, NUM_POINTS, 6]: a red ring around the position, a green one around goal."""
+    angle = torch.arange(NUM_POINTS // 2) * (4 * torch.pi / NUM_POINTS)
+    ring = GOAL_RADIUS * torch.stack([angle.cos(), angle.sin()], 1)
+    places = (state.view(len(state), 2, 1, 2) + ring).flatten(1, 2)
+    colours = torch.eye(3)[:2].repeat_interleave(NUM_POINTS // 2, 0).expand(len(state), -1, -1)
+    return torch.cat([places, torch.zeros_like(places[..., :1]), colours], 2)

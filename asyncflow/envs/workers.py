@@ -53,7 +53,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
         Args:
             make_simulator: Seed -> simulator; must be picklable. It runs in the workers.
-            config: Its `num_workers`, of which at most N are used, `cameras`, `camera_size`, `n_obs_steps`,
+            config: Its `num_workers`, of which at most N are used, `n_obs_steps`, what its cameras yield,
                 `step_timeout_s`, `max_restarts` and `restart_window_s` are read.
             num_envs: Environments, N.
             chunk_length: Actions of a chunk, H.
@@ -75,7 +75,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._waker = Waker()
         self._workers: list[Worker] = []
         image_shape = (config.n_obs_steps, len(config.cameras), 3, *config.camera_size)
-        self._board = ChunkBoard.allocate(num_envs, chunk_length, image_shape)
+        point_shape = (config.n_obs_steps, len(config.point_clouds), config.num_points, 6)
+        self._board = ChunkBoard.allocate(num_envs, chunk_length, image_shape, point_shape)
         self._setup = WorkerSetup(make_simulator, self._board, seed)
         try:
             self.spec = self._start_workers(min(num_envs, config.num_workers or len(os.sched_getaffinity(0))))
@@ -106,7 +107,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             self._receive(worker, "begin")
         self._replay()
         self._lost = {env for env, is_lost in enumerate(self._journal.is_lost) if is_lost}
-        return self._read_obs(self._board.obs, self._board.images, slice(None))
+        return self._read_obs("", slice(None))
 
     def journal(self) -> EpisodeJournal:
         """Return a copy of what would rebuild the open episodes; chunks under way are not in it. Never waits."""
@@ -268,8 +269,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         board, rows = self._board, as_slice(env_ids)
         broken = board.executed[rows] == 0
         return ChunkResult(
-            obs=self._read_obs(board.obs, board.images, rows),
-            final_obs=self._read_obs(board.final_obs, board.final_images, rows),
+            obs=self._read_obs("", rows),
+            final_obs=self._read_obs("final_", rows),
             rewards=board.rewards[rows].clone(),
             executed=board.executed[rows].clone(),
             terminated=board.terminated[rows].clone(),
@@ -302,14 +303,15 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._journal.record([env_ids[row] for row in kept], actions[kept], has_ended[kept])
         self._lost.difference_update(env_ids)
 
-    def _read_obs(self, states: Tensor, images: Tensor, rows: slice) -> TensorDict:
+    def _read_obs(self, prefix: str, rows: slice) -> TensorDict:
+        """Return copies of `obs` or `final_obs`, and of what cameras yielded with it."""
         shape = self.spec.obs_shapes["state"]
-        state = states[rows, : math.prod(shape)].clone()
+        state: Tensor = getattr(self._board, prefix + "obs")[rows, : math.prod(shape)].clone()
         obs = TensorDict({"state": state.view(-1, *shape)}, batch_size=state.shape[:1])
-        if self.spec.image_shapes:
-            by_camera = zip(self.spec.image_shapes.items(), images[rows].unbind(2), strict=True)
+        for kind, shapes in self.spec.rendered_shapes.items():
+            by_camera = zip(shapes.items(), getattr(self._board, prefix + kind)[rows].unbind(2), strict=True)
             copies = {
                 name: part.clone(memory_format=torch.contiguous_format).view(-1, *s) for (name, s), part in by_camera
             }
-            obs["images"] = TensorDict(copies, batch_size=state.shape[:1])
+            obs[kind] = TensorDict(copies, batch_size=state.shape[:1])
         return obs

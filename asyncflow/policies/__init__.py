@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from asyncflow.config import POLICY_KINDS, PolicyConfig
+from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot
@@ -26,17 +27,19 @@ def make_policy(
 
     Args:
         config: What to build.
-        obs_shapes: Shape of every observation without the batch dimension; `state` must be a vector, or a history.
+        obs_shapes: Shape of every observation without the batch dimension, as `EnvSpec` has them; `state` must be a
+            vector, or a history.
         action_dim: Size of one action.
         seed: The run's seed.
         image_shapes: Camera -> `(3, height, width)`, with n_obs_steps in front for a history.
 
     Raises:
-        ConfigError: The observations have no `state` vector, `config` is an impossible combination, or an
-            image is too small for its encoder.
+        ConfigError: The observations have no `state` vector, or point clouds that the policy cannot see, `config` is an
+            impossible combination, or an image is too small for its encoder.
     """
     if config.kind in POLICY_KINDS and config.vla.model_class is None:
         _require_state(config, obs_shapes)
+        _refuse_unseen(config, obs_shapes)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
@@ -86,4 +89,14 @@ def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:
     if len(obs_shapes.get("state", ())) not in (1, 2):
         raise ConfigError(
             f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
+        )
+
+
+def _refuse_unseen(config: PolicyConfig, obs_shapes: Shapes) -> None:
+    """Refuse point clouds that a policy would not look at: what renders them takes most of the time."""
+    clouds = list(point_shapes(obs_shapes))
+    if clouds and config.kind == "vla":
+        raise ConfigError(
+            f"policy.kind = vla: asyncflow's own model sees no point clouds, env.point_clouds = {clouds}; use flow, "
+            "gaussian, or a policy.vla.model_class that does"
         )

@@ -1,7 +1,7 @@
-"""Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, the features of images.
+"""Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, their features.
 
-Owns the two MLPs and the pre-training loss (flow matching, arXiv:2210.02747). How a velocity becomes a
-stochastic policy is in `flow_sampler.py`, how that becomes a Policy in `velocity.py`.
+Owns the two MLPs. How a velocity becomes a stochastic policy is in `flow_sampler.py`, how that becomes a Policy, and
+what pre-training minimises, in `velocity.py`.
 
 Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D context size,
 W width of the first hidden layer, E time features.
@@ -20,6 +20,7 @@ from asyncflow.config import PolicyConfig
 from asyncflow.policies.base import Normalizer, mlp
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.point_encoder import build_point_encoder
 from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32
@@ -54,7 +55,7 @@ class VelocityNetwork(nn.Module):
 
 
 class FlowPolicy(VelocityPolicy):
-    """Denoises a chunk of normalised actions, conditioned on the normalised state and images."""
+    """Denoises a chunk of normalised actions, conditioned on the normalised state and what cameras see."""
 
     step_features: Tensor
 
@@ -67,14 +68,15 @@ class FlowPolicy(VelocityPolicy):
         super().__init__(config, action_dim)
         self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
         self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
-        context_dim = num_inputs(obs_shapes, self.image_encoder)
+        self.point_encoder = build_point_encoder(obs_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
         self.velocity = VelocityNetwork(context_dim, config.horizon * action_dim, config.hidden_sizes)
         self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)
 
     def make_context(self, obs: TensorDictBase) -> Tensor:
-        """Return the normalised state and the features of images, [N, D]."""
-        return encode(obs, self.obs_normalizer, self.image_encoder)
+        """Return the normalised state and the features of images and point clouds, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder, self.point_encoder)
 
     def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field of contexts [N, D]."""
@@ -87,29 +89,17 @@ class FlowPolicy(VelocityPolicy):
 
         return velocity
 
+    def velocity_at(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, P, A]` of contexts [N, D]."""
+        state, times = self.velocity.state_in(context), self.velocity.time_in(time_features(time))
+        velocity: Tensor = self.velocity(x, state, times)
+        return velocity
+
     def value(self, context: Tensor) -> Tensor:
-        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        """Return V of contexts [N, D], [N] float32; images and clouds are the actor's to learn from."""
         value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the critic's parameters."""
         return self.critic.parameters()
-
-    def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units.
-
-        The path is `x_t = (1 - t) action + t noise`, its velocity `noise - action`.
-
-        Args:
-            obs: [N] observations.
-            actions: [N, P, A] demonstrated chunks, in the simulator's units.
-            noise: [N, P, A] standard normal numbers.
-            time: [N] times in [0, 1].
-        """
-        target = self.action_normalizer.normalize(actions)
-        weight = time[:, None, None]
-        features = self.velocity.time_in(time_features(time))
-        state = self.velocity.state_in(self.make_context(obs))
-        predicted: Tensor = self.velocity((1 - weight) * target + weight * noise, state, features)
-        return nn.functional.mse_loss(predicted.float(), noise - target)

@@ -89,13 +89,19 @@ class ForeignPolicy(Policy):
         """Wrap a model.
 
         Raises:
-            ConfigError: `policy.freeze_backbone` is set, which needs a prefix.
+            ConfigError: `policy.freeze_backbone` is set, which needs a prefix, or `policy.mapping` leaves out
+                dimensions of its actions, whose log-prob only the model itself can take.
         """
         super().__init__()
         if config.freeze_backbone:
             raise ConfigError(
                 f"policy.freeze_backbone = true: {config.vla.model_class} has no encode_prefix; freeze parameters in "
                 "the model itself (requires_grad_(False)), or give it a velocity field"
+            )
+        if config.executed_dims is not None:
+            raise ConfigError(
+                f"policy.mapping.action.select = {config.mapping.action.select}: leaves out dimensions of which "
+                f"{config.vla.model_class} takes the log-prob; let the model itself leave them out"
             )
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
         self.noise_size = int(getattr(model, "noise_size", config.horizon * action_dim))

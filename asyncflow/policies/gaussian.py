@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from asyncflow.config import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
-from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms
+from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
 from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.point_encoder import build_point_encoder
 
 
 class GaussianPolicy(Policy):
     """Independent Gaussians around an MLP's mean, in normalised action units."""
+
+    executed_dims: Tensor | None
 
     def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
         """Build actor and critic; arguments as those of `make_policy`.
@@ -35,12 +38,16 @@ class GaussianPolicy(Policy):
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
         self.noise_size = config.horizon * action_dim
         self._is_mean = config.log_prob == "joint_mean"
-        self.log_prob_terms = float(config.n_action_steps * action_dim) if self._is_mean else 1.0
+        dims = config.executed_dims
+        num_executed = action_dim if dims is None else len(dims)
+        self.register_buffer("executed_dims", None if dims is None else torch.tensor(dims), persistent=False)
+        self.log_prob_terms = float(config.n_action_steps * num_executed) if self._is_mean else 1.0
         self._min_std = config.min_std
         self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
         self.action_normalizer = Normalizer((action_dim,))
         self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
-        context_dim = num_inputs(obs_shapes, self.image_encoder)
+        self.point_encoder = build_point_encoder(obs_shapes)
+        context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
         # A small gain starts every state at the middle of the action range.
         self.actor = mlp([context_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std)))
@@ -67,7 +74,7 @@ class GaussianPolicy(Policy):
         """Evaluate stored decisions; see `Policy.default_forward`."""
         context = self._context(batch["obs"])
         mean, std = self._mean(context), self._std()
-        entropy = self.n_action_steps * entropy_terms(std).sum()
+        entropy = self.n_action_steps * entropy_terms(select_dims(std, self.executed_dims)).sum()
         evaluation = {
             "log_probs": self._log_probs(batch["raw_actions"], mean, std),
             "values": self._value(context),
@@ -84,11 +91,11 @@ class GaussianPolicy(Policy):
         return self.critic.parameters()
 
     def _context(self, obs: TensorDictBase) -> Tensor:
-        """Return the normalised state and the features of images, [N, D]."""
-        return encode(obs, self.obs_normalizer, self.image_encoder)
+        """Return the normalised state and the features of images and point clouds, [N, D]."""
+        return encode(obs, self.obs_normalizer, self.image_encoder, self.point_encoder)
 
     def _value(self, context: Tensor) -> Tensor:
-        """Return V of contexts [N, D], [N] float32; images are the actor's to learn from."""
+        """Return V of contexts [N, D], [N] float32; images and clouds are the actor's to learn from."""
         value: Tensor = self.critic(context.detach())
         return value.squeeze(-1).float()
 
@@ -101,7 +108,8 @@ class GaussianPolicy(Policy):
 
     def _log_probs(self, raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         executed = self.n_action_steps
-        terms = log_prob_terms(raw[:, :executed], mean[:, :executed], std)
+        parts = (raw[:, :executed], mean[:, :executed], std)
+        terms = log_prob_terms(*(select_dims(part, self.executed_dims) for part in parts))
         return terms.mean((1, 2)) if self._is_mean else terms.sum((1, 2))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Normalizer
+from asyncflow.policies.point_encoder import PointEncoder
 
 Shapes = Mapping[str, tuple[int, ...]]
 NUM_KEYPOINTS = 32
@@ -48,8 +49,11 @@ class ImageEncoder(nn.Module):
     """One network a camera; the images of a history share it.
 
     Attributes:
+        kind: Its part of an observation.
         num_features: F, of all cameras and the whole history.
     """
+
+    kind = "images"
 
     def __init__(self, kind: str, image_shapes: Shapes) -> None:
         """Build the networks.
@@ -59,7 +63,7 @@ class ImageEncoder(nn.Module):
             image_shapes: Camera -> `(3, height, width)`, with O in front for a history.
 
         Raises:
-            ConfigError: Images are too small to see anything in.
+            ConfigError: Images are too small to see anything in, or their names cannot be those of networks.
         """
         super().__init__()
         smallest = min(min(shape[-2:]) for shape in image_shapes.values())
@@ -67,6 +71,12 @@ class ImageEncoder(nn.Module):
             raise ConfigError(
                 f"policy.image_encoder = {kind} needs images of more than {_BLIND_SIZES[kind]} pixels a side, "
                 f"got {smallest}; see env.camera_size"
+            )
+        unusable = [camera for camera in image_shapes if "." in camera or hasattr(nn.ModuleDict(), camera)]
+        if unusable:
+            raise ConfigError(
+                f"policy.mapping.obs.images: policy.image_encoder cannot name a network {unusable[0]!r}; "
+                "use a name without dots that is no attribute of torch.nn.ModuleDict"
             )
         build = _build_resnet18 if kind == "resnet18" else _build_small
         self.cameras = nn.ModuleDict({camera: build() for camera in image_shapes})
@@ -82,20 +92,24 @@ class ImageEncoder(nn.Module):
         return features.view(len(images), -1)
 
 
+Encoder = ImageEncoder | PointEncoder
+
+
 def build_image_encoder(kind: str, image_shapes: Shapes) -> ImageEncoder | None:
     """Return an encoder for the cameras; None if there are none."""
     return ImageEncoder(kind, image_shapes) if image_shapes else None
 
 
-def encode(obs: TensorDictBase, normalizer: Normalizer, image_encoder: ImageEncoder | None) -> Tensor:
-    """Return the normalised state and the features of the images, [N, O * D + F]."""
+def encode(obs: TensorDictBase, normalizer: Normalizer, *encoders: Encoder | None) -> Tensor:
+    """Return the normalised state and the features that encoders see in their kind of observation, [N, O * D + F]."""
     state = normalizer.normalize(obs["state"]).flatten(1)
-    return state if image_encoder is None else torch.cat([state, image_encoder(obs["images"])], 1)
+    features = [encoder(obs[encoder.kind]) for encoder in encoders if encoder is not None]
+    return torch.cat([state, *features], 1) if features else state
 
 
-def num_inputs(obs_shapes: Shapes, image_encoder: ImageEncoder | None) -> int:
+def num_inputs(obs_shapes: Shapes, *encoders: Encoder | None) -> int:
     """Return the size of what `encode` returns for one observation."""
-    return prod(obs_shapes["state"]) + (0 if image_encoder is None else image_encoder.num_features)
+    return prod(obs_shapes["state"]) + sum(encoder.num_features for encoder in encoders if encoder is not None)
 
 
 def random_shift(images: Tensor, offsets: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Policies with a velocity field: everything but the networks.
+"""Policies with a velocity field: everything but the networks, and how demonstrations teach them (pre-training).
 
-Owns the way from a velocity field and a value function to the Policy contract. It must not know a network or an
-observation; how a velocity becomes a stochastic policy is in `flow_sampler.py`.
+Owns the way from a velocity field and a value function to the Policy contract, and the loss of flow matching
+(arXiv:2210.02747). It must not know a network or an observation; how a velocity becomes a stochastic policy is in
+`flow_sampler.py`.
 
-Shapes: N decisions, P predicted actions, H executed actions, A action size.
+Shapes: N decisions, P predicted actions, H executed actions, A size of the model's action, M width
+of a chunk: A, or more in a padded model.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
 from asyncflow.policies.base import Mode, Normalizer, Policy
@@ -24,7 +26,7 @@ class VelocityPolicy(Policy):
     """Denoises a chunk of normalised actions. A subclass computes what all denoising steps share, once a decision."""
 
     def __init__(self, config: PolicyConfig, action_dim: int, padded_dim: int | None = None) -> None:
-        """Build the sampler; a `padded_dim` above A is the width of the chunks that it denoises.
+        """Build the sampler; `padded_dim` is M where it is more than A.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
@@ -42,6 +44,10 @@ class VelocityPolicy(Policy):
     @abstractmethod
     def velocity_field(self, context: Any) -> Velocity:
         """Return the velocity field of a context; what all steps share is computed here."""
+
+    @abstractmethod
+    def velocity_at(self, context: Any, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, P, M]` of `x [N, P, M]` at any `time [N]` in [0, 1]; at a step's, the field's."""
 
     @abstractmethod
     def value(self, context: Any) -> Tensor:
@@ -70,6 +76,23 @@ class VelocityPolicy(Policy):
     def get_value(self, obs: TensorDictBase) -> Tensor:
         """Return V(obs), [N] float32."""
         return self.value(self.make_context(obs))
+
+    def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units, float32.
+
+        The path is `x_t = (1 - t) action + t noise`, its velocity `noise - action`. Padding is an action of 0.
+
+        Args:
+            obs: [N] observations.
+            actions: [N, P, A] demonstrated chunks, in the simulator's units.
+            noise: [N, P, M] standard normal numbers.
+            time: [N] times in [0, 1].
+        """
+        padding = (0, noise.shape[-1] - self.action_dim)
+        target = nn.functional.pad(self.action_normalizer.normalize(actions), padding)
+        weight = time[:, None, None]
+        predicted = self.velocity_at(self.make_context(obs), (1 - weight) * target + weight * noise, time)
+        return nn.functional.mse_loss(predicted.float(), noise - target)
 
     def anneal(self, update: int) -> None:
         """Set the noise level for the number of finished updates, in place."""

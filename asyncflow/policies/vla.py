@@ -90,8 +90,7 @@ class VLAPolicy(VelocityPolicy):
 
     def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
-        with self._autocast():
-            cache = self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
+        cache = self._cache_prefix(context)
 
         def velocity(x: Tensor, steps: Steps) -> Tensor:
             is_slice = isinstance(steps, slice)
@@ -102,6 +101,17 @@ class VLAPolicy(VelocityPolicy):
             return v if is_slice else v[:, 0]
 
         return velocity
+
+    def velocity_at(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, P, A]`; every chunk is one step, at a time of its own."""
+        cache = self._cache_prefix(context)
+        with self._autocast():
+            velocity: Tensor = self.model.velocity(cache, x[:, None], time[:, None])
+        return velocity[:, 0]
+
+    def _cache_prefix(self, context: Tensor) -> Any:
+        with self._autocast():
+            return self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
 
     def value(self, context: Tensor) -> Tensor:
         """Return V, [N] float32."""
@@ -134,17 +144,29 @@ def build_vla(
     """
     if config.vla.model_class is not None:
         model = load_model(config.vla)
+        _instruct(model, config)
         if config.vla.lora_rank:
             add_lora(model, config.vla)
         return _wrap(config, model, action_dim)
     vla = config.vla
     shape = VLAShape(
-        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(vla.instruction), vla.patch_size
+        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(config.instruction), vla.patch_size
     )
     own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
     if vla.lora_rank:
         add_lora(own, vla)
     return VLAPolicy(config, own, action_dim)
+
+
+def _instruct(model: nn.Module, config: PolicyConfig) -> None:
+    """Tell a loaded model what to do, if it can be told."""
+    if callable(tell := getattr(model, "set_instruction", None)):
+        tell(config.instruction)
+    elif config.mapping.obs.language:
+        raise ConfigError(
+            f"policy.mapping.obs.language = {config.instruction!r}: {config.vla.model_class} has no method "
+            "set_instruction(text) that takes it"
+        )
 
 
 def _wrap(config: PolicyConfig, model: nn.Module, action_dim: int) -> Policy:

@@ -32,10 +32,10 @@ def lift() -> Iterator[RobomimicEnv]:
 def play(env: RobomimicEnv, episode: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the simulator's state and what the cameras see after each step."""
     env.reset(episode)
-    rng, seen = np.random.default_rng(0), [(env.simulator_state(), env.render())]
+    rng, seen = np.random.default_rng(0), [(env.simulator_state(), env.render()["images"])]
     for _ in range(STEPS):
         env.step(rng.uniform(-1, 1, env.spec.action_dim))
-        seen.append((env.simulator_state(), env.render()))
+        seen.append((env.simulator_state(), env.render()["images"]))
     return seen
 
 
@@ -47,7 +47,7 @@ def assert_equal(first: list, second: list) -> None:
 
 def test_images_are_uint8_by_camera_upright_and_show_the_scene(lift):
     lift.reset(0)
-    images = lift.render()
+    images = lift.render()["images"]
     assert (images.shape, images.dtype) == ((2, 3, 84, 84), np.uint8)
     assert lift.spec.image_shapes == dict.fromkeys(NAMES, (3, 84, 84))
     reference = lift.env.env.sim.render(camera_name="agentview", width=84, height=84)[::-1]

@@ -35,7 +35,7 @@ class CameraSimulator(FakeSimulator):
         self.num_renders += 1
         pixels = np.zeros((2, 3, *SIZE), np.uint8)
         pixels[:] = self.state[2] + 100 * np.arange(2)[:, None, None, None]
-        return pixels
+        return {"images": pixels}
 
 
 def make_runner(n_obs_steps: int = 1, chunk_length: int = H) -> tuple[ChunkBoard, EpisodeRunner, CameraSimulator]:

@@ -162,7 +162,9 @@ def test_every_task_builds_and_steps(task):
     reward, success = env.step(np.zeros(env.spec.action_dim))
     assert (reward, success) == (0.0, False)
     assert np.isfinite(env.observe()).all()
-    assert sorted(env.observe_all()) == sorted(TASKS[task].available_obs_keys())
+    assert {key: np.size(value) for key, value in env.observe_all().items()} == TASKS[task].obs_sizes()
+    assert env.spec.action_dim == TASKS[task].action_dim
+    assert sum(env.spec.obs_widths) == env.spec.obs_shapes["state"][0]
     env.close()
 
 

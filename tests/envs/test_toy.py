@@ -165,3 +165,15 @@ def test_the_final_picture_is_that_of_the_episode_that_ended():
     assert result.truncated.all()
     assert torch.equal(result.final_obs["images", "top"], first["images", "top"])
     assert not torch.equal(result.obs["images", "top"], first["images", "top"])
+
+
+def test_the_point_cloud_is_a_ring_around_position_and_goal_and_changes_nothing_else():
+    plain, seen = ToyVecEnv(N, H), ToyVecEnv(N, H, has_points=True)
+    first = seen.reset(3)
+    assert torch.equal(first["state"], plain.reset(3)["state"])
+    cloud = first["points", "top"]
+    assert cloud.shape == (N, *seen.spec.point_shapes["top"])
+    for channel, place in ((3, first["state"][:, :2]), (4, first["state"][:, 2:])):
+        ring = cloud[cloud[:, :, channel] == 1].view(N, -1, 6)
+        torch.testing.assert_close(ring[..., :2].mean(1), place)
+        torch.testing.assert_close((ring[..., :2] - place[:, None]).norm(dim=-1), torch.full(ring.shape[:2], 0.1))
