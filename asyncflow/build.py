@@ -27,7 +27,7 @@ from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.lerobot_folder import KIND as LEROBOT
-from asyncflow.lerobot_folder import with_export
+from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policies.mapping import NameMapping, check_names
@@ -97,12 +97,18 @@ def check_start(config: Config) -> Path:
     spec, mapping = _foresee_spec(config), config.policy.mapping
     is_known = is_described(config.env) and config.env.env_meta is None
     if is_known:
-        NameMapping(mapping, spec)
+        _check_folder(config.policy, NameMapping(mapping, spec).spec)
     elif is_described(config.env):  # only its simulator knows sizes
         check_names(mapping, spec)
     if find_policy_code(config.policy) and (is_known or not mapping.parts):
         build_policy(config, spec, torch.device("cpu"))
     return folder
+
+
+def _check_folder(config: PolicyConfig, seen: EnvSpec) -> None:
+    """Refuse a LeRobot folder that does not fit the environments; to build its model would take seconds."""
+    if config.kind == LEROBOT:
+        match_cameras(open_lerobot(config), config, seen.obs_shapes, seen.action_dim, seen.image_shapes)
 
 
 def _foresee_spec(config: Config) -> EnvSpec:

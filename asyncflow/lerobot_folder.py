@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncflow.config import PolicyConfig
+from asyncflow.envs.tasks import POINTS
 from asyncflow.errors import CheckpointError, ConfigError
 
 KIND = "lerobot"  # of `policy.kind`
@@ -68,7 +69,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def adopt_lerobot(values: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration's nested values with `policy.kind` set where `policy.checkpoint` is a LeRobot folder."""
     policy = values.get("policy")
-    name = policy.get("checkpoint") if isinstance(policy, dict) else None
+    if not isinstance(policy, dict):
+        return values
+    name = policy.get("checkpoint")
     if not isinstance(name, str) or not is_lerobot_folder(Path(name).expanduser()):
         return values
     path = str(Path(name).expanduser().absolute())  # a run may be resumed from elsewhere
@@ -156,11 +159,28 @@ def match_cameras(
 ) -> dict[str, str]:
     """Return LeRobot's name -> the environment's, of every picture, once all fits.
 
-    A camera has LeRobot's name, with or without `observation.images.` in front.
+    A camera has LeRobot's name, with or without `observation.images.` in front; `policy.mapping` can give it one.
 
     Raises:
-        ConfigError: `policy.horizon`, the state, the actions or the cameras differ from the model's.
+        ConfigError: `policy.horizon`, the state, the actions or the cameras differ from the model's, or there are
+            point clouds.
     """
+    _check_sizes(folder, config, obs_shapes, action_dim)
+    found = {name: _find_camera(name, image_shapes) for name in folder.cameras}
+    missing = [name.removeprefix(_IMAGE) for name, camera in found.items() if camera is None]
+    unknown = sorted(set(image_shapes) - set(found.values()))
+    if missing or unknown:
+        wanted, shown = (", ".join(names) or "none" for names in (folder.cameras, image_shapes))
+        raise CheckpointError(
+            f"policy.checkpoint = {folder.path}: the model's cameras are {wanted}; the environment's: {shown}; "
+            f"missing: {', '.join(missing) or 'none'}; not the model's: {', '.join(unknown) or 'none'}; see "
+            "env.cameras and policy.mapping.obs.images"
+        )
+    return {name: camera for name, camera in found.items() if camera is not None}
+
+
+def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes, action_dim: int) -> None:
+    """Refuse chunks, observations and actions of which the model has others."""
     source = f"policy.checkpoint = {folder.path}"
     if config.horizon > folder.chunk_size:
         raise ConfigError(
@@ -170,20 +190,15 @@ def match_cameras(
     if state != (folder.state_dim,):
         raise CheckpointError(
             f"{source}: {_STATE} has {folder.state_dim} numbers, the environment's state has the shape {list(state)}; "
-            "see env.obs_keys and env.n_obs_steps"
+            "see env.obs_keys, env.n_obs_steps and policy.mapping.obs.state"
         )
     if action_dim != folder.action_dim:
-        raise CheckpointError(f"{source}: actions have {folder.action_dim} numbers, the environment's {action_dim}")
-    found = {name: _find_camera(name, image_shapes) for name in folder.cameras}
-    missing = [name.removeprefix(_IMAGE) for name, camera in found.items() if camera is None]
-    unknown = sorted(set(image_shapes) - set(found.values()))
-    if missing or unknown:
-        wanted, shown = (", ".join(names) or "none" for names in (folder.cameras, image_shapes))
         raise CheckpointError(
-            f"{source}: the model's cameras are {wanted}; the environment's: {shown}; missing: "
-            f"{', '.join(missing) or 'none'}; not the model's: {', '.join(unknown) or 'none'}"
+            f"{source}: actions have {folder.action_dim} numbers, the environment's {action_dim}; see "
+            "policy.mapping.action"
         )
-    return {name: camera for name, camera in found.items() if camera is not None}
+    if clouds := [name.removeprefix(POINTS) for name in obs_shapes if name.startswith(POINTS)]:
+        raise ConfigError(f"env.point_clouds = {clouds}: {source} sees no point clouds; use []")
 
 
 def _find_camera(name: str, image_shapes: Shapes) -> str | None:

@@ -8,10 +8,14 @@ import json
 import pytest
 from silent import TOY, Silent
 
+from asyncflow.build import check_start
 from asyncflow.config import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.launch import train
 from asyncflow.lerobot_folder import match_cameras, open_lerobot, read_lerobot_folder, with_export
+from asyncflow.policies.mapping import NameMapping
+from asyncflow.policy_config import MappingConfig
 from asyncflow.policy_file import resolve_checkpoint
 from asyncflow.presets import load_config
 
@@ -111,6 +115,7 @@ def assert_refused(folder, message):
         ({"shapes": {"state": (19,)}}, r"observation.state has 4 numbers, .* state has the shape \[19\]"),
         ({"shapes": {"state": (2, 4)}}, r"the environment's state has the shape \[2, 4\]; see .*env.n_obs_steps"),
         ({"action_dim": 7}, r"actions have 2 numbers, the environment's 7"),
+        ({"shapes": SHAPES | {"points.top": (64, 6)}}, r"env.point_clouds = \['top'\]: .* sees no point clouds; use"),
         ({"cameras": {}}, r"the environment's: none; missing: top, wrist; not the model's: none"),
         ({"cameras": CAMERAS | {"side": (3, 28, 28)}}, r"missing: none; not the model's: side"),
     ],
@@ -118,6 +123,54 @@ def assert_refused(folder, message):
 def test_what_does_not_fit_is_one_line(folder, keys, message):
     with pytest.raises(ConfigError, match=message) as caught:
         match(folder, **keys)
+    assert "\n" not in str(caught.value)
+
+
+SEEN = {"agentview_image": "observation.images.top", "robot0_eye_in_hand": "wrist"}
+MAPPED = {
+    "policy.mapping.obs.images": SEEN,
+    "policy.mapping.obs.state": [{"key": "robot0_eef_pos"}, {"key": "robot0_gripper_qpos", "slice": [0, 1]}],
+    "policy.mapping.action": {"size": 2, "select": [0, 1, 0, 1, 0, 1, 0]},
+}
+
+
+def check(folder, monkeypatch, changes):
+    """Check a run on Lift, whose cameras, state and actions are not the folder's."""
+    version_is(monkeypatch, "0.3.3")
+    own = {"policy.checkpoint": str(folder), "env.cameras": ["agentview", "robot0_eye_in_hand"]}
+    return check_start(load_config("lift", own | changes))
+
+
+def test_a_mapping_gives_a_simulators_cameras_the_folders_names(folder):
+    config = MappingConfig.model_validate({"obs": {"images": SEEN}})
+    spec = EnvSpec(SHAPES, 2, 10, image_shapes=dict.fromkeys(["agentview", "robot0_eye_in_hand"], (3, 28, 28)))
+    found = match(folder, cameras=NameMapping(config, spec).spec.image_shapes)
+    assert found == {"observation.images.top": "observation.images.top", "observation.images.wrist": "wrist"}
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "message"),
+    [
+        (
+            "obs.images",
+            None,
+            r"missing: top, wrist; not .*: agentview, robot0_eye_in_hand; see env.cameras and policy.m",
+        ),
+        (
+            "obs.images",
+            SEEN | {"agentview_image": "front"},
+            r"environment's: front, wrist; missing: top; not .*: front;",
+        ),
+        ("obs.state", None, r"state has 4 numbers, .* the shape \[19\]; see .* and policy.mapping.obs.state$"),
+        ("action", {}, r"actions have 2 numbers, the environment's 7; see policy.mapping.action$"),
+    ],
+)
+def test_what_a_mapping_leaves_unlike_the_folder_is_found_before_simulators_are_built(
+    folder, monkeypatch, key, changed, message
+):
+    check(folder, monkeypatch, MAPPED)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        check(folder, monkeypatch, MAPPED | {f"policy.mapping.{key}": changed})
     assert "\n" not in str(caught.value)
 
 

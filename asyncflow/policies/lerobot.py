@@ -91,7 +91,7 @@ class SmolVLA(nn.Module):
         self.padded_action_dim: int = self.lerobot.config.max_action_dim
         self.width: int = self._with_expert.config.text_config.hidden_size
         self.value_head = ValueHead(self.width, config.critic_hidden_sizes)
-        example = {OBS_STATE: torch.zeros(1, folder.state_dim), "task": config.vla.instruction}
+        example = {OBS_STATE: torch.zeros(1, folder.state_dim), "task": config.instruction}
         words, is_word = self.lerobot.prepare_language(example)
         self.register_buffer("words", words, persistent=False)  # a checkpoint serves another instruction too
         self.register_buffer("is_word", is_word, persistent=False)

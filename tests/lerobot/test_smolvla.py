@@ -48,15 +48,19 @@ def folder(tmp_path_factory, vlm):
 
 @pytest.fixture
 def obs():
+    return observe("top")
+
+
+def observe(camera):
     generator = torch.Generator().manual_seed(0)
-    images = {"top": torch.randint(256, (N, 3, 28, 28), generator=generator).to(torch.uint8)}
+    images = {camera: torch.randint(256, (N, 3, 28, 28), generator=generator).to(torch.uint8)}
     return TensorDict({"state": torch.randn(N, STATE_DIM, generator=generator), "images": images}, [N])
 
 
 def build(folder, cameras=("top",), state_dim=STATE_DIM, action_dim=ACTION_DIM, **keys):
     vla = {"instruction": "reach the goal"} | {k: keys.pop(k) for k in list(keys) if k in VLAConfig.model_fields}
     keys = {"horizon": CHUNK, "n_action_steps": 2, "num_inference_steps": STEPS, "critic_hidden_sizes": [8]} | keys
-    config = PolicyConfig(kind="lerobot", checkpoint=str(folder), vla=VLAConfig(**vla), **keys)
+    config = PolicyConfig.model_validate({"kind": "lerobot", "checkpoint": str(folder), "vla": vla} | keys)
     return make_policy(config, {"state": (state_dim,)}, action_dim, 0, dict.fromkeys(cameras, (3, 28, 28)))
 
 
@@ -104,7 +108,7 @@ def test_a_decision_of_ten_steps_is_lerobots_own(folder, obs):
         {"normalization": NormalizationMode.MIN_MAX},
         {"normalization": NormalizationMode.IDENTITY},
     ],
-    ids=lambda changes: "-".join(changes),
+    ids="-".join,
 )
 def test_every_setting_of_a_folder_is_followed(tmp_path, vlm, obs, changes):
     compare(write_policy(tmp_path, vlm, **changes), obs, 1e-5)
@@ -134,9 +138,12 @@ def test_every_part_of_an_observation_moves_action_and_value(folder, obs, part):
     assert ((first["values"] - second["values"]).abs() > 0).all()
 
 
-def test_the_instruction_moves_the_action(folder, obs):
-    reach, push = build(folder), build(folder, instruction="push the goal")
-    first, second = (p.sample_actions(obs, "eval", noise_of(p))["actions"] for p in (reach, push))
+@pytest.mark.parametrize(
+    "push", [{"instruction": "push the goal"}, {"instruction": "", "mapping": {"obs": {"language": "push the goal"}}}]
+)
+def test_the_instruction_moves_the_action(folder, obs, push):
+    policies = build(folder), build(folder, **push)
+    first, second = (p.sample_actions(obs, "eval", noise_of(p))["actions"] for p in policies)
     assert (first - second).abs().max() > 1e-4
 
 
