@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from silent import TOY, record, start
@@ -68,7 +70,9 @@ def test_vla_equals_standard_with_a_mapping(tmp_path, folder):
     assert rows[-1]["updates"] == 2
 
 
-def test_a_mapped_run_is_evaluated(tmp_path, folder):
-    start(tmp_path / "run", "toy_vla_tiny", MAPPED | IMAGES | {"policy.checkpoint": str(folder)})
-    result = evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), num_episodes=2)
-    assert result.num_episodes == 2
+def test_a_mapped_run_is_evaluated_as_it_evaluates_itself(tmp_path, folder):
+    evaluated = {"trainer.eval_interval": 2, "trainer.eval_episodes": 6}
+    start(tmp_path / "run", "toy_vla_tiny", MAPPED | IMAGES | evaluated | {"policy.checkpoint": str(folder)})
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    found = evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), num_episodes=6).as_metrics()
+    assert found == {name: row[name] for name in row if name.startswith("eval/")}
