@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -124,10 +123,11 @@ def load_policy_file(path: str | Path) -> PolicyFile:
             "image_shapes": {key: tuple(shape) for key, shape in header["env"].get("image_shapes", {}).items()},
             "obs_keys": tuple(header["env"]["obs_keys"]),
             "obs_widths": tuple(header["env"].get("obs_widths", ())),
+            "point_settings": dict(header["env"].get("point_settings", {})),
         }
         policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
         return PolicyFile(tensors, policy_config, EnvSpec(**env))
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
 
 

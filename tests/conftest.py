@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +34,14 @@ def run_cli(tmp_path: Path) -> CommandLine:
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def tools() -> Iterator[Callable[[str], ModuleType]]:
+    """Yield a function that imports a tool by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "tools"))
+        yield importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -3,47 +3,20 @@
 import pytest
 import torch
 from conftest import CommandLine
-from silent import LIFT, TOY, assert_equal, go_on, outcome, start
-from test_trainer import assert_same, run
+from silent import LIFT, TOY, outcome, start
 
 from asyncflow.build import check_start
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.toy import render
 from asyncflow.errors import CheckpointError
 from asyncflow.evaluate_checkpoint import evaluate_checkpoint
-from asyncflow.policies import FlowPolicy, make_policy
+from asyncflow.policies import make_policy
 from asyncflow.policy_file import save_policy
 from asyncflow.presets import load_config
 
 TOY_IMAGES = TOY | {"env.task": "ToyImages", "policy.kind": "flow", "policy.hidden_sizes": [32]}
 SMALL_POLICY = {"policy.checkpoint": None, "policy.hidden_sizes": [32], "policy.critic_hidden_sizes": [16]}
 LIFT_IMAGE = LIFT | SMALL_POLICY | {"env.camera_size": [24, 20], "env.num_envs": 2, "buffer.buffer_size": 8}
-
-
-@pytest.mark.parametrize("lag", [0, 2])
-@pytest.mark.parametrize("kind", ["flow", "gaussian"])
-def test_vla_equals_standard_on_images(tmp_path, kind, lag):
-    changes = TOY_IMAGES | {"policy.kind": kind, "buffer.max_policy_lag": lag, "trainer.total_updates": 4}
-    vla = run(tmp_path, "toy", changes | {"trainer.buffer_type": "vla"})
-    standard = run(tmp_path, "toy", changes | {"trainer.buffer_type": "standard"})
-    assert any(batch["obs", "images", "top"].dtype == torch.uint8 for batch in vla[1])
-    assert_same(vla, standard)
-
-
-def test_every_minibatch_shows_the_pictures_of_its_own_states(tmp_path, monkeypatch):
-    seen = []
-    default_forward = FlowPolicy.default_forward
-
-    def watch(policy, batch):
-        seen.append(torch.equal(batch["obs", "images", "top"], render(batch["obs", "state"])))
-        return default_forward(policy, batch)
-
-    monkeypatch.setattr(FlowPolicy, "default_forward", watch)
-    changes = {"algorithm.num_minibatches": 4, "buffer.max_policy_lag": 1, "trainer.total_updates": 2}
-    start(tmp_path / "run", "toy", TOY_IMAGES | changes)
-    num_proximal = 4  # of the second update, whose data is stale
-    assert seen == [True] * (2 * 2 * 4 + num_proximal)
 
 
 def test_training_changes_the_image_encoder(tmp_path):
@@ -55,26 +28,6 @@ def test_training_changes_the_image_encoder(tmp_path):
     name = "image_encoder.cameras.top.0.weight"
     assert not torch.equal(trained[name], fresh[name])
     assert any(name in key for key in optimizer)
-
-
-@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
-def test_a_cut_and_resumed_run_on_images_equals_the_uncut_one(tmp_path, buffer_type):
-    changes = TOY_IMAGES | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": 1, "trainer.total_updates": 4}
-    start(tmp_path / "uncut", "toy", changes)
-    start(tmp_path / "cut", "toy", changes, stop_at=2)
-    go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
-
-
-@pytest.mark.sim
-@pytest.mark.slow
-def test_a_cut_and_resumed_run_on_lifts_images_equals_the_uncut_one(tmp_path):
-    """Episodes are open at the cut, and what their cameras show is rendered anew."""
-    changes = LIFT_IMAGE | {"trainer.buffer_type": "vla", "buffer.max_policy_lag": 1, "env.horizon": 26}
-    start(tmp_path / "uncut", "lift_image", changes)
-    start(tmp_path / "cut", "lift_image", changes, stop_at=2)
-    go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
 
 
 @pytest.fixture

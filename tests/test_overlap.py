@@ -1,21 +1,9 @@
 """What the overlap benchmark concludes: time to a success rate, non-inferiority, and verdicts on its targets."""
 
-import importlib
 import math
-from pathlib import Path
 
 import pytest
 from written_profile import make_profile, speedup
-
-REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """Return a function that imports a tool by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "tools"))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +41,12 @@ def test_a_rate_that_is_lost_at_the_end_does_not_last(training):
 def test_the_first_time_counts_whatever_follows(training):
     assert training.find_first([0.6, 0.96, 0.94, 0.95, 0.99], 0.95) == 1
     assert training.find_first([0.6, 0.7], 0.95) is None
+
+
+def test_a_curve_that_never_falls_is_fitted_to_the_rates(training):
+    assert training.find_fitted([0.6, 0.96, 0.92, 0.94, 0.97], 0.95) == 4  # 0.94 is the mean of three
+    assert training.find_fitted([0.6, 0.97, 0.94, 0.96, 0.94], 0.95) == 1  # 0.9525 that of four
+    assert training.find_fitted([0.6, 0.97, 0.8], 0.95) is None
 
 
 def test_curves_are_pooled_by_update_without_the_start(training, curve):

@@ -1,23 +1,11 @@
 """The overlap benchmark's parts: what is measured again, how they are called, recording's switch, and the page."""
 
-import importlib
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from written_profile import make_profile, speedup
-
-REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """Return a function that imports a tool by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "tools"))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,17 @@
 import pytest
 import torch
 from conftest import CommandLine
-from silent import LIFT, TOY, Silent, assert_equal, go_on, outcome, start
+from silent import LIFT, TOY, Silent, outcome, start
 from test_trainer import assert_same, run
 
 from asyncflow.build import check_start
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.toy import NUM_POINTS, ToyVecEnv, point_cloud
+from asyncflow.envs.toy import NUM_POINTS, ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.launch import train
-from asyncflow.policies import FlowPolicy, make_policy
+from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_policy_file, save_policy
 from asyncflow.presets import load_config
 
@@ -22,31 +22,6 @@ SMALL_POLICY = {"policy.checkpoint": None, "policy.hidden_sizes": [32], "policy.
 SEEING = {"env.point_clouds": ["agentview"], "env.camera_size": [48, 48]}
 LIFT_POINTS = LIFT | SMALL_POLICY | SEEING | {"env.num_envs": 2, "buffer.buffer_size": 8}
 SETTINGS = {"num_points": 64, "point_bounds": [-0.5, -0.5, 0.805, 0.5, 0.5, 1.5], "camera_size": [24, 20]}
-
-
-@pytest.mark.parametrize("lag", [0, 2])
-@pytest.mark.parametrize("kind", ["flow", "gaussian"])
-def test_vla_equals_standard_on_points(tmp_path, kind, lag):
-    changes = TOY_POINTS | {"policy.kind": kind, "buffer.max_policy_lag": lag, "trainer.total_updates": 3}
-    vla = run(tmp_path, "toy", changes | {"trainer.buffer_type": "vla"})
-    standard = run(tmp_path, "toy", changes | {"trainer.buffer_type": "standard"})
-    assert all(batch["obs", "points", "top"].dtype == torch.float32 for batch in vla[1])
-    assert_same(vla, standard)
-
-
-def test_every_minibatch_shows_the_clouds_of_its_own_states(tmp_path, monkeypatch):
-    seen = []
-    default_forward = FlowPolicy.default_forward
-
-    def watch(policy, batch):
-        seen.append(torch.equal(batch["obs", "points", "top"], point_cloud(batch["obs", "state"])))
-        return default_forward(policy, batch)
-
-    monkeypatch.setattr(FlowPolicy, "default_forward", watch)
-    changes = {"algorithm.num_minibatches": 4, "buffer.max_policy_lag": 1, "trainer.total_updates": 2}
-    start(tmp_path / "run", "toy", TOY_POINTS | changes)
-    num_proximal = 4  # of the second update, whose data is stale
-    assert seen == [True] * (2 * 2 * 4 + num_proximal)
 
 
 def test_training_changes_the_point_encoder(tmp_path):
@@ -71,15 +46,6 @@ def test_the_plan_counts_the_bytes_of_the_clouds(tmp_path):
     assert reporters[1].ring_bytes - reporters[0].ring_bytes == rows * NUM_POINTS * 6 * 4
 
 
-@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
-def test_a_cut_and_resumed_run_on_points_equals_the_uncut_one(tmp_path, buffer_type):
-    changes = TOY_POINTS | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": 1, "trainer.total_updates": 4}
-    start(tmp_path / "uncut", "toy", changes)
-    start(tmp_path / "cut", "toy", changes, stop_at=2)
-    go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
-
-
 def test_a_policy_that_sees_points_is_evaluated_where_it_was_trained(tmp_path):
     start(tmp_path / "run", "toy", TOY_POINTS | {"trainer.total_updates": 1})
     assert evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), 3).num_episodes == 3
@@ -93,17 +59,6 @@ def test_vla_equals_standard_on_lifts_points(tmp_path):
     standard = run(tmp_path, "lift", changes | {"trainer.buffer_type": "standard"})
     assert all(batch["obs", "points", "agentview"].any(2).any(1).all() for batch in vla[1])
     assert_same(vla, standard)
-
-
-@pytest.mark.sim
-@pytest.mark.slow
-def test_a_cut_and_resumed_run_on_lifts_points_equals_the_uncut_one(tmp_path):
-    """Episodes are open at the cut, and their clouds are computed anew."""
-    changes = LIFT_POINTS | {"trainer.buffer_type": "vla", "buffer.max_policy_lag": 1, "env.horizon": 26}
-    start(tmp_path / "uncut", "lift", changes)
-    start(tmp_path / "cut", "lift", changes, stop_at=2)
-    go_on(tmp_path / "cut")
-    assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
 
 
 @pytest.mark.sim

@@ -1,6 +1,5 @@
 """What the benchmark of policies counts, times and concludes, and what its page says."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -27,14 +26,6 @@ SMALL = {
     "trainer.device": "cpu",
 }
 GPU = "a GPU"
-
-
-@pytest.fixture(scope="module")
-def tools():
-    """Return a function that imports a tool by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from asyncflow import policy_file
 from asyncflow.config import PolicyConfig
@@ -199,6 +200,15 @@ def test_a_header_of_another_shape_is_refused(tmp_path, header):
     path = tmp_path / "policy.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
     assert "safetensors" in refusal_of(path)
+
+
+@pytest.mark.parametrize("settings", ["abc", 3, ["num_points"]])
+def test_a_header_whose_point_settings_are_no_keys_is_refused(saved, settings):
+    with safe_open(saved, "pt") as file:
+        header = json.loads(file.metadata()[policy_file.FORMAT])
+    header["env"]["point_settings"] = settings
+    save_file(load_file(saved), saved, {policy_file.FORMAT: json.dumps(header)})
+    assert "written by another version of asyncflow" in refusal_of(saved)
 
 
 def test_a_file_carries_the_cameras_it_was_made_for(tmp_path):

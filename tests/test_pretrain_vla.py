@@ -24,7 +24,7 @@ OPTIONS = PretrainOptions(num_steps=20, batch_size=16)
 
 
 class ActorCritic(nn.Module):
-    """Brings its own log-probs."""
+    """Brings its own log-probs, and is refused before anything of it is called."""
 
     def forward(self, obs):
         raise NotImplementedError

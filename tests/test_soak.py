@@ -1,6 +1,5 @@
 """A soak's slopes are those of the data, their intervals Student's, and the verdict hides no growth."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -13,15 +12,13 @@ HOUR = 3600.0
 
 
 @pytest.fixture(scope="module")
-def report():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TOOLS))
-        yield importlib.import_module("soak_report")
+def report(tools):
+    return tools("soak_report")
 
 
 @pytest.fixture(scope="module")
-def soak(report):
-    return importlib.import_module("soak")
+def soak(tools):
+    return tools("soak")
 
 
 def test_blocks_are_means_of_consecutive_samples(report):

@@ -13,6 +13,7 @@ from learning_page import Curves
 from overlap_training import (
     final_difference,
     find_first,
+    find_lasting,
     is_non_inferior,
     pool,
     ratio_interval,
@@ -150,8 +151,9 @@ def judge_learning(curves: Curves) -> list[Finding]:
     """Compare wall time to the threshold and final success of both modes, pooled over seeds."""
     vla, standard = (pool(list(curves[mode].values())) for mode in ("vla", "standard"))
     ratio, seeds = ratio_interval(vla, standard), ", ".join(map(str, curves["vla"]))
-    first = time_ratio(vla, standard, find_first)
-    note = "" if first is None else f"; to the first checkpoint at 95 %, whatever follows: {first:.3f}"
+    others = {"lasting": find_lasting, "first": find_first}
+    found = {name: time_ratio(vla, standard, find) for name, find in others.items()}
+    note = "".join(f"; {name}: {value:.3f}" for name, value in found.items() if value is not None)
     difference = final_difference(curves["vla"], curves["standard"])
     return [
         Finding(

@@ -1,6 +1,7 @@
 """Write `docs/benchmarks/overlap.md` and its learning curves from the records of `bench_overlap.py`.
 
-Nothing is measured here and no number stands in this file: the page cannot say what the records do not.
+Nothing is measured here and no number stands in this file: the page cannot say what the records do not, but for
+`overlap_remarks.md` among them, which tells by hand what was repeated and why.
 """
 
 from __future__ import annotations
@@ -25,7 +26,17 @@ from learning_page import (
 from matplotlib import pyplot as plt
 from overlap_judge import JUDGES, judge_learning
 from overlap_settings import CURVES
-from overlap_training import THRESHOLD, Finder, find_first, find_lasting, pool, seconds_per_update, time_ratio, time_to
+from overlap_training import (
+    THRESHOLD,
+    Finder,
+    find_first,
+    find_fitted,
+    find_lasting,
+    pool,
+    seconds_per_update,
+    time_ratio,
+    time_to,
+)
 
 from asyncflow.profile_model import mean
 
@@ -35,6 +46,7 @@ TITLES = {
     "sweep": "Training over collecting, from 0.1 to 4",
     "lift": "Lift, emulated policy and update",
 }
+FINDERS = {"fitted": find_fitted, "lasting": find_lasting, "first": find_first}
 STAGES = {"collect": "Tc, collecting", "env": "simulators", "policy": "policy", "trainer": "Tt, training"}
 
 
@@ -113,7 +125,7 @@ def _sweep_row(row: dict[str, Any]) -> list[str]:
 def describe_learning(curves: Curves) -> str:
     """Return the section about training to the threshold."""
     aim = f"{100 * THRESHOLD:g} %"
-    head = ["seed", "mode", "s/update", f"to {aim}", "ratio", f"first at {aim}", "ratio", "final success"]
+    head = ["seed", "mode", "s/update", *(cell for name in FINDERS for cell in (name, "ratio")), "final success"]
     rows = [row for seed in [*curves["vla"], None] for row in learning_rows(curves, seed)]
     counts = sorted({point.num_episodes for mode in MODES for curve in curves[mode].values() for point in curve})
     return LEARNING.format(table=to_table(head, rows), episodes=" or ".join(map(str, counts)), aim=aim)
@@ -124,8 +136,10 @@ LEARNING = """## Lift to {aim}
 
 {table}
 
-Seconds of training; in brackets, the update. *To {aim}*: until the first checkpoint from which on every one solves at
-least {aim} of its episodes. *First at {aim}*: until the first one that does, whatever follows. Ratios are `vla` over
+Seconds of training until {aim}; in brackets, the update. *Fitted*: until the curve that never falls and is nearest to
+the rates in squares (isotonic regression) is there. *Lasting*: until the first checkpoint from which on every one
+solves as many of its episodes, which a few unlucky episodes put off. *First*: until the first one that does, whatever
+follows, which a few lucky ones bring forward. Ratios are `vla` over
 `standard`; where both need k updates and overlap is perfect, the ratio is (k + 1) / 2k, because `vla` collects its
 first rollout as `standard` does. Every update leaves a checkpoint. Evaluations are made afterwards and take no time
 that counts: {episodes} episodes a seed and checkpoint, on start states that training never sees, the same ones for
@@ -142,7 +156,7 @@ def learning_rows(curves: Curves, seed: int | None) -> Iterator[list[str]]:
     chosen = {mode: curves[mode] if seed is None else {seed: curves[mode][seed]} for mode in MODES}
     pooled = {mode: pool(list(each.values())) for mode, each in chosen.items()}
     for mode in MODES:
-        times = [cell for find in (find_lasting, find_first) for cell in time_cells(pooled, mode, find)]
+        times = [cell for find in FINDERS.values() for cell in time_cells(pooled, mode, find)]
         pace = mean([seconds_per_update(curve) for curve in chosen[mode].values()])
         name = "**all**" if seed is None else str(seed)
         yield [name, f"`{mode}`", f"{pace:.2f}", *times, describe_rate(*pool_final(chosen[mode]))]

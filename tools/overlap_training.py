@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 from bench_records import Place, figures_of
 from bench_report import REPOSITORY
 from learning_page import Curve, Point, difference_interval, pool_final
@@ -108,13 +109,21 @@ def find_first(rates: Sequence[float], threshold: float) -> int | None:
     return next((index for index, rate in enumerate(rates) if rate >= threshold), None)
 
 
-def time_to(curve: Curve, find: Finder = find_lasting) -> Point | None:
+def find_fitted(rates: Sequence[float], threshold: float) -> int | None:
+    """Return where a curve that never falls, fitted to the rates by least squares, reaches the threshold.
+
+    A rate of few episodes that is below the threshold by chance moves the fit a little; it moves what lasts a lot.
+    """
+    return find_first(scipy.optimize.isotonic_regression(rates).x.tolist(), threshold)
+
+
+def time_to(curve: Curve, find: Finder = find_fitted) -> Point | None:
     """Return the checkpoint with which a pooled curve is at the threshold."""
     index = find([point.success_rate for point in curve], THRESHOLD)
     return None if index is None else curve[index]
 
 
-def time_ratio(vla: Curve, standard: Curve, find: Finder = find_lasting) -> float | None:
+def time_ratio(vla: Curve, standard: Curve, find: Finder = find_fitted) -> float | None:
     """Return the wall time of vla to the threshold over that of standard; None unless both are there."""
     ends = [time_to(curve, find) for curve in (vla, standard)]
     if ends[0] is None or ends[1] is None:
@@ -122,7 +131,7 @@ def time_ratio(vla: Curve, standard: Curve, find: Finder = find_lasting) -> floa
     return ends[0].wall_s / ends[1].wall_s
 
 
-def ratio_interval(vla: Curve, standard: Curve, find: Finder = find_lasting) -> Interval | None:
+def ratio_interval(vla: Curve, standard: Curve, find: Finder = find_fitted) -> Interval | None:
     """Return the ratio of wall times to the threshold with an interval for the episodes that were drawn.
 
     Every checkpoint's true rate is drawn from Beta(k + 1/2, n - k + 1/2), its posterior under Jeffreys' prior, and the

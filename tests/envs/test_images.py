@@ -5,13 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fake_simulator import ACTION_DIM, HORIZON, NAN_OBS, SUCCEED, FakeSimulator
+from fake_simulator import ACTION_DIM, HORIZON, FakeSimulator
 
 from asyncflow.config import EnvConfig
 from asyncflow.envs import cameras
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.cameras import choose_gl
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
+from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.tasks import TASKS, resolve_task
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
@@ -29,88 +29,11 @@ class CameraSimulator(FakeSimulator):
             raise ConfigError("env.cameras: there is no camera 'left'")
         super().__init__(seed)
         self.spec = EnvSpec({"state": (4,)}, ACTION_DIM, HORIZON, image_shapes=dict.fromkeys(CAMERAS, (3, *SIZE)))
-        self.num_renders = 0
 
     def render(self):
-        self.num_renders += 1
         pixels = np.zeros((2, 3, *SIZE), np.uint8)
         pixels[:] = self.state[2] + 100 * np.arange(2)[:, None, None, None]
         return {"images": pixels}
-
-
-def make_runner(n_obs_steps: int = 1, chunk_length: int = H) -> tuple[ChunkBoard, EpisodeRunner, CameraSimulator]:
-    board, simulator = ChunkBoard.allocate(N, chunk_length, (n_obs_steps, 2, 3, *SIZE)), CameraSimulator(0)
-    runner = EpisodeRunner(simulator, 1, board)
-    runner.begin(7, 0)
-    return board, runner, simulator
-
-
-def seen(images: torch.Tensor, camera: int = 0) -> list[int]:
-    """Return the env step that each image of the history shows, which all its pixels must agree on."""
-    flat = images[1, :, camera].flatten(1).long() - 100 * camera
-    assert (flat == flat[:, :1]).all()
-    return flat[:, 0].tolist()
-
-
-def test_images_are_rendered_once_a_chunk_at_its_end():
-    board, runner, simulator = make_runner()
-    assert simulator.num_renders == 1
-    for steps in (4, 8):
-        runner.execute()
-        assert [seen(board.images, camera) for camera in (0, 1)] == [[steps], [steps]]
-        assert seen(board.final_images) == [steps]
-    assert simulator.num_renders == 3
-
-
-def test_a_truncated_episode_keeps_its_true_final_images():
-    board, runner, simulator = make_runner()
-    for _ in range(3):
-        runner.execute()
-    assert board.truncated[1]
-    assert seen(board.final_images) == [HORIZON]
-    assert seen(board.images) == [0]
-    assert simulator.num_renders == 5  # two resets, three ends
-
-
-def test_the_end_of_a_success_is_not_rendered():
-    board, runner, simulator = make_runner()
-    runner.execute()
-    board.actions[1, 1, SUCCEED] = 1.0
-    runner.execute()
-    assert board.terminated[1]
-    assert seen(board.images) == seen(board.final_images) == [0]
-    assert simulator.num_renders == 3
-
-
-def test_a_chunk_that_counts_for_nothing_leaves_the_images_of_the_next_episode():
-    board, runner, _ = make_runner()
-    runner.execute()
-    board.actions[1, 1, NAN_OBS] = 1.0
-    board.actions[1, 3, NAN_OBS] = 1.0
-    runner.execute()
-    assert board.executed[1] == 0
-    assert seen(board.images) == seen(board.final_images) == [0]
-
-
-def test_a_history_shows_the_last_env_steps_oldest_first():
-    board, runner, simulator = make_runner(n_obs_steps=3)
-    assert seen(board.images) == [0, 0, 0]
-    runner.execute()
-    assert seen(board.images) == [2, 3, 4]
-    assert board.obs[1, :12].view(3, 4)[:, 2].tolist() == [2, 3, 4]
-    assert simulator.num_renders == 4
-    runner.execute()
-    runner.execute()
-    assert seen(board.final_images) == [8, 9, 10]
-    assert seen(board.images) == [0, 0, 0]
-
-
-def test_a_history_longer_than_a_chunk_reaches_into_the_one_before():
-    board, runner, _ = make_runner(n_obs_steps=3, chunk_length=2)
-    runner.execute()
-    assert seen(board.images) == [0, 1, 2]
-    runner.execute()
-    assert seen(board.images) == [2, 3, 4]
 
 
 def test_observations_hold_uint8_images_by_camera_beside_the_state():

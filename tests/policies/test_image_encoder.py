@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from camera_promises import (
+    assert_every_camera_moves_decision_and_value,
+    assert_ratio_is_one_in_every_minibatch_shape,
+    assert_the_value_teaches_the_critic_alone_and_the_decision,
+    decide,
+)
 from tensordict import TensorDict
 from torch.nn import functional
 
@@ -10,7 +16,6 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.image_encoder import NUM_KEYPOINTS, ImageEncoder, SpatialSoftmax, random_shift
-from asyncflow.seeding import policy_noise
 
 N, D, A, SIZE = 6, 5, 3, (36, 40)
 SPEC = EnvSpec({"state": (D,)}, A, 10, image_shapes=dict.fromkeys(("left", "right"), (3, *SIZE)))
@@ -36,20 +41,8 @@ def case(request):
     return make_policy(config, spec.obs_shapes, A, seed=1, image_shapes=spec.image_shapes), make_obs(spec)
 
 
-def decide(policy, obs) -> TensorDict:
-    noise = policy_noise(0, range(N), 0, policy.noise_size)
-    return policy.sample_actions(obs, "train", noise).set("obs", obs)
-
-
 def test_ratio_is_one_before_any_optimizer_step_in_every_minibatch_shape(case):
-    policy, obs = case
-    batch = decide(policy, obs)
-    for sizes in ([N], [1, 2, 3]):
-        parts = [policy.default_forward(part) for part in batch.split(sizes)]
-        ratio = (torch.cat([part["log_probs"] for part in parts]) - batch["log_probs"]).exp()
-        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
-        values = torch.cat([part["values"] for part in parts])
-        torch.testing.assert_close(values, batch["values"], rtol=0, atol=1e-5)
+    assert_ratio_is_one_in_every_minibatch_shape(*case)
 
 
 def test_ratio_is_one_whether_or_not_the_policy_is_in_training_mode(case):
@@ -61,24 +54,11 @@ def test_ratio_is_one_whether_or_not_the_policy_is_in_training_mode(case):
 
 
 def test_every_camera_moves_the_decision_and_the_value(case):
-    policy, obs = case
-    before = decide(policy, obs)
-    for camera in SPEC.image_shapes:
-        other = obs.clone()
-        other["images", camera] = 255 - other["images", camera]
-        after = decide(policy, other)
-        assert ((after["actions"] - before["actions"]).abs().flatten(1).amax(1) > 0).all()
-        assert ((after["values"] - before["values"]).abs() > 0).all()
+    assert_every_camera_moves_decision_and_value(*case, "images", lambda image: 255 - image)
 
 
 def test_the_value_teaches_the_critic_alone_and_the_decision_the_encoder(case):
-    policy, obs = case
-    out = policy.default_forward(decide(policy, obs))
-    critic = set(policy.critic_parameters())
-    out["values"].sum().backward(retain_graph=True)
-    assert {p for p in policy.parameters() if p.grad is not None} == critic
-    out["log_probs"].sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in policy.image_encoder.parameters() if p.dim() > 1)
+    assert_the_value_teaches_the_critic_alone_and_the_decision(*case, case[0].image_encoder)
 
 
 def test_images_stay_bytes_where_they_are_stored(case):

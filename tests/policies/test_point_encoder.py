@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from camera_promises import (
+    assert_every_camera_moves_decision_and_value,
+    assert_ratio_is_one_in_every_minibatch_shape,
+    assert_the_value_teaches_the_critic_alone_and_the_decision,
+    decide,
+)
 from tensordict import TensorDict
 
 from asyncflow.config import PolicyConfig, VLAConfig
@@ -9,7 +15,6 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.point_encoder import NUM_FEATURES, PointEncoder, PointNet
-from asyncflow.seeding import policy_noise
 
 N, D, A, P = 6, 5, 3, 50
 CLOUDS = {"points.left": (P, 6), "points.right": (P, 6)}
@@ -34,11 +39,6 @@ def case(request):
     spec = spec.with_history(n_obs_steps)
     policy = make_policy(PolicyConfig(kind=kind, **KEYS), spec.obs_shapes, A, seed=1, image_shapes=spec.image_shapes)
     return policy, make_obs(spec)
-
-
-def decide(policy, obs) -> TensorDict:
-    noise = policy_noise(0, range(N), 0, policy.noise_size)
-    return policy.sample_actions(obs, "train", noise).set("obs", obs)
 
 
 @pytest.fixture
@@ -87,34 +87,15 @@ def test_features_do_not_depend_on_the_batch_nor_on_a_training_flag():
 
 
 def test_ratio_is_one_before_any_optimizer_step_in_every_minibatch_shape(case):
-    policy, obs = case
-    batch = decide(policy, obs)
-    for sizes in ([N], [1, 2, 3]):
-        parts = [policy.default_forward(part) for part in batch.split(sizes)]
-        ratio = (torch.cat([part["log_probs"] for part in parts]) - batch["log_probs"]).exp()
-        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
-        values = torch.cat([part["values"] for part in parts])
-        torch.testing.assert_close(values, batch["values"], rtol=0, atol=1e-5)
+    assert_ratio_is_one_in_every_minibatch_shape(*case)
 
 
 def test_every_camera_moves_the_decision_and_the_value(case):
-    policy, obs = case
-    before = decide(policy, obs)
-    for camera in SPEC.point_shapes:
-        other = obs.clone()
-        other["points", camera] = 1 - other["points", camera]
-        after = decide(policy, other)
-        assert ((after["actions"] - before["actions"]).abs().flatten(1).amax(1) > 0).all()
-        assert ((after["values"] - before["values"]).abs() > 0).all()
+    assert_every_camera_moves_decision_and_value(*case, "points", lambda cloud: 1 - cloud)
 
 
 def test_the_value_teaches_the_critic_alone_and_the_decision_the_encoder(case):
-    policy, obs = case
-    out = policy.default_forward(decide(policy, obs))
-    out["values"].sum().backward(retain_graph=True)
-    assert {p for p in policy.parameters() if p.grad is not None} == set(policy.critic_parameters())
-    out["log_probs"].sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in policy.point_encoder.parameters() if p.dim() > 1)
+    assert_the_value_teaches_the_critic_alone_and_the_decision(*case, case[0].point_encoder)
 
 
 def test_weights_without_clouds_are_those_of_a_policy_that_knows_none():
