@@ -4,6 +4,7 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LEROBOT := .venv-lerobot
 ARGS ?=
 
 # The first Python of a supported version that can make virtual environments; `make PYTHON=... test` overrides it.
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-learning learning-page gpu-check clean distclean
+.PHONY: help install train test test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-learning learning-page gpu-check clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +29,9 @@ test: $(STAMP) ## Set up, then run the tests; ARGS="..." goes to pytest.
 
 test-all: $(STAMP) ## The same with the slow tests, which repeat at a larger scale what others show; some minutes more.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
+
+test-lerobot: $(LEROBOT)/.installed ## Set up .venv-lerobot, with LeRobot and the torch that it needs, then run its tests there.
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/lerobot $(ARGS)
 
 check: format-check lint types test ## Everything that a change must pass.
 
@@ -95,9 +99,17 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
+# A second environment: LeRobot 0.3 holds torch below 2.8.
+$(LEROBOT)/.installed: pyproject.toml
+	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || \
+		{ echo "asyncflow needs Python 3.10 to 3.12 with the venv module; found none"; exit 1; }
+	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,lerobot]'
+	@touch $@
+
 clean: ## Remove caches and build outputs.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	find asyncflow tests tools -name __pycache__ -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv as well.
-	rm -rf $(VENV) .venv-peers
+distclean: clean ## Remove .venv and its like as well.
+	rm -rf $(VENV) .venv-peers $(LEROBOT)

@@ -26,6 +26,8 @@ from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError
 from asyncflow.latency import EmulatedLatency
+from asyncflow.lerobot_folder import KIND as LEROBOT
+from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policies.mapping import NameMapping, check_names
@@ -95,7 +97,7 @@ def check_start(config: Config) -> Path:
     spec, mapping = _foresee_spec(config), config.policy.mapping
     is_known = is_described(config.env) and config.env.env_meta is None
     if is_known:
-        NameMapping(mapping, spec)
+        _check_folder(config.policy, NameMapping(mapping, spec).spec)
     elif is_described(config.env):  # only its simulator knows sizes
         check_names(mapping, spec)
     if find_policy_code(config.policy) and (is_known or not mapping.parts):
@@ -103,11 +105,17 @@ def check_start(config: Config) -> Path:
     return folder
 
 
+def _check_folder(config: PolicyConfig, seen: EnvSpec) -> None:
+    """Refuse a LeRobot folder that does not fit the environments; to build its model would take seconds."""
+    if config.kind == LEROBOT:
+        match_cameras(open_lerobot(config), config, seen.obs_shapes, seen.action_dim, seen.image_shapes)
+
+
 def _foresee_spec(config: Config) -> EnvSpec:
     """Return what the environments will be like, as far as the configuration and the checkpoint say."""
     spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
-    if config.policy.checkpoint:
-        spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint)).env_spec
+    if (file := _read_start(config)) is not None:
+        spec = file.env_spec
     if not is_described(config.env):
         return spec
     settings = resolve_task(config.env)
@@ -182,8 +190,9 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
-    seen = NameMapping(config.policy.mapping, spec).spec
-    policy = make_policy(config.policy, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
+    policy_config = with_export(config.policy, resumed.path) if resumed else config.policy
+    seen = NameMapping(policy_config.mapping, spec).spec
+    policy = make_policy(policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
     if resumed is not None:
         try:
             policy.load_state_dict(resumed.policy)
@@ -191,12 +200,17 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
             raise CheckpointError(
                 f"{resumed.path}: does not fit the run's policy: {' '.join(str(error).split())}"
             ) from None
-    elif config.policy.checkpoint:
-        file = load_policy_file(resolve_checkpoint(config.policy.checkpoint))
+    elif (file := _read_start(config)) is not None:
         _check_origin(config.policy, file, spec)
         load_into(policy, file)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
+
+
+def _read_start(config: Config) -> PolicyFile | None:
+    """Return the file whose weights a run starts from; None from scratch, or where LeRobot's folder gives them."""
+    name = config.policy.checkpoint
+    return load_policy_file(resolve_checkpoint(name)) if name and config.policy.kind != LEROBOT else None
 
 
 def _check_origin(config: PolicyConfig, file: PolicyFile, spec: EnvSpec) -> None:

@@ -116,6 +116,7 @@ def _publish(temporary: Path, final: Path) -> None:
 def _write(folder: Path, source: PolicyToSave, state: Mapping[str, Any], groups: Groups) -> None:
     tensors = {f"{group}/{name}": t.detach().cpu().contiguous() for group, x in groups.items() for name, t in x.items()}
     save_policy(folder / FILE_NAME, source.policy, source.config, source.env_spec)
+    source.policy.export(folder)
     write_atomically(folder / TRAINING, save(tensors))
     write_atomically(folder / STATE, _to_json(state).encode())
     sums = {name: _checksum((folder / name).read_bytes()) for name in (FILE_NAME, TRAINING, STATE)}

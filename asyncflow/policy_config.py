@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from asyncflow.plugins import POLICIES, plugin_names
 
-POLICY_KINDS = ("flow", "gaussian", "vla")
+POLICY_KINDS = ("flow", "gaussian", "vla", "lerobot")
 CompileMode = Literal["none", "compile", "graph"]
 
 
@@ -127,9 +127,13 @@ class MappingConfig(Section):
 class PolicyConfig(Section):
     """The network, its sampler and its log-probs."""
 
-    kind: str = Field("flow", description="flow, gaussian, vla, or a name that an installed package registered.")
+    kind: str = Field(
+        "flow", description="flow, gaussian, vla, lerobot, or a name that an installed package registered."
+    )
     checkpoint: str | None = Field(
-        None, description="Weights to start from: a run, a checkpoint folder, a .safetensors file or `lift_flow`."
+        None,
+        description="Weights to start from: a run, a checkpoint folder, a .safetensors file, `lift_flow`, or a policy "
+        "folder of LeRobot, which sets kind to lerobot.",
     )
     hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
     critic_hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")

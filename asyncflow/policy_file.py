@@ -21,6 +21,7 @@ import asyncflow
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.lerobot_folder import is_lerobot_folder, with_export
 from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.robomimic_file import load_robomimic_file
 
@@ -124,7 +125,8 @@ def load_policy_file(path: str | Path) -> PolicyFile:
             "obs_widths": tuple(header["env"].get("obs_widths", ())),
             "point_settings": dict(header["env"].get("point_settings", {})),
         }
-        return PolicyFile(tensors, PolicyConfig.model_validate(header["policy"]), EnvSpec(**env))
+        policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
+        return PolicyFile(tensors, policy_config, EnvSpec(**env))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
 
@@ -185,6 +187,11 @@ def resolve_checkpoint(name: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    if is_lerobot_folder(path):
+        raise CheckpointError(
+            f"checkpoint {name}: a LeRobot policy folder, which names no environment; `asyncflow train --checkpoint` "
+            "fine-tunes it, and its run can be evaluated"
+        )
     raise CheckpointError(
         f"checkpoint {name}: not found; give a run folder, a checkpoint folder, a .safetensors file, "
         f"or shipped weights: {', '.join(shipped_weights())}"
@@ -204,13 +211,22 @@ def load_into(policy: nn.Module, file: PolicyFile) -> None:
     """
     own = policy.state_dict()
     tensors = _adapt_exploration(own, file.tensors)
-    problems = _find_mismatches(own, tensors)
+    check_tensors(own, tensors, "the checkpoint")
+    policy.load_state_dict(tensors)
+
+
+def check_tensors(own: dict[str, Tensor], stored: dict[str, Tensor], source: str) -> None:
+    """Compare what a policy needs with what was stored.
+
+    Raises:
+        CheckpointError: Names or shapes differ; the message names the source, the tensors and both shapes.
+    """
+    problems = _find_mismatches(own, stored)
     if problems:
         rest = len(problems) - MAX_REPORTED_TENSORS
         more = f" and {rest} more" if rest > 0 else ""
         shown = "; ".join(problems[:MAX_REPORTED_TENSORS])
-        raise CheckpointError(f"the checkpoint does not fit the policy (policy vs checkpoint): {shown}{more}")
-    policy.load_state_dict(tensors)
+        raise CheckpointError(f"{source} does not fit the policy (policy vs checkpoint): {shown}{more}")
 
 
 def _adapt_exploration(own: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import yaml
 from asyncflow.config import Config, validate
 from asyncflow.envs.tasks import TASKS, Task, find_task, task_names
 from asyncflow.errors import ConfigError
+from asyncflow.lerobot_folder import adopt_lerobot
 
 # YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
@@ -62,7 +63,7 @@ def load_config(preset: str | None = None, overrides: dict[str, Any] | None = No
     Raises:
         ConfigError: An unknown preset or key, a wrong type or an impossible combination; the message is one line.
     """
-    return validate(apply_overrides(read_preset(preset) if preset else {}, overrides or {}))
+    return validate(adopt_lerobot(apply_overrides(read_preset(preset) if preset else {}, overrides or {})))
 
 
 def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import POINTS, TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.examples import Examples, cut_chunks, cut_histories
+from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.policies import Policy, make_policy
 from asyncflow.policies.base import Normalizer
 from asyncflow.policies.foreign import VELOCITY_METHODS
@@ -125,11 +126,15 @@ def pretrain(
         options: Length, batch and seed.
 
     Raises:
-        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy has no velocity field or names
-            of its own.
+        ConfigError: The dataset cannot be used, `out` cannot be written, or the policy has no velocity field, names
+            of its own, or a LeRobot folder.
     """
     start = time.perf_counter()
     check_output(Path(out))
+    if policy_config.kind == LEROBOT:
+        raise ConfigError(
+            f"policy.kind = {LEROBOT}: LeRobot itself trains its policies on demonstrations; see lerobot-train"
+        )
     if policy_config.mapping.parts:
         raise ConfigError(f"{next(iter(policy_config.mapping.parts))}: pre-training is in the simulator's own names")
     demos = read_dataset(dataset, env_config)
@@ -328,16 +333,15 @@ def train_flow(policy: VelocityPolicy, examples: Examples, options: PretrainOpti
         options: Length, batch and seed.
     """
     shifts = torch.Generator().manual_seed(derive_seed(options.seed, "random_shift"))
-    chunks = examples.chunks
     generator = torch.Generator().manual_seed(derive_seed(options.seed, "pretrain"))
     optimizer = torch.optim.Adam(policy.actor_parameters(), lr=options.learning_rate)
     losses = torch.empty(options.num_steps)
     for step in range(options.num_steps):
         rows = torch.randint(len(examples), (options.batch_size,), generator=generator)
-        noise = torch.randn((options.batch_size, *chunks.shape[1:]), generator=generator)
+        noise = torch.randn((options.batch_size, *policy.sampler.chunk_shape), generator=generator)
         times = torch.rand(options.batch_size, generator=generator)
         obs = examples.observe(rows, shifts, options.max_shift)
-        loss = policy.flow_matching_loss(obs, chunks[rows], noise, times)
+        loss = policy.flow_matching_loss(obs, examples.chunks[rows], noise, times)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

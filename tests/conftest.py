@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 from silent import LIFT_VLA, record, start
+
+# LeRobot holds another torch: its tests have an environment of their own, made by `make test-lerobot`.
+collect_ignore = [] if any(importlib.metadata.distributions(name="lerobot")) else ["lerobot"]
 
 REPOSITORY = Path(__file__).parent.parent
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]

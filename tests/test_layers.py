@@ -17,9 +17,9 @@ LAYERS = [
     {"config", "policy_config"},
     {
         "buffer", "camera_data", "console", "device", "envs", "examples", "flags", "gae", "inference", "latency",
-        "losses", "metric_files", "metrics", "optimizer", "policies", "policy_file", "presets", "profile_legs",
-        "profile_model", "profile_plot", "rates", "resources", "robomimic_file", "seeding", "staging", "streams",
-        "timing", "tracing", "weights",
+        "lerobot_folder", "losses", "metric_files", "metrics", "optimizer", "policies", "policy_file", "presets",
+        "profile_legs", "profile_model", "profile_plot", "rates", "resources", "robomimic_file", "seeding", "staging",
+        "streams", "timing", "tracing", "weights",
     },
     {"checkpoint", "collector", "ppo", "rollout_writer", "run_folder"},
     {"build", "progress"},

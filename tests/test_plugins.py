@@ -83,6 +83,6 @@ def test_a_policy_that_cannot_be_imported_is_named():
 
 def test_an_unknown_policy_is_refused_with_those_that_exist():
     with pytest.raises(
-        ConfigError, match=r"policy.kind = 'mime': not known; allowed: flow, gaussian, vla, broken, mine"
+        ConfigError, match=r"policy.kind = 'mime': not known; allowed: flow, gaussian, vla, lerobot, broken, mine"
     ):
         load_config("toy", {"policy.kind": "mime"})

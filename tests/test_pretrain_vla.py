@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ class ActorCritic(nn.Module):
         raise NotImplementedError
 
     get_value = evaluate_actions = forward
+
+
+def build_padded(padded_action_dim):
+    """Return the example as a model that denoises another number of dimensions than an action has."""
+    model = import_module("my_vla").MyVLA(width=16, horizon=2, action_dim=padded_action_dim)
+    model.padded_action_dim = padded_action_dim
+    return model
 
 
 @pytest.fixture
@@ -99,3 +107,23 @@ def test_a_model_with_its_own_log_probs_is_refused_in_one_line(pictures, tmp_pat
         run_vla(pictures, tmp_path / "out", model_class="elsewhere.ActorCritic")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_padded_model_learns_its_padding_too(pictures, tmp_path):
+    padded = {"model_class": "elsewhere.build_padded", "model_kwargs": {"padded_action_dim": 9}}
+    _, fresh, trained = run_vla(pictures, tmp_path / "out", **padded)
+    moved = (fresh.model.expert[2].bias - trained.model.expert[2].bias).view(2, 9).abs()
+    assert (moved > 0).all()
+
+
+def test_chunks_narrower_than_the_actions_are_refused(pictures, tmp_path):
+    narrow = {"model_class": "elsewhere.build_padded", "model_kwargs": {"padded_action_dim": 3}}
+    with pytest.raises(ConfigError, match=r"MyVLA: padded_action_dim = 3 is less than the 7 dimensions of an action"):
+        run_vla(pictures, tmp_path / "out", **narrow)
+
+
+def test_a_lerobot_folder_is_refused_before_anything_is_read(tmp_path):
+    config = PolicyConfig(kind="lerobot", checkpoint=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"policy.kind = lerobot: LeRobot itself trains its policies") as caught:
+        pretrain(tmp_path / "none.hdf5", tmp_path / "out", config, ENV, OPTIONS)
+    assert "\n" not in str(caught.value)

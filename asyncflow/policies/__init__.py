@@ -7,6 +7,8 @@ import torch
 from asyncflow.config import POLICY_KINDS, PolicyConfig
 from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
+from asyncflow.lerobot_folder import KIND as LEROBOT
+from asyncflow.lerobot_folder import match_cameras, open_lerobot
 from asyncflow.plugins import POLICIES, import_object, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
@@ -48,10 +50,13 @@ def find_policy_code(config: PolicyConfig) -> bool:
     """Import what the policy is made of, and tell whether that is asyncflow's own, which fits any observation.
 
     Raises:
-        ConfigError: It cannot be imported.
+        ConfigError: It cannot be imported, or is a folder of LeRobot that cannot be read.
     """
     if config.kind not in POLICY_KINDS:
         load_plugin(POLICIES, config.kind)
+        return False
+    if config.kind == LEROBOT:
+        open_lerobot(config)
         return False
     if config.kind == "vla" and config.vla.model_class is not None:
         import_object(config.vla.model_class, "policy.vla.model_class")
@@ -65,8 +70,19 @@ def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shap
         return build(config, obs_shapes, action_dim, image_shapes)
     if config.kind == "vla":
         return build_vla(config, obs_shapes, action_dim, image_shapes)
+    if config.kind == LEROBOT:
+        return _build_lerobot(config, obs_shapes, action_dim, image_shapes)
     policy: Policy = load_plugin(POLICIES, config.kind)(config, obs_shapes, action_dim, image_shapes)
     return policy
+
+
+def _build_lerobot(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
+    folder = open_lerobot(config)  # before the import, which it allows
+    cameras = match_cameras(folder, config, obs_shapes, action_dim, image_shapes)
+
+    from asyncflow.policies.lerobot import build_lerobot  # noqa: PLC0415  an optional extra, seconds to load
+
+    return build_lerobot(config, folder, cameras, image_shapes)
 
 
 def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:

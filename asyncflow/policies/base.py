@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -119,6 +120,9 @@ class Policy(nn.Module, ABC):
 
     def anneal(self, update: int) -> None:
         """Set what depends on the number of finished updates, in place. Called before weights are published."""
+
+    def export(self, folder: Path) -> None:
+        """Write into a checkpoint, beside the policy file, what other programs load; nothing by default."""
 
 
 def mlp(sizes: list[int], output_gain: float = 1.0) -> nn.Sequential:

@@ -6,7 +6,7 @@ noise) and DPPO (arXiv:2409.00588: every denoising step is a Gaussian policy, se
 0 (action), and the velocity is noise - action.
 
 Shapes: N decisions, K denoising steps, J stochastic ones (K, or K - 1 for flow_cps), P predicted actions,
-H executed actions, A action size.
+H executed actions, M width of a chunk: the size of the model's action, or more in a padded model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from asyncflow.errors import ConfigError
 
 Steps = int | slice | Tensor
 Velocity = Callable[[Tensor, Steps], Tensor]
-"""velocity(x, steps): `[N, P, A]` for one step (int) or one step per decision (`[N]` int64), `[N, J, P, A]` for a
+"""velocity(x, steps): `[N, P, M]` for one step (int) or one step per decision (`[N]` int64), `[N, J, P, M]` for a
 slice of steps."""
 
 
@@ -37,7 +37,7 @@ class StepGrid(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """Gaussians of the steps: `N(x_gain x + v_gain v, std)`, each broadcastable to `[N, K, P, A]`."""
+    """Gaussians of the steps: `N(x_gain x + v_gain v, std)`, each broadcastable to `[N, K, P, M]`."""
 
     x_gain: Tensor
     v_gain: Tensor
@@ -123,8 +123,9 @@ class FlowSampler(nn.Module):
         noise_size: K + 1 chunks (initial noise, then every step's), and the number that picks `single_step`'s step.
         num_stochastic: J.
         log_prob_terms: See `Policy`.
-        num_executed: Action dimensions that the simulator executes.
-        executed_dims: Which they are, [num_executed]; None: all of them.
+        num_executed: Dimensions of a chunk that the simulator executes.
+        executed_dims: Which they are, [num_executed]; None: all of them. The others, padding among them, are neither
+            explored nor scored.
         noise_level: The scale a that sampling uses now, a buffer so that it is published with the weights.
     """
 
@@ -134,8 +135,13 @@ class FlowSampler(nn.Module):
     noise_level: Tensor
     executed_dims: Tensor | None
 
-    def __init__(self, config: PolicyConfig, action_dim: int) -> None:
+    def __init__(self, config: PolicyConfig, action_dim: int, padded_dim: int | None = None) -> None:
         """Build the steps and, for learned noise, its parameter.
+
+        Args:
+            config: The policy's keys; its `executed_dims` count within `action_dim`.
+            action_dim: Size of the model's action.
+            padded_dim: M where it is more than that; its first `action_dim` numbers are the action.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
@@ -144,19 +150,20 @@ class FlowSampler(nn.Module):
         _check(config)
         self.config = config
         self.is_single_step = config.log_prob == "single_step"
-        self.chunk_shape = (config.horizon, action_dim)
+        self.chunk_shape = (config.horizon, padded_dim or action_dim)
         steps = config.num_inference_steps
         self.num_stochastic = steps - 1 if config.noise_method == "flow_cps" else steps
-        self.noise_size = (steps + 1) * config.horizon * action_dim + self.is_single_step
-        dims = config.executed_dims
-        self.num_executed = action_dim if dims is None else len(dims)
-        self.register_buffer("executed_dims", None if dims is None else torch.tensor(dims), persistent=False)
+        self.noise_size = (steps + 1) * math.prod(self.chunk_shape) + self.is_single_step
+        dims = config.executed_dims or range(action_dim)
+        self.num_executed = len(dims)
+        is_whole = self.num_executed == self.chunk_shape[1]
+        self.register_buffer("executed_dims", None if is_whole else torch.tensor(dims), persistent=False)
         terms = self.num_stochastic * config.n_action_steps * self.num_executed
         self.log_prob_terms = float(terms) if config.log_prob == "joint_mean" else 1.0
         for name, values in step_grid(steps)._asdict().items():
             self.register_buffer(name, values, persistent=False)
         self.register_buffer("noise_level", torch.tensor(config.noise_level))
-        self.noise_logit = nn.Parameter(torch.zeros(action_dim)) if _is_learned(config) else None
+        self.noise_logit = nn.Parameter(torch.zeros(self.chunk_shape[1])) if _is_learned(config) else None
 
     def anneal(self, update: int) -> None:
         """Set `noise_level` for the number of finished updates."""
@@ -165,12 +172,12 @@ class FlowSampler(nn.Module):
             self.noise_level.fill_(start + (final - start) * min(update / self.config.anneal_updates, 1.0))
 
     def learned_std(self, logit: Tensor) -> Tensor:
-        """Return the std `[A]` whose log-variance a tanh keeps within `noise_range` (ReinFlow, bounded noise)."""
+        """Return the std `[M]` whose log-variance a tanh keeps within `noise_range` (ReinFlow, bounded noise)."""
         low, high = (math.log(bound) for bound in self.config.noise_range)
         return (low + (high - low) * (logit.tanh() + 1) / 2).exp()
 
     def denoise(self, velocity: Velocity, noise: Tensor) -> Tensor:
-        """Integrate the flow from the initial noise by Euler steps (the ode method); return `[N, P, A]`."""
+        """Integrate the flow from the initial noise by Euler steps (the ode method); return `[N, P, M]`."""
         x, _ = self._split(noise)
         for step in range(len(self.time)):
             x = x - velocity(x, step).float() / len(self.time)
@@ -180,7 +187,7 @@ class FlowSampler(nn.Module):
         """Denoise with exploration.
 
         Returns:
-            `chains [N, K+1, P, A]` from noise to action, `log_probs`, `noise_level [N]`, and for `single_step`
+            `chains [N, K+1, P, M]` from noise to action, `log_probs`, `noise_level [N]`, and for `single_step`
             `denoise_inds [N]`.
         """
         x, step_noise = self._split(noise)
@@ -216,13 +223,13 @@ class FlowSampler(nn.Module):
         return Evaluation(self._log_probs(next_x, x_gain * x + v_gain * v, std), self._entropy(std, len(chains)))
 
     def _split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the initial noise `[N, P, A]` and that of the steps `[N, K, P, A]`."""
+        """Return the initial noise `[N, P, M]` and that of the steps `[N, K, P, M]`."""
         num_chunks = len(self.time) + 1
         chunks = noise[:, : num_chunks * math.prod(self.chunk_shape)].view(-1, num_chunks, *self.chunk_shape)
         return chunks[:, 0], chunks[:, 1:]
 
     def _transitions(self, noise_level: Tensor) -> Transition:
-        """Return the Gaussians of all steps: gains `[1 or N, K, 1, 1]`, std `[1 or N, K, 1, 1 or A]`."""
+        """Return the Gaussians of all steps: gains `[1 or N, K, 1, 1]`, std `[1 or N, K, 1, 1 or M]`."""
         grid = StepGrid(self.time, self.next_time, self.variance_rate)
         parts = transition(self.config.noise_method, grid, noise_level[:, None])
         x_gain, v_gain, std = (part.view(-1, len(self.time), 1, 1) for part in parts)

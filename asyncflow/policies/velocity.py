@@ -4,7 +4,8 @@ Owns the way from a velocity field and a value function to the Policy contract, 
 (arXiv:2210.02747). It must not know a network or an observation; how a velocity becomes a stochastic policy is in
 `flow_sampler.py`.
 
-Shapes: N decisions, P predicted actions, H executed actions, A action size.
+Shapes: N decisions, P predicted actions, H executed actions, A size of the model's action, M width
+of a chunk: A, or more in a padded model.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from asyncflow.policies.flow_sampler import FlowSampler, Velocity
 class VelocityPolicy(Policy):
     """Denoises a chunk of normalised actions. A subclass computes what all denoising steps share, once a decision."""
 
-    def __init__(self, config: PolicyConfig, action_dim: int) -> None:
-        """Build the sampler.
+    def __init__(self, config: PolicyConfig, action_dim: int, padded_dim: int | None = None) -> None:
+        """Build the sampler; `padded_dim` is M where it is more than A.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
         """
         super().__init__()
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
-        self.sampler = FlowSampler(config, action_dim)
+        self.sampler = FlowSampler(config, action_dim, padded_dim)
         self.noise_size, self.log_prob_terms = self.sampler.noise_size, self.sampler.log_prob_terms
         self.action_normalizer = Normalizer((action_dim,))
 
@@ -46,7 +47,7 @@ class VelocityPolicy(Policy):
 
     @abstractmethod
     def velocity_at(self, context: Any, x: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity `[N, P, A]` of `x [N, P, A]` at any `time [N]` in [0, 1]; at a step's, the field's."""
+        """Return the velocity `[N, P, M]` of `x [N, P, M]` at any `time [N]` in [0, 1]; at a step's, the field's."""
 
     @abstractmethod
     def value(self, context: Any) -> Tensor:
@@ -62,7 +63,7 @@ class VelocityPolicy(Policy):
         else:
             decision = self.sampler.sample(velocity, noise)
             decision |= {"actions": decision["chains"][:, -1], "values": self.value(context)}
-        decision["actions"] = self.action_normalizer.denormalize(decision["actions"])
+        decision["actions"] = self.action_normalizer.denormalize(decision["actions"][..., : self.action_dim])
         return TensorDict(decision, batch_size=noise.shape[:1])
 
     def default_forward(self, batch: TensorDictBase) -> TensorDict:
@@ -79,15 +80,16 @@ class VelocityPolicy(Policy):
     def flow_matching_loss(self, obs: TensorDictBase, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Return the conditional flow matching loss (arXiv:2210.02747, eq. 23), in normalised units, float32.
 
-        The path is `x_t = (1 - t) action + t noise`, its velocity `noise - action`.
+        The path is `x_t = (1 - t) action + t noise`, its velocity `noise - action`. Padding is an action of 0.
 
         Args:
             obs: [N] observations.
             actions: [N, P, A] demonstrated chunks, in the simulator's units.
-            noise: [N, P, A] standard normal numbers.
+            noise: [N, P, M] standard normal numbers.
             time: [N] times in [0, 1].
         """
-        target = self.action_normalizer.normalize(actions)
+        padding = (0, noise.shape[-1] - self.action_dim)
+        target = nn.functional.pad(self.action_normalizer.normalize(actions), padding)
         weight = time[:, None, None]
         predicted = self.velocity_at(self.make_context(obs), (1 - weight) * target + weight * noise, time)
         return nn.functional.mse_loss(predicted.float(), noise - target)

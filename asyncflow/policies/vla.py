@@ -3,7 +3,8 @@
 Owns when the prefix is encoded, the precision, and what the value's gradient reaches. It must not know the networks:
 anything with the methods of `VELOCITY_METHODS` will do.
 
-Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, A action size.
+Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, M width of a chunk:
+the size of the model's action, or more in a padded model.
 """
 
 from __future__ import annotations
@@ -39,9 +40,16 @@ class VLAPolicy(VelocityPolicy):
         """Wrap a model with the methods of `VELOCITY_METHODS`.
 
         Raises:
-            ConfigError: An impossible combination of noise keys, or a backbone that cannot be frozen.
+            ConfigError: An impossible combination of noise keys, a backbone that cannot be frozen, or chunks that are
+                narrower than the actions.
         """
-        super().__init__(config, action_dim)
+        padded_dim = getattr(model, "padded_action_dim", action_dim)
+        if padded_dim < action_dim:
+            raise ConfigError(
+                f"{type(model).__name__}: padded_action_dim = {padded_dim} is less than the {action_dim} dimensions of "
+                "an action (policy.mapping.action.size)"
+            )
+        super().__init__(config, action_dim, padded_dim)
         self.model: Any = model
         self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
         self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
@@ -103,7 +111,7 @@ class VLAPolicy(VelocityPolicy):
         return velocity
 
     def velocity_at(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
-        """Return the velocity `[N, P, A]`; every chunk is one step, at a time of its own."""
+        """Return the velocity `[N, P, M]`; every chunk is one step, at a time of its own."""
         cache = self._cache_prefix(context)
         with self._autocast():
             velocity: Tensor = self.model.velocity(cache, x[:, None], time[:, None])

@@ -270,3 +270,26 @@ def test_rows_sampled_at_different_levels_are_evaluated_in_one_batch():
 def test_impossible_combinations_name_key_value_and_remedy(keys, message):
     with pytest.raises(ConfigError, match=message):
         _sampler(**keys)
+
+
+@pytest.mark.parametrize("method", ["flow_sde", "flow_cps", "flow_noise"])
+@pytest.mark.parametrize("mode", ["joint_sum", "joint_mean", "per_step", "single_step"])
+def test_padding_follows_the_ode_and_has_no_log_prob(method, mode):
+    """Where padding does not touch the actions, log-probs and entropy are those of a model without it."""
+
+    def velocity(x, steps):
+        return torch.cat([_velocity(x[..., :ACTION_DIM], steps), x[..., ACTION_DIM:]], -1)
+
+    keys = {"horizon": 3, "n_action_steps": 2, "noise_method": method, "log_prob": mode}
+    plain, padded = (FlowSampler(PolicyConfig(**keys), ACTION_DIM, width) for width in (None, ACTION_DIM + 3))
+    noise = _noise(padded)
+    chunks = noise[:, : 5 * 3 * (ACTION_DIM + 3)].view(ROWS, 5, 3, ACTION_DIM + 3)
+    same = torch.cat([chunks[..., :ACTION_DIM].flatten(1), noise[:, chunks[0].numel() :]], 1)
+    wide, narrow = padded.sample(velocity, noise), plain.sample(_velocity, same)
+    assert padded.log_prob_terms == plain.log_prob_terms
+    torch.testing.assert_close(wide["chains"][..., :ACTION_DIM], narrow["chains"])
+    torch.testing.assert_close(wide["log_probs"], narrow["log_probs"])
+    evaluated, expected = (s.evaluate(v, x) for s, v, x in ((padded, velocity, wide), (plain, _velocity, narrow)))
+    torch.testing.assert_close(evaluated.entropy, expected.entropy)
+    torch.testing.assert_close(evaluated.log_probs, wide["log_probs"])
+    torch.testing.assert_close(wide["chains"][:, -1, :, ACTION_DIM:], padded.denoise(velocity, noise)[..., ACTION_DIM:])

@@ -98,6 +98,14 @@ def test_the_velocity_is_asked_between_action_and_noise(constant):
     torch.testing.assert_close(x[:, 0, 1], torch.tensor([1.0, -1.0, 0.0, 0.5, -0.5]))
 
 
+def test_padding_is_taught_an_action_of_zero():
+    padded = Constant(PolicyConfig(horizon=P, n_action_steps=P), A, A + 1)
+    noise = torch.tensor([0.5, 0.5, 2.5]).expand(N, P, A + 1)  # noise - action: 0.5, 0.5, 2.5; less 1: -0.5, -0.5, 1.5
+    loss = padded.flow_matching_loss(None, torch.zeros(N, P, A), noise, torch.full((N,), 0.5))
+    assert loss.item() == pytest.approx((0.25 + 0.25 + 2.25) / 3)
+    torch.testing.assert_close(padded.asked[0][..., -1], torch.full((N, P), 1.25))
+
+
 @pytest.mark.parametrize(("kind", "vla"), POLICIES, ids=NAMES)
 def test_at_a_steps_time_it_is_the_velocity_that_the_sampler_follows(kind, vla, obs, generator):
     policy = build(kind, vla)

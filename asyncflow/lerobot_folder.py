@@ -1,0 +1,215 @@
+"""LeRobot's policy folders: how one is recognised, what it says about its model, and what an environment must offer it.
+
+Owns what `config.json` means to asyncflow. It needs neither torch nor LeRobot, so that `--checkpoint` is understood, or
+refused, before either is loaded; the model itself is in `policies/lerobot.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncflow.config import PolicyConfig
+from asyncflow.envs.tasks import POINTS
+from asyncflow.errors import CheckpointError, ConfigError
+
+KIND = "lerobot"  # of `policy.kind`
+EXPORT = "lerobot"  # folder beside a policy file, which LeRobot loads again
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+VERSION = "0.3"
+INSTALL = "pip install 'asyncflow[lerobot]'"
+_TYPES = ("smolvla",)
+_NEWER = "policy_preprocessor.json"
+_IMAGE = "observation.images."
+_EMPTY = "observation.images.empty_camera_"
+_STATE, _ACTION = "observation.state", "action"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LeRobotFolder:
+    """What a policy folder says about its model.
+
+    Attributes:
+        path: The folder.
+        state_dim: Size of `observation.state`.
+        action_dim: A.
+        cameras: LeRobot's names of the pictures that the model needs, in its order.
+        chunk_size: Actions that the model was trained to predict.
+    """
+
+    path: Path
+    state_dim: int
+    action_dim: int
+    cameras: tuple[str, ...]
+    chunk_size: int
+
+
+def is_lerobot_folder(path: Path) -> bool:
+    """Tell whether a folder holds a LeRobot policy, of whatever type."""
+    try:
+        return "type" in _read_json(path) and not (path / "policy.safetensors").exists()
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return what `config.json` holds; anything but a mapping is a ValueError."""
+    values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{CONFIG} is no mapping")
+    return values
+
+
+def adopt_lerobot(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration's nested values with `policy.kind` set where `policy.checkpoint` is a LeRobot folder."""
+    policy = values.get("policy")
+    if not isinstance(policy, dict):
+        return values
+    name = policy.get("checkpoint")
+    if not isinstance(name, str) or not is_lerobot_folder(Path(name).expanduser()):
+        return values
+    path = str(Path(name).expanduser().absolute())  # a run may be resumed from elsewhere
+    return values | {"policy": policy | {"kind": KIND, "checkpoint": path}}
+
+
+def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
+    """Return the folder that a policy of kind `lerobot` is built from, if it can be.
+
+    Raises:
+        CheckpointError: It is no such folder, of another type or version, or its configuration lacks something.
+        ConfigError: There is none, or LeRobot is missing or of another version.
+    """
+    if config.checkpoint is None:
+        raise ConfigError(f"policy.kind = {KIND}: needs policy.checkpoint, a LeRobot policy folder; it is null")
+    folder = read_lerobot_folder(Path(config.checkpoint))
+    _check_installed(folder.path)
+    return folder
+
+
+def _check_installed(path: Path) -> None:
+    """Refuse a folder that cannot be loaded here.
+
+    Raises:
+        ConfigError: LeRobot is missing, or of a version whose folders and code differ.
+    """
+    reason = f"policy.checkpoint = {path}: a LeRobot policy needs the package lerobot {VERSION}"
+    try:
+        version = importlib.metadata.version("lerobot")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"{reason}, which is not installed: {INSTALL}") from None
+    if not version.startswith(f"{VERSION}."):
+        raise ConfigError(f"{reason}, {version} is installed: {INSTALL}")
+
+
+def read_lerobot_folder(path: Path) -> LeRobotFolder:
+    """Read what a LeRobot policy folder says about its model.
+
+    Raises:
+        CheckpointError: It is no such folder, of another type or version, or its configuration lacks something.
+    """
+    source = f"policy.checkpoint = {path}"
+    try:
+        values = _read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: not a LeRobot policy folder: {' '.join(str(error).split())}") from None
+    _check_format(path, values, source)
+    try:
+        inputs, outputs = values["input_features"], values["output_features"]
+        pictures = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
+        folder = LeRobotFolder(
+            path,
+            state_dim=int(inputs[_STATE]["shape"][0]),
+            action_dim=int(outputs[_ACTION]["shape"][0]),
+            cameras=tuple(name for name in pictures if not name.startswith(_EMPTY)),
+            chunk_size=int(values["chunk_size"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{source}: {CONFIG} lacks something that asyncflow needs ({_STATE}, {_ACTION}, chunk_size): "
+            f"{type(error).__name__}: {error}"
+        ) from None
+    if not folder.cameras:
+        raise CheckpointError(f"{source}: {CONFIG} names no pictures ({_IMAGE}...), which its type needs")
+    return folder
+
+
+def _check_format(path: Path, values: dict[str, Any], source: str) -> None:
+    kind = values.get("type")
+    if kind not in _TYPES:
+        raise CheckpointError(f"{source}: a LeRobot policy of type {kind!r}; asyncflow reads: {', '.join(_TYPES)}")
+    if (path / _NEWER).exists():
+        raise CheckpointError(
+            f"{source}: written by LeRobot 0.4 or later, which keeps the normalisation apart ({_NEWER}); asyncflow "
+            f"reads folders of LeRobot {VERSION}"
+        )
+    if values.get("adapt_to_pi_aloha"):
+        raise CheckpointError(f"{source}: adapt_to_pi_aloha = true, which asyncflow does not know; only false")
+    if not (path / WEIGHTS).is_file():
+        raise CheckpointError(f"{source}: has no {WEIGHTS}")
+
+
+def match_cameras(
+    folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes
+) -> dict[str, str]:
+    """Return LeRobot's name -> the environment's, of every picture, once all fits.
+
+    A camera has LeRobot's name, with or without `observation.images.` in front; `policy.mapping` can give it one.
+
+    Raises:
+        ConfigError: `policy.horizon`, the state, the actions or the cameras differ from the model's, or there are
+            point clouds.
+    """
+    _check_sizes(folder, config, obs_shapes, action_dim)
+    found = {name: _find_camera(name, image_shapes) for name in folder.cameras}
+    missing = [name.removeprefix(_IMAGE) for name, camera in found.items() if camera is None]
+    unknown = sorted(set(image_shapes) - set(found.values()))
+    if missing or unknown:
+        wanted, shown = (", ".join(names) or "none" for names in (folder.cameras, image_shapes))
+        raise CheckpointError(
+            f"policy.checkpoint = {folder.path}: the model's cameras are {wanted}; the environment's: {shown}; "
+            f"missing: {', '.join(missing) or 'none'}; not the model's: {', '.join(unknown) or 'none'}; see "
+            "env.cameras and policy.mapping.obs.images"
+        )
+    return {name: camera for name, camera in found.items() if camera is not None}
+
+
+def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes, action_dim: int) -> None:
+    """Refuse chunks, observations and actions of which the model has others."""
+    source = f"policy.checkpoint = {folder.path}"
+    if config.horizon > folder.chunk_size:
+        raise ConfigError(
+            f"policy.horizon = {config.horizon}: {folder.path} predicts chunks of {folder.chunk_size}; use at most that"
+        )
+    state = tuple(obs_shapes.get("state", ()))
+    if state != (folder.state_dim,):
+        raise CheckpointError(
+            f"{source}: {_STATE} has {folder.state_dim} numbers, the environment's state has the shape {list(state)}; "
+            "see env.obs_keys, env.n_obs_steps and policy.mapping.obs.state"
+        )
+    if action_dim != folder.action_dim:
+        raise CheckpointError(
+            f"{source}: actions have {folder.action_dim} numbers, the environment's {action_dim}; see "
+            "policy.mapping.action"
+        )
+    if clouds := [name.removeprefix(POINTS) for name in obs_shapes if name.startswith(POINTS)]:
+        raise ConfigError(f"env.point_clouds = {clouds}: {source} sees no point clouds; use []")
+
+
+def _find_camera(name: str, image_shapes: Shapes) -> str | None:
+    return next((each for each in (name, name.removeprefix(_IMAGE)) if each in image_shapes), None)
+
+
+def with_export(config: PolicyConfig, folder: Path) -> PolicyConfig:
+    """Return how to build a policy whose file lies in `folder`: from LeRobot's folder beside it, where there is one.
+
+    So a run can be moved, and go on, without the folder that it began from.
+    """
+    if config.kind == KIND and (folder / EXPORT / CONFIG).is_file():
+        return config.model_copy(update={"checkpoint": str(folder / EXPORT)})
+    return config
