@@ -205,14 +205,20 @@ def read_config(run: Run) -> Config:
 
 
 def evaluate_run(run: Run, evaluator: Evaluator, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the row of the start weights, if there are any, and of every checkpoint."""
-    clocks = {row["updates"]: row for row in read_metrics(run)}
+    """Yield the row of the start weights, if there are any, and of every checkpoint.
+
+    Raises:
+        SystemExit: The metrics do not say what a checkpoint took.
+    """
+    clocks = {0: {"env_steps": 0, "wall_s": 0.0}} | {row["updates"]: row for row in read_metrics(run)}
     checkpoints = find_checkpoints(run)
+    if unknown := checkpoints.keys() - clocks:
+        raise SystemExit(f"{run.folder}: metrics.jsonl has no row of updates {sorted(unknown)}, which were saved")
     for updates, path in checkpoints.items():
         is_last = updates == max(checkpoints)
         result = evaluator.measure(path, options.final_episodes if is_last else options.curve_episodes)
         print(f"{run.name}: update {updates}, {result.num_successes} of {result.num_episodes}", flush=True)
-        clock = clocks.get(updates, {"env_steps": 0, "wall_s": 0.0})
+        clock = clocks[updates]
         values = asdict(result) | {name: clock[name] for name in ("env_steps", "wall_s")} | {"updates": updates}
         yield {name: values[name] for name in COLUMNS}
 

@@ -44,11 +44,8 @@ class BareProcesses:
 
     def __init__(self, num_processes: int, seed: int) -> None:
         """Start them with as many simulators as a worker has; waits until all are constructed."""
-        context = get_context("spawn")
-        blocks = [
-            range(i * NUM_ENVS // num_processes, (i + 1) * NUM_ENVS // num_processes) for i in range(num_processes)
-        ]
-        self.num_simulators = len(blocks[0])
+        context, blocks = get_context("spawn"), split_envs(num_processes)
+        self.num_simulators = len(blocks[-1])  # the largest
         self._connections = []
         for block in blocks:
             connection, child = context.Pipe()
@@ -70,10 +67,22 @@ class BareProcesses:
             connection.close()
 
 
+def count_workers() -> int:
+    """Return how many processes simulators are split over, as asyncflow does: one a core, and none without any."""
+    return min(count_cores(), NUM_ENVS)
+
+
+def split_envs(num_processes: int) -> list[range]:
+    """Return the environments of each process, in blocks as even as they can be; the last one is the largest."""
+    return [range(i * NUM_ENVS // num_processes, (i + 1) * NUM_ENVS // num_processes) for i in range(num_processes)]
+
+
 def serve_bare(connection: Connection, env_ids: range, seed: int) -> None:
     """Run one process of `BareProcesses`."""
     simulators = [make_bare(derive_seed(seed, "simulator", env)) for env in env_ids]
     chunks = draw_chunks(seed, env_ids.start, simulators[0].action_dim)
+    for simulator in simulators:
+        simulator.reset()  # here, as that of the workers is not timed either
     connection.send("ready")
     while True:
         try:
@@ -100,10 +109,11 @@ def draw_chunks(seed: int, index: int, action_dim: int, num_envs: int = 1) -> ND
 
 
 def step_bare(simulators: list[Any], chunks: NDArray[np.float32], duration_s: float) -> float:
-    """Execute a chunk in each simulator in turn, reset at the horizon; return env steps per second."""
+    """Execute a chunk in each simulator in turn, reset at the horizon; return env steps per second.
+
+    Episodes go on from one call to the next, as those of the workers do.
+    """
     num_steps, start = 0, time.perf_counter()
-    for simulator in simulators:
-        simulator.reset()
     for turn, chunk in enumerate(itertools.cycle(chunks[:, 0])):
         simulator = simulators[turn % len(simulators)]
         if simulator.timestep >= HORIZON:
@@ -150,7 +160,7 @@ def measure_workers(num_processes: int, repeats: int, block_s: float, seed: int)
 
 def bench_workers(options: argparse.Namespace) -> Part:
     """Compare the workers with bare robosuite processes."""
-    cores = count_cores()
+    cores = count_workers()
     rates = isolated(measure_workers, cores, options.repeats, options.block_s, options.seed)
     means = {name: statistics.mean(values) for name, values in rates.items()}
     findings = [

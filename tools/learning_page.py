@@ -68,7 +68,7 @@ def read_curves(folder: Path) -> Curves:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         curves[condition][int(seed)] = [read_point(row) for row in rows]
-    return dict(curves)
+    return {condition: dict(sorted(seeds.items())) for condition, seeds in curves.items()}
 
 
 def read_point(row: dict[str, str]) -> Point:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_report import REPORTED, Finding, Part, count_cores, isolated
-from bench_workers import CHUNK_LENGTH, HORIZON, NUM_ENVS
+from bench_report import REPORTED, Finding, Part, isolated
+from bench_workers import CHUNK_LENGTH, HORIZON, NUM_ENVS, count_workers
 from peers_contenders import make_sb3
 from peers_env import ChunkEnv, EnvPlan
 from peers_setting import ALGORITHM, HIDDEN, NUM_EPOCHS, NUM_MINIBATCHES, STD
@@ -61,7 +61,7 @@ def make_config(plan: EnvPlan, rollout_size: int, num_updates: int, folder: Path
         "env.task": "Lift",
         "env.horizon": HORIZON,
         "env.num_envs": NUM_ENVS,
-        "env.num_workers": count_cores(),
+        "env.num_workers": count_workers(),
         "env.fast_step": plan.fast_step,
         "policy.kind": "gaussian",
         "policy.log_prob": "joint_sum",
@@ -126,13 +126,13 @@ def import_simulator(plan: EnvPlan) -> None:
 
 def make_runs(rollout_size: int, num_updates: int) -> dict[str, Callable[[EnvPlan], Marks]]:
     """Return everyone, by name."""
-    cores = count_cores()
+    workers = count_workers()
     size = {"rollout_size": rollout_size, "num_updates": num_updates}
     return {
         OURS: partial(run_asyncflow, **size),
         SB3: partial(run_sb3, num_envs=NUM_ENVS, **size),
-        SB3_FEW: partial(run_sb3, num_envs=cores, **size),
-        TORCHRL: partial(run_torchrl, num_workers=cores, **size),
+        SB3_FEW: partial(run_sb3, num_envs=workers, **size),
+        TORCHRL: partial(run_torchrl, num_workers=workers, **size),
     }
 
 
@@ -178,7 +178,7 @@ def describe_options(options: argparse.Namespace) -> str:
     """Return what was measured, in one paragraph."""
     return END_TO_END_NOTE.format(
         envs=NUM_ENVS,
-        workers=count_cores(),
+        workers=count_workers(),
         chunk=CHUNK_LENGTH,
         horizon=HORIZON,
         size=options.rollout,

@@ -11,6 +11,7 @@ import time
 from functools import partial
 
 import torch
+from bench_workers import split_envs
 from peers_env import ChunkEnv, EnvPlan
 from peers_setting import (
     CHUNK_DIM,
@@ -21,7 +22,6 @@ from peers_setting import (
     LAMBDA,
     LEARNING_RATE,
     MAX_GRAD_NORM,
-    NUM_ENVS,
     NUM_EPOCHS,
     NUM_MINIBATCHES,
     STATE_DIM,
@@ -45,10 +45,8 @@ from asyncflow.policies.base import mlp
 def run_torchrl(plan: EnvPlan, num_workers: int, rollout_size: int, num_updates: int) -> list[tuple[float, int]]:
     """Train; return when each update ended, in seconds, and the env steps trained on until then."""
     learner = TorchRLPPO(rollout_size)
-    size = NUM_ENVS // num_workers
-    blocks = [range(i * size, (i + 1) * size) for i in range(num_workers)]
     collector = MultiAsyncCollector(
-        [partial(make_block, plan, block) for block in blocks],
+        [partial(make_block, plan, block) for block in split_envs(num_workers)],
         learner.actor,
         frames_per_batch=rollout_size,
         total_frames=-1,
