@@ -247,7 +247,8 @@ def test_a_checkpoint_is_not_taken_for_one_that_cost_nothing(bench, runs, option
 
 
 def test_tables_are_read_back_as_the_points_of_their_condition_and_seed(bench, tools, runs, options, evaluated):
-    curves, point = tools("learning_page").read_curves(options.data), tools("learning_page").Point
+    learning = tools("learning_curves")
+    curves, point = learning.read_curves(options.data), learning.Point
     expected = [point(4, 400, 8.0, 50, 40), point(8, 800, 16.0, 50, 40), point(12, 1200, 24.0, 200, 40)]
     assert curves == {mode: {0: expected, 1: expected} for mode in ("standard", "vla")}
     table = (options.data / "learning_vla_seed1.csv").read_text().splitlines()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bench_report import Finding
-from learning_page import Curves
+from learning_curves import Curves
 from overlap_training import (
     final_difference,
     find_first,

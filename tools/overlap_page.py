@@ -12,17 +12,8 @@ from typing import Any
 
 from bench_records import Place, Records, describe_records, target_table
 from bench_report import Finding, to_table
-from learning_page import (
-    COLOURS,
-    GREY,
-    MODES,
-    Curve,
-    Curves,
-    describe_rate,
-    draw_curves,
-    pool_final,
-    read_curves,
-)
+from learning_curves import Curve, Curves, pool_final, read_curves
+from learning_page import COLOURS, GREY, MODES, describe_rate, draw_curves
 from matplotlib import pyplot as plt
 from overlap_judge import JUDGES, judge_learning
 from overlap_settings import CURVES

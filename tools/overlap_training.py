@@ -17,7 +17,7 @@ import numpy as np
 import scipy.optimize
 from bench_records import Place, figures_of
 from bench_report import REPOSITORY
-from learning_page import Curve, Point, difference_interval, pool_final
+from learning_curves import Curve, Point, difference_interval, pool_final
 from overlap_settings import CURVES, Settings
 
 from asyncflow.profile_model import Interval, mean
