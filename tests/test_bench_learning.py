@@ -32,6 +32,7 @@ def options(tmp_path):
         save_interval=4,
         final_episodes=200,
         curve_episodes=50,
+        from_update=0,
     )
 
 
@@ -236,6 +237,14 @@ def test_a_run_without_start_weights_has_no_point_before_its_first_checkpoint(be
     leave_run(runs[0].folder, [4, 8])
     rows = list(bench.evaluate_run(runs[0], bench.Evaluator(None), options))
     assert [row["updates"] for row in rows] == [4, 8]
+
+
+def test_checkpoints_before_the_first_that_is_asked_for_are_left_out(bench, runs, options, measured):
+    leave_run(runs[0].folder, [4, 8, 12])
+    options.from_update = 8
+    assert [row["updates"] for row in bench.evaluate_run(runs[0], bench.Evaluator(None), options)] == [8, 12]
+    assert measured == [("update_000008", 50), ("update_000012", 200)]
+    assert bench.name_table(options) == "evaluation_200_50_from_8.csv"
 
 
 def test_a_checkpoint_is_not_taken_for_one_that_cost_nothing(bench, runs, options, measured):

@@ -109,6 +109,33 @@ def test_the_training_is_one_that_bench_learning_knows(settings, records, tools,
     assert len(options.override) == 2
 
 
+def test_ends_of_curves_are_evaluated_again_in_tables_of_their_own(settings, records, tools, place, monkeypatch):
+    write_balance(settings, records, place)
+    training, learning = tools("overlap_training"), tools("bench_learning")
+    options = []
+    for is_fine in (False, True):
+        arguments = training.learning_arguments(settings.FULL, place, "eval", is_fine)
+        monkeypatch.setattr("sys.argv", ["bench_learning.py", *arguments])
+        options.append(learning.parse_arguments())
+    assert (options[1].from_update, options[1].curve_episodes, options[1].final_episodes) == (20, 200, 1000)
+    assert options[0].out == options[1].out
+    assert options[0].override == options[1].override
+    assert options[0].data != options[1].data
+
+
+def test_of_two_evaluations_the_one_of_more_episodes_counts(tools, place):
+    for folder, rows in (
+        ("emulated", "0,0,0,60,30\n1,9,2,60,40\n2,9,4,200,190\n"),
+        ("emulated_fine", "2,9,4,1000,960\n"),
+    ):
+        (place.data / folder).mkdir(parents=True)
+        for mode in ("standard", "vla"):
+            table = place.data / folder / f"learning_{mode}_seed0.csv"
+            table.write_text(f"updates,env_steps,wall_s,num_episodes,num_successes\n{rows}")
+    curves = tools("overlap_training").read_finest(place)
+    assert [(point.updates, point.num_successes) for point in curves["vla"][0]] == [(0, 30), (1, 40), (2, 960)]
+
+
 # Recording's switch.
 
 

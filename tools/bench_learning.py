@@ -189,7 +189,7 @@ def evaluate_all(runs: list[Run], options: argparse.Namespace) -> None:
             raise SystemExit(f"{run.folder} is not trained; call with --phase train first")
     options.data.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
-        tables = {run: run.folder / f"evaluation_{options.final_episodes}_{options.curve_episodes}.csv" for run in runs}
+        tables = {run: run.folder / name_table(options) for run in runs}
         missing = [run for run in runs if run.seed == seed and not tables[run].exists()]
         if missing:
             with Evaluator(read_config(missing[0])) as evaluator:
@@ -197,6 +197,12 @@ def evaluate_all(runs: list[Run], options: argparse.Namespace) -> None:
                     write_table(tables[run], list(evaluate_run(run, evaluator, options)))
         for run in (run for run in runs if run.seed == seed):
             shutil.copyfile(tables[run], options.data / f"{run.name}.csv")
+
+
+def name_table(options: argparse.Namespace) -> str:
+    """Return the name of a run's finished evaluation, which says what was evaluated."""
+    start = f"_from_{options.from_update}" if options.from_update else ""
+    return f"evaluation_{options.final_episodes}_{options.curve_episodes}{start}.csv"
 
 
 def read_config(run: Run) -> Config:
@@ -211,7 +217,7 @@ def evaluate_run(run: Run, evaluator: Evaluator, options: argparse.Namespace) ->
         SystemExit: The metrics do not say what a checkpoint took.
     """
     clocks = {0: {"env_steps": 0, "wall_s": 0.0}} | {row["updates"]: row for row in read_metrics(run)}
-    checkpoints = find_checkpoints(run)
+    checkpoints = {updates: path for updates, path in find_checkpoints(run).items() if updates >= options.from_update}
     if unknown := checkpoints.keys() - clocks:
         raise SystemExit(f"{run.folder}: metrics.jsonl has no row of updates {sorted(unknown)}, which were saved")
     for updates, path in checkpoints.items():
@@ -284,6 +290,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save-interval", type=int, default=4, help="updates between points of a curve")
     parser.add_argument("--final-episodes", type=int, default=200, help="episodes for the last checkpoint")
     parser.add_argument("--curve-episodes", type=int, default=50, help="episodes for the other points")
+    parser.add_argument("--from-update", type=int, default=0, help="evaluate no checkpoint before this one")
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ from overlap_overhead import measure_overhead
 from overlap_page import write_page
 from overlap_profiles import measure_balance, profile_lift, profile_sweep, profile_three_stages, profile_two_stages
 from overlap_settings import FULL, NAME, TINY
-from overlap_training import evaluate_lift, train_lift
+from overlap_training import evaluate_ends, evaluate_lift, train_lift
 
 PARTS: dict[str, MeasurePart] = {  # in the order in which they are measured
     "balance": measure_balance,
@@ -34,8 +34,12 @@ PARTS: dict[str, MeasurePart] = {  # in the order in which they are measured
     "lift": profile_lift,
     "train": train_lift,
     "evaluate": evaluate_lift,
+    "evaluate_fine": evaluate_ends,
 }
-NEEDS = {"two_stages": ["balance"], "lift": ["balance"], "train": ["balance"], "evaluate": ["balance", "train"]}
+NEEDS = {
+    "two_stages": ["balance"], "lift": ["balance"], "train": ["balance"], "evaluate": ["balance", "train"],
+    "evaluate_fine": ["balance", "train", "evaluate"],
+}  # fmt: skip
 
 
 def with_needs(asked: list[str]) -> list[str]:

@@ -12,11 +12,10 @@ from typing import Any
 
 from bench_records import Place, Records, describe_records, target_table
 from bench_report import Finding, to_table
-from learning_curves import Curve, Curves, pool_final, read_curves
+from learning_curves import Curve, Curves, pool_final
 from learning_page import COLOURS, GREY, MODES, describe_rate, draw_curves
 from matplotlib import pyplot as plt
 from overlap_judge import JUDGES, judge_learning
-from overlap_settings import CURVES
 from overlap_training import (
     THRESHOLD,
     Finder,
@@ -24,6 +23,7 @@ from overlap_training import (
     find_fitted,
     find_lasting,
     pool,
+    read_finest,
     seconds_per_update,
     time_ratio,
     time_to,
@@ -43,7 +43,7 @@ STAGES = {"collect": "Tc, collecting", "env": "simulators", "policy": "policy", 
 
 def write_page(place: Place, records: Records) -> list[Finding]:
     """Write what there are records of, and return the rows of the table."""
-    curves = read_curves(place.data / CURVES) if "evaluate" in records else {}
+    curves = read_finest(place) if "evaluate" in records else {}
     findings = judge(records, curves)
     place.pages.mkdir(parents=True, exist_ok=True)
     sections = [*describe_profiles(records)]

@@ -15,6 +15,7 @@ from asyncflow.presets import load_config, parse_overrides
 
 NAME = "overlap"
 CURVES = "emulated"  # the learning curves, a folder among the data
+FINE_CURVES = "emulated_fine"  # their ends, with more episodes
 TINY_LIFT = (
     "env.num_envs=4", "env.num_workers=2", "env.horizon=40", "buffer.buffer_size=32", "algorithm.num_minibatches=2",
     "trainer.total_updates=3",
@@ -41,6 +42,9 @@ class Settings:
         seeds: Of the training.
         curve_episodes: Episodes of every checkpoint but the last one.
         final_episodes: Episodes of the last one.
+        fine_from: Checkpoint from which on the ends of the curves are evaluated once more, with more episodes.
+        fine_curve_episodes: As `curve_episodes`, of these.
+        fine_final_episodes: As `final_episodes`, of these.
     """
 
     toy_inference_s: float = 1.5
@@ -58,6 +62,9 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     curve_episodes: int = 100
     final_episodes: int = 200
+    fine_from: int = 20
+    fine_curve_episodes: int = 200
+    fine_final_episodes: int = 1000
 
     def inference_s(self, task: str) -> float:
         """Return the emulated inference of a rollout where collecting and training are equally long."""
@@ -91,8 +98,11 @@ DEPENDS = {
     "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
     "train": ("lift_inference_s", "lift_overrides", "seeds"),
     "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
-}
-UNTIMED = {"evaluate"}  # any machine will do
+    "evaluate_fine": (
+        "lift_inference_s", "lift_overrides", "seeds", "fine_from", "fine_curve_episodes", "fine_final_episodes",
+    ),
+}  # fmt: skip
+UNTIMED = {"evaluate", "evaluate_fine"}  # any machine will do
 FULL = Settings()
 TINY = replace(
     FULL,
@@ -110,4 +120,7 @@ TINY = replace(
     lift_overrides=TINY_LIFT,
     curve_episodes=4,
     final_episodes=8,
+    fine_from=2,
+    fine_curve_episodes=6,
+    fine_final_episodes=12,
 )

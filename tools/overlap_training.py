@@ -17,8 +17,8 @@ import numpy as np
 import scipy.optimize
 from bench_records import Place, figures_of
 from bench_report import REPOSITORY
-from learning_curves import Curve, Point, difference_interval, pool_final
-from overlap_settings import CURVES, Settings
+from learning_curves import Curve, Curves, Point, difference_interval, pool_final, read_curves
+from overlap_settings import CURVES, FINE_CURVES, Settings
 
 from asyncflow.profile_model import Interval, mean
 from asyncflow.profiling import ProfileOptions, emulate
@@ -40,24 +40,33 @@ def emulation(settings: Settings, place: Place) -> list[str]:
     return [f"{section}.emulated_latency_s={latency:.6f}" for section, latency in latencies.items()]
 
 
-def learning_arguments(settings: Settings, place: Place, phase: str) -> list[str]:
-    """Return what follows `bench_learning.py`: both modes, every update a checkpoint."""
-    folders = ["--out", str(place.out / "emulated"), "--data", str(place.data / CURVES)]
+def learning_arguments(settings: Settings, place: Place, phase: str, is_fine: bool = False) -> list[str]:
+    """Return what follows `bench_learning.py`: both modes, every update a checkpoint.
+
+    Args:
+        settings: How much is trained and evaluated.
+        place: Where runs and tables are.
+        phase: Of `bench_learning.py`.
+        is_fine: Whether only later checkpoints count, each with more episodes.
+    """
     what = ["--phase", phase, "--conditions", "standard", "vla", "--seeds", *map(str, settings.seeds)]
-    episodes = [
-        "--curve-episodes", str(settings.curve_episodes), "--final-episodes", str(settings.final_episodes)
-    ]  # fmt: skip
+    folder, curve, final, start = CURVES, settings.curve_episodes, settings.final_episodes, 0
+    if is_fine:
+        folder, start = FINE_CURVES, settings.fine_from
+        curve, final = settings.fine_curve_episodes, settings.fine_final_episodes
+    folders = ["--out", str(place.out / CURVES), "--data", str(place.data / folder)]
+    episodes = ["--curve-episodes", str(curve), "--final-episodes", str(final), "--from-update", str(start)]
     keys = [*emulation(settings, place), *settings.lift_overrides]
     return [*folders, *what, "--save-interval", "1", *episodes, "--override", *keys]
 
 
-def run_learning(settings: Settings, place: Place, phase: str) -> dict[str, Any]:
+def run_learning(settings: Settings, place: Place, phase: str, is_fine: bool = False) -> dict[str, Any]:
     """Run a phase; what is finished of it is skipped.
 
     Raises:
         SystemExit: It failed.
     """
-    arguments = learning_arguments(settings, place, phase)
+    arguments = learning_arguments(settings, place, phase, is_fine)
     command = [sys.executable, str(REPOSITORY / "tools" / "bench_learning.py"), *arguments]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"{shlex.join(command)} failed")
@@ -72,6 +81,25 @@ def train_lift(settings: Settings, place: Place) -> dict[str, Any]:
 def evaluate_lift(settings: Settings, place: Place) -> dict[str, Any]:
     """Evaluate every checkpoint, on the same start states in both modes; takes no time that counts."""
     return run_learning(settings, place, "eval")
+
+
+def evaluate_ends(settings: Settings, place: Place) -> dict[str, Any]:
+    """Evaluate the later checkpoints once more, with more episodes."""
+    return run_learning(settings, place, "eval", is_fine=True)
+
+
+def read_finest(place: Place) -> Curves:
+    """Return the curves; a checkpoint that was evaluated twice with the evaluation of more episodes."""
+    curves, fine = read_curves(place.data / CURVES), read_curves(place.data / FINE_CURVES)
+    return {
+        mode: {seed: _finest([*curve, *fine.get(mode, {}).get(seed, [])]) for seed, curve in seeds.items()}
+        for mode, seeds in curves.items()
+    }
+
+
+def _finest(points: Sequence[Point]) -> Curve:
+    by_updates = {point.updates: point for point in sorted(points, key=lambda point: point.num_episodes)}
+    return [by_updates[updates] for updates in sorted(by_updates)]
 
 
 # Arithmetic.
