@@ -20,7 +20,7 @@ NAME = "policies"
 CPU = "cpu"
 PRESET = "lift_image"  # whose shape updates and rings are compared in
 VLA = ("policy.checkpoint=null", "policy.kind=vla", "policy.vla.instruction=lift the cube")
-TINY_VLA = (*VLA, "policy.vla.size=tiny", "buffer.buffer_size=320")
+TINY_VLA = (*VLA, "policy.vla.size=tiny", "buffer.buffer_size=160")
 BASE_VLA = (
     *VLA, "policy.vla.size=base", "env.cameras=[agentview,robot0_eye_in_hand]", "env.camera_size=[224,224]",
 )  # fmt: skip
@@ -59,8 +59,8 @@ class Subject:
 
 
 SUBJECTS = {  # in the order in which they are measured
-    "mlp": Subject("MLP", "lift", tiny_task="Toy"),
-    "image": Subject("image encoder", overrides=("policy.checkpoint=null", "buffer.buffer_size=320")),
+    "mlp": Subject("MLP", "lift", ("buffer.buffer_size=480",), tiny_task="Toy"),
+    "image": Subject("image encoder", overrides=("policy.checkpoint=null", "buffer.buffer_size=160")),
     "tiny": Subject("`tiny` VLA", overrides=TINY_VLA),
     "tiny_frozen": Subject("`tiny` VLA, frozen backbone", overrides=(*TINY_VLA, FROZEN)),
     "base": Subject("`base` VLA", overrides=BASE_ON_GPU, needs_gpu=True),
