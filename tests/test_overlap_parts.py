@@ -117,7 +117,7 @@ def test_ends_of_curves_are_evaluated_again_in_tables_of_their_own(settings, rec
         arguments = training.learning_arguments(settings.FULL, place, "eval", is_fine)
         monkeypatch.setattr("sys.argv", ["bench_learning.py", *arguments])
         options.append(learning.parse_arguments())
-    assert (options[1].from_update, options[1].curve_episodes, options[1].final_episodes) == (20, 200, 1000)
+    assert (options[1].from_update, options[1].curve_episodes, options[1].final_episodes) == (24, 200, 1000)
     assert options[0].out == options[1].out
     assert options[0].override == options[1].override
     assert options[0].data != options[1].data

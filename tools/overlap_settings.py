@@ -62,7 +62,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     curve_episodes: int = 100
     final_episodes: int = 200
-    fine_from: int = 20
+    fine_from: int = 24
     fine_curve_episodes: int = 200
     fine_final_episodes: int = 1000
 
