@@ -119,7 +119,8 @@ def _write(folder: Path, source: PolicyToSave, state: Mapping[str, Any], groups:
     source.policy.export(folder)
     write_atomically(folder / TRAINING, save(tensors))
     write_atomically(folder / STATE, _to_json(state).encode())
-    sums = {name: _checksum((folder / name).read_bytes()) for name in (FILE_NAME, TRAINING, STATE)}
+    written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sums = {path.relative_to(folder).as_posix(): _checksum(path.read_bytes()) for path in written}
     write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=2).encode())
 
 
@@ -186,6 +187,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
         files = {name: _read_checked(path / name, sums[name]) for name in (FILE_NAME, TRAINING, STATE)}
+        for name in sums.keys() - files.keys():  # what the policy exported
+            _read_checked(path / name, sums[name])
         state, policy, flat = json.loads(files[STATE]), load(files[FILE_NAME]), load(files[TRAINING])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or incomplete: {' '.join(str(error).split())}") from None

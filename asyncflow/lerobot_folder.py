@@ -1,7 +1,7 @@
 """LeRobot's policy folders: how one is recognised, what it says about its model, and what an environment must offer it.
 
 Owns what `config.json` means to asyncflow. It needs neither torch nor LeRobot, so that `--checkpoint` is understood, or
-refused, before either is loaded; the model itself is in `policies/lerobot.py`.
+refused, before either is loaded; the model itself is in `policies/smolvla.py`.
 """
 
 from __future__ import annotations
@@ -72,10 +72,18 @@ def adopt_lerobot(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(policy, dict):
         return values
     name = policy.get("checkpoint")
-    if not isinstance(name, str) or not is_lerobot_folder(Path(name).expanduser()):
+    if not isinstance(name, str) or not is_lerobot_folder(expand_user(name)):
         return values
-    path = str(Path(name).expanduser().absolute())  # a run may be resumed from elsewhere
+    path = str(expand_user(name).absolute())  # a run may be resumed from elsewhere
     return values | {"policy": policy | {"kind": KIND, "checkpoint": path}}
+
+
+def expand_user(name: str) -> Path:
+    """Return a path with `~` replaced; as it is where there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
@@ -117,7 +125,11 @@ def read_lerobot_folder(path: Path) -> LeRobotFolder:
     try:
         values = _read_json(path)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: not a LeRobot policy folder: {' '.join(str(error).split())}") from None
+        exported = next(
+            (found for found in (path / EXPORT, path / "checkpoints" / "last" / EXPORT) if found.is_dir()), None
+        )
+        hint = f"; of this run, {exported} is one" if exported else ""
+        raise CheckpointError(f"{source}: not a LeRobot policy folder: {' '.join(str(error).split())}{hint}") from None
     _check_format(path, values, source)
     try:
         inputs, outputs = values["input_features"], values["output_features"]
@@ -129,11 +141,13 @@ def read_lerobot_folder(path: Path) -> LeRobotFolder:
             cameras=tuple(name for name in pictures if not name.startswith(_EMPTY)),
             chunk_size=int(values["chunk_size"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(
             f"{source}: {CONFIG} lacks something that asyncflow needs ({_STATE}, {_ACTION}, chunk_size): "
             f"{type(error).__name__}: {error}"
         ) from None
+    if folder.chunk_size < 1:
+        raise CheckpointError(f"{source}: chunk_size = {folder.chunk_size} in {CONFIG}; at least 1 is needed")
     if not folder.cameras:
         raise CheckpointError(f"{source}: {CONFIG} names no pictures ({_IMAGE}...), which its type needs")
     return folder

@@ -21,7 +21,7 @@ import asyncflow
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.lerobot_folder import is_lerobot_folder, with_export
+from asyncflow.lerobot_folder import expand_user, is_lerobot_folder, with_export
 from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.robomimic_file import load_robomimic_file
 
@@ -182,7 +182,7 @@ def resolve_checkpoint(name: str) -> Path:
     Raises:
         CheckpointError: Nothing of that name exists.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     candidates = [path, path / FILE_NAME, path / "checkpoints" / "last" / FILE_NAME, ASSETS / f"{name}.safetensors"]
     for candidate in candidates:
         if candidate.is_file():

@@ -247,6 +247,13 @@ def test_checkpoints_before_the_first_that_is_asked_for_are_left_out(bench, runs
     assert bench.name_table(options) == "evaluation_200_50_from_8.csv"
 
 
+def test_an_evaluation_without_a_checkpoint_is_refused(bench, runs, options, measured):
+    leave_run(runs[0].folder, [4, 8])
+    options.from_update = 12
+    with pytest.raises(SystemExit, match="no checkpoint from update 12 on"):
+        list(bench.evaluate_run(runs[0], bench.Evaluator(None), options))
+
+
 def test_a_checkpoint_is_not_taken_for_one_that_cost_nothing(bench, runs, options, measured):
     leave_run(runs[0].folder, [4, 8])
     metrics = runs[0].folder / "metrics.jsonl"

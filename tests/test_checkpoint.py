@@ -153,6 +153,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_can_be_written_again(folder):
     assert find_newest(folder)[0].path.name == "update_000002"
 
 
+def test_what_a_policy_exports_is_checked_like_the_rest(folder, monkeypatch):
+    def export(path):
+        (path / "elsewhere").mkdir()
+        (path / "elsewhere" / "model.bin").write_bytes(b"whole")
+
+    monkeypatch.setattr(POLICY, "export", export)
+    path = save(folder, 1)
+    assert load_checkpoint(path).state["updates"] == 1
+    (path / "elsewhere" / "model.bin").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match=r"elsewhere/model.bin: damaged: its checksum differs"):
+        load_checkpoint(path)
+
+
 def test_what_a_killed_process_left_is_no_checkpoint_and_is_removed(folder):
     save(folder, 1)
     (folder / "checkpoints/.update_000002.77.tmp").mkdir()

@@ -59,7 +59,7 @@ def test_a_folder_given_as_checkpoint_sets_the_kind_whatever_the_preset(folder, 
     assert (policy.kind, policy.checkpoint) == ("lerobot", str(folder))
 
 
-@pytest.mark.parametrize("name", ["lift_flow", "nowhere", "", "x\0y"])
+@pytest.mark.parametrize("name", ["lift_flow", "nowhere", "", "x\0y", "~nobody_of_this_name/x"])
 def test_other_checkpoints_are_left_alone(name):
     assert load_config("lift", {"policy.checkpoint": name}).policy.kind == "flow"
 
@@ -68,6 +68,15 @@ def test_other_checkpoints_are_left_alone(name):
 def test_other_configurations_are_no_policy_folder(folder, text):
     (folder / "config.json").write_text(text)
     assert load_config("lift", {"policy.checkpoint": str(folder)}).policy.kind == "flow"
+
+
+@pytest.mark.parametrize("inside", ["lerobot", "checkpoints/last/lerobot"])
+def test_of_a_run_the_folder_that_it_wrote_is_named(tmp_path, inside):
+    (tmp_path / inside).mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=f"not a LeRobot policy folder: .*; of this run, {tmp_path / inside} is one"
+    ):
+        read_lerobot_folder(tmp_path)
 
 
 def test_cameras_may_have_lerobots_names_or_short_ones(folder):
@@ -83,6 +92,8 @@ def test_cameras_may_have_lerobots_names_or_short_ones(folder):
         ({"adapt_to_pi_aloha": True}, r"adapt_to_pi_aloha = true"),
         ({"input_features": {}}, r"lacks something that asyncflow needs .*KeyError: 'observation.state'"),
         ({"output_features": None}, r"lacks something that asyncflow needs"),
+        ({"chunk_size": float("inf")}, r"lacks something that asyncflow needs .*OverflowError"),
+        ({"chunk_size": 0}, r"chunk_size = 0 in config.json; at least 1 is needed"),
         ({"input_features": {"observation.state": FEATURES["observation.state"]}}, r"names no pictures"),
     ],
 )

@@ -49,6 +49,12 @@ def test_a_curve_that_never_falls_is_fitted_to_the_rates(training):
     assert training.find_fitted([0.6, 0.97, 0.8], 0.95) is None
 
 
+def test_rates_of_more_episodes_weigh_more_in_the_fit(training):
+    rates = [0.6, 0.96, 0.93, 0.97]
+    assert training.find_fitted(rates, 0.95, [60, 60, 60, 60]) == 3
+    assert training.find_fitted(rates, 0.95, [60, 600, 60, 60]) == 1  # (10 * 0.96 + 0.93) / 11 = 0.957
+
+
 def test_curves_are_pooled_by_update_without_the_start(training, curve):
     pooled = training.pool([curve([50, 60, 90], 2.0), curve([50, 80, 100, 100], 4.0)])
     assert [(point.updates, point.num_successes, point.num_episodes, point.wall_s) for point in pooled] == [

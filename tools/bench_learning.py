@@ -32,6 +32,7 @@ from asyncflow.config import Config, validate
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
+from asyncflow.envs.mapped import map_names
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
@@ -218,6 +219,8 @@ def evaluate_run(run: Run, evaluator: Evaluator, options: argparse.Namespace) ->
     """
     clocks = {0: {"env_steps": 0, "wall_s": 0.0}} | {row["updates"]: row for row in read_metrics(run)}
     checkpoints = {updates: path for updates, path in find_checkpoints(run).items() if updates >= options.from_update}
+    if not checkpoints:
+        raise SystemExit(f"{run.folder}: no checkpoint from update {options.from_update} on")
     if unknown := checkpoints.keys() - clocks:
         raise SystemExit(f"{run.folder}: metrics.jsonl has no row of updates {sorted(unknown)}, which were saved")
     for updates, path in checkpoints.items():
@@ -249,7 +252,8 @@ class Evaluator:
         self._results: dict[tuple[Path, int], EvalResult] = {}  # every condition starts from the same weights
         seed, num_envs = derive_seed(config.trainer.seed, "evaluation"), config.env.num_envs
         torch.set_num_threads(config.trainer.num_threads)
-        self._env: VecEnv = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+        env = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+        self._env: VecEnv = map_names(env, config.policy.mapping)
 
     def __enter__(self) -> Evaluator:
         return self

@@ -175,8 +175,8 @@ Thin lines are seeds, thick ones their mean; bars are 95 % intervals over the po
 {commands}
 ```
 The curves are in [`data/`](data), one table per condition and seed. Evaluations are deterministic, on start states
-that training never sees; training seconds leave them out. The first point of a curve are the weights that all runs
-start from.
+that training never sees; training seconds leave them out. Where runs start from weights, these are the first point of
+every curve.
 
 ## Both modes
 {verdicts}

@@ -155,6 +155,8 @@ def judge_learning(curves: Curves) -> list[Finding]:
     found = {name: time_ratio(vla, standard, find) for name, find in others.items()}
     note = "".join(f"; {name}: {value:.3f}" for name, value in found.items() if value is not None)
     difference = final_difference(curves["vla"], curves["standard"])
+    pairs = zip(curves["vla"].values(), curves["standard"].values(), strict=True)
+    by_seed = ", ".join(f"{100 * (vla[-1].success_rate - standard[-1].success_rate):+.1f}" for vla, standard in pairs)
     return [
         Finding(
             f"Lift, the same latencies, seeds {seeds} pooled: wall time to 95 % success of `vla` over `standard`",
@@ -164,7 +166,7 @@ def judge_learning(curves: Curves) -> list[Finding]:
         ),
         Finding(
             f"Lift, the same runs: final success of `vla` minus `standard`, {points_of(curves)} episodes each",
-            with_interval(difference, lambda rate: f"{100 * rate:+.1f}") + " points",
+            with_interval(difference, lambda rate: f"{100 * rate:+.1f}") + f" points; by seeds {by_seed}",
             f"non-inferior: whole interval > {-100 * MARGIN:g} points",
             is_non_inferior(difference, MARGIN),
         ),

@@ -12,10 +12,11 @@ from typing import Any
 
 from bench_records import Place, Records, describe_records, target_table
 from bench_report import Finding, to_table
-from learning_curves import Curve, Curves, pool_final
+from learning_curves import Curve, Curves, pool_final, read_curves
 from learning_page import COLOURS, GREY, MODES, describe_rate, draw_curves
 from matplotlib import pyplot as plt
 from overlap_judge import JUDGES, judge_learning
+from overlap_settings import CURVES
 from overlap_training import (
     THRESHOLD,
     Finder,
@@ -43,7 +44,7 @@ STAGES = {"collect": "Tc, collecting", "env": "simulators", "policy": "policy", 
 
 def write_page(place: Place, records: Records) -> list[Finding]:
     """Write what there are records of, and return the rows of the table."""
-    curves = read_finest(place) if "evaluate" in records else {}
+    curves = read_all(place, records)
     findings = judge(records, curves)
     place.pages.mkdir(parents=True, exist_ok=True)
     sections = [*describe_profiles(records)]
@@ -55,6 +56,13 @@ def write_page(place: Place, records: Records) -> list[Finding]:
     text = "\n".join([describe_records("Overlap", records), target_table(findings), NOTES, *said, *sections])
     place.page.write_text(text, encoding="utf-8")
     return findings
+
+
+def read_all(place: Place, records: Records) -> Curves:
+    """Return the curves that are finished, with their ends as finely as those were evaluated."""
+    if "evaluate_fine" in records:
+        return read_finest(place)
+    return read_curves(place.data / CURVES) if "evaluate" in records else {}
 
 
 def judge(records: Records, curves: Curves) -> list[Finding]:
@@ -130,14 +138,15 @@ LEARNING = """## Lift to {aim}
 Seconds of training until {aim}; in brackets, the update. *Fitted*: until the curve that never falls and is nearest to
 the rates in squares (isotonic regression) is there. *Lasting*: until the first checkpoint from which on every one
 solves as many of its episodes, which a few unlucky episodes put off. *First*: until the first one that does, whatever
-follows, which a few lucky ones bring forward. Ratios are `vla` over
+follows, which a few lucky ones bring forward; near the end of a curve, so does the fit. Ratios are `vla` over
 `standard`; where both need k updates and overlap is perfect, the ratio is (k + 1) / 2k, because `vla` collects its
 first rollout as `standard` does. Every update leaves a checkpoint. Evaluations are made afterwards and take no time
 that counts: {episodes} episodes a seed and checkpoint, on start states that training never sees, the same ones for
 both modes.
 
-The interval of the ratio takes every checkpoint's true rate from its posterior under Jeffreys' prior, 2,000 times; that
-of final success is Newcombe's, that of a rate Wilson's. What another training seed would change is in none of them.
+The interval of the ratio takes every checkpoint's true rate from its posterior under Jeffreys' prior, 2,000 times
+(draws in which neither mode gets there are left out); that of final success is Newcombe's, that of a rate Wilson's.
+What another training seed would change is in none of them.
 The curves are in [`data/emulated/`](data/emulated).
 """
 

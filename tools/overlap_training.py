@@ -25,7 +25,8 @@ from asyncflow.profiling import ProfileOptions, emulate
 
 THRESHOLD = 0.95
 NUM_DRAWS = 2000
-Finder = Callable[[Sequence[float], float], int | None]
+Finder = Callable[[Sequence[float], float, Sequence[int] | None], int | None]
+"""(rates, threshold, episodes of each) -> index, or None if it is not reached."""
 
 
 # Running.
@@ -125,29 +126,35 @@ def _pool_points(points: Sequence[Point]) -> Point:
     )
 
 
-def find_lasting(rates: Sequence[float], threshold: float) -> int | None:
+def find_lasting(rates: Sequence[float], threshold: float, episodes: Sequence[int] | None = None) -> int | None:
     """Return where the rate is at the threshold or above it from then on; None if it is not at the end."""
     below = [index for index, rate in enumerate(rates) if rate < threshold]
     start = below[-1] + 1 if below else 0
     return start if start < len(rates) else None
 
 
-def find_first(rates: Sequence[float], threshold: float) -> int | None:
+def find_first(rates: Sequence[float], threshold: float, episodes: Sequence[int] | None = None) -> int | None:
     """Return where the rate reaches the threshold for the first time, whatever follows."""
     return next((index for index, rate in enumerate(rates) if rate >= threshold), None)
 
 
-def find_fitted(rates: Sequence[float], threshold: float) -> int | None:
+def find_fitted(rates: Sequence[float], threshold: float, episodes: Sequence[int] | None = None) -> int | None:
     """Return where a curve that never falls, fitted to the rates by least squares, reaches the threshold.
 
-    A rate of few episodes that is below the threshold by chance moves the fit a little; it moves what lasts a lot.
+    A rate of few episodes that is below the threshold by chance moves the fit a little; it moves what lasts a lot. Near
+    the end of a curve the fit is too high: nothing follows that could pull a lucky rate down.
+
+    Args:
+        rates: Of the checkpoints.
+        threshold: What is to be reached.
+        episodes: Weights of the rates; all alike if not given.
     """
-    return find_first(scipy.optimize.isotonic_regression(rates).x.tolist(), threshold)
+    return find_first(scipy.optimize.isotonic_regression(rates, weights=episodes).x.tolist(), threshold)
 
 
 def time_to(curve: Curve, find: Finder = find_fitted) -> Point | None:
     """Return the checkpoint with which a pooled curve is at the threshold."""
-    index = find([point.success_rate for point in curve], THRESHOLD)
+    index = find([point.success_rate for point in curve], THRESHOLD, [point.num_episodes for point in curve])
     return None if index is None else curve[index]
 
 
@@ -180,7 +187,7 @@ def _redraw_seconds(curve: Curve, rng: np.random.Generator, find: Finder) -> lis
     successes = np.array([point.num_successes for point in curve])
     episodes = np.array([point.num_episodes for point in curve])
     draws = rng.beta(successes + 0.5, episodes - successes + 0.5, (NUM_DRAWS, len(curve)))
-    ends = [find(rates, THRESHOLD) for rates in draws.tolist()]
+    ends = [find(rates, THRESHOLD, episodes.tolist()) for rates in draws.tolist()]
     return [math.inf if end is None else curve[end].wall_s for end in ends]
 
 

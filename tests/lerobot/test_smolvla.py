@@ -235,9 +235,17 @@ def test_a_checkpoint_holds_a_folder_that_decides_in_lerobot_as_the_trained_poli
     path, _ = trained
     policy = load_trained(path)
     noise = noise_of(policy)
-    theirs = their_actions(path / "checkpoints" / "last" / "lerobot", obs, initial_noise(policy, noise), STEPS)
+    theirs = their_actions(path / "checkpoints" / "last" / "lerobot", obs, initial_noise(policy, noise))
     ours = policy.sample_actions(obs, "eval", noise)["actions"]
     torch.testing.assert_close(ours, theirs[:, : policy.horizon], rtol=0, atol=1e-5)
+
+
+def test_the_folder_denoises_and_executes_as_it_was_trained_to(trained):
+    folder = trained[0] / "checkpoints" / "last" / "lerobot"
+    config = json.loads((folder / "config.json").read_text())
+    trained_with = load_policy_file(folder.parent / "policy.safetensors").policy_config
+    assert (config["num_steps"], config["n_action_steps"]) == (STEPS, trained_with.n_action_steps)
+    assert config["chunk_size"] == CHUNK
 
 
 def test_the_folder_differs_from_the_first_in_what_was_trained_alone(trained):
@@ -301,8 +309,12 @@ OUT, MEAN = "model.action_out_proj.bias", "normalize_inputs.buffer_observation_s
             lambda path: change_config(path, expert_width_multiplier=0.5),
             r"action_in_proj.bias \[16\] vs \[24\].*and \d+ more",
         ),
+        (
+            lambda path: change_config(path, resize_imgs_with_padding=[24, 24]),
+            "its model cannot decide on such observations: ",
+        ),
     ],
-    ids=["missing", "shape", "unset", "damaged", "no-vlm", "unknown-key", "other-size"],
+    ids=["missing", "shape", "unset", "damaged", "no-vlm", "unknown-key", "other-size", "does-not-run"],
 )
 def test_what_is_wrong_with_a_folder_is_one_line(tmp_path, folder, spoil, message):
     path = tmp_path / "policy"

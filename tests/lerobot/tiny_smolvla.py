@@ -103,9 +103,9 @@ def write_policy(folder, vlm, stats=STATS, normalization=NormalizationMode.MEAN_
     return folder
 
 
-def their_actions(folder, obs, noise, num_steps, instruction="reach the goal"):
-    """Return LeRobot's own actions [N, chunk, A] from noise [N, chunk, max_action_dim]."""
+def their_actions(folder, obs, noise, num_steps=None, instruction="reach the goal"):
+    """Return LeRobot's own actions [N, chunk, A] from noise [N, chunk, max_action_dim]; its own K by default."""
     policy = SmolVLAPolicy.from_pretrained(folder)
-    policy.config.num_steps = num_steps
+    policy.config.num_steps = num_steps or policy.config.num_steps
     batch = {STATE: obs["state"], CAMERA: obs["images", "top"].float() / 255, "task": instruction}
     return policy.predict_action_chunk(batch, noise=noise.clone())  # it is written to
