@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from absent_peers import stand_in
 from silent import LIFT_VLA, record, start
 
 # LeRobot holds another torch: its tests have an environment of their own, made by `make test-lerobot`.
@@ -42,6 +43,13 @@ def tools() -> Iterator[Callable[[str], ModuleType]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPOSITORY / "tools"))
         yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def peers(tools: Callable[[str], ModuleType]) -> Iterator[Callable[[str], ModuleType]]:
+    """Yield a function that imports a tool by its name while stand-ins take the peers' places."""
+    with stand_in():
+        yield tools
 
 
 @pytest.fixture(scope="session")

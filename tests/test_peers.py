@@ -4,7 +4,6 @@ import argparse
 
 import pytest
 import torch
-from absent_peers import stand_in
 from hand_clock import HandClock
 from torch import nn
 from torch.distributions import Distribution
@@ -13,13 +12,6 @@ from asyncflow.gae import Transitions, compute_gae
 
 ACTOR, CRITIC = [(256, 19), (256, 256), (28, 256)], [(256, 19), (256, 256), (1, 256)]  # 4 x 7 actions of 19 numbers
 CHUNK_GAMMA = 0.9801495  # 0.995 ** 4
-
-
-@pytest.fixture(scope="module")
-def peers(tools):
-    """Return a function that imports a tool by its name while stand-ins take the peers' places."""
-    with stand_in():
-        yield tools
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from absent_peers import stand_in
 from tensordict import TensorDict
 
 from asyncflow.envs.base import EnvSpec
 
 OPTIONS = argparse.Namespace(rollout=480, updates=4, repeats=2)
-
-
-@pytest.fixture(scope="module")
-def peers(tools):
-    """Return a function that imports a tool by its name while stand-ins take the peers' places."""
-    with stand_in():
-        yield tools
 
 
 @pytest.fixture(scope="module")
