@@ -210,11 +210,14 @@ class EpisodeRunner:
         self._begin_episode(episode)
         self._clear_row()
 
-    def execute(self) -> None:
+    def execute(self, is_rendered: bool = True) -> None:
         """Execute the chunk that the row holds, up to the episode's end, then start the next episode if it ended.
 
         An action, a reward or an observation that is not finite ends the episode, too. The chunk then counts for
         nothing, and the row says what it was.
+
+        Args:
+            is_rendered: Whether cameras are rendered in the chunk; without, the row's images and clouds are old ones.
 
         Raises:
             EnvError: The first observation of the next episode is not finite.
@@ -222,8 +225,8 @@ class EpisodeRunner:
         length = self._length
         self._row["started_s"][...] = time.perf_counter()
         try:
-            terminated = self._step_chunk()
-            self._look(is_rendered=not terminated)
+            terminated = self._step_chunk(is_rendered)
+            self._look(is_rendered and not terminated)
             self._write("final_")
         except _NonFiniteError as error:
             self._give_up(error)
@@ -231,7 +234,7 @@ class EpisodeRunner:
             self._finish_chunk(self._length - length, terminated)
         self._row["ended_s"][...] = time.perf_counter()
 
-    def _step_chunk(self) -> bool:
+    def _step_chunk(self, is_rendered: bool) -> bool:
         """Execute actions up to the episode's end; return whether the task is solved."""
         self._row["rewards"][:] = 0.0
         actions, terminated = self._row["actions"][:, : self._action_dim], False
@@ -249,7 +252,7 @@ class EpisodeRunner:
             if terminated:
                 break
             if planned - self._n_obs_steps <= step < planned - 1:  # the last one is looked at by the caller
-                self._look()
+                self._look(is_rendered)
         return terminated
 
     def _finish_chunk(self, executed: int, terminated: bool) -> None:

@@ -128,7 +128,7 @@ class Worker:
 
         Args:
             command: `begin` starts episodes, its argument is (seed, environment -> episode); `step` executes a chunk
-                in each environment of its argument.
+                in each environment of its argument, environment -> whether its cameras are rendered.
             key: What to `receive`.
             argument: Depends on the command.
         """
@@ -221,8 +221,8 @@ def _obey(runners: dict[int, EpisodeRunner], command: str, argument: Any) -> Non
         for env, episode in episodes.items():
             runners[env].begin(seed, episode)
     else:
-        for env in argument:
-            runners[env].execute()
+        for env, is_rendered in argument.items():
+            runners[env].execute(is_rendered)
 
 
 def _die_with_parent() -> None:

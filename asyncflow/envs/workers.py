@@ -191,23 +191,31 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         episodes = {env: self._journal.episodes[env] for env in worker.env_ids}
         worker.send("begin", "begin", (self._seed, episodes))
 
-    def _start_chunks(self, key: Any, env_ids: Collection[int]) -> list[Worker]:
-        """Start the chunks on the board, but for lost environments; return the workers that owe an answer."""
+    def _start_chunks(self, key: Any, env_ids: Collection[int], unseen: Collection[int] = ()) -> list[Worker]:
+        """Start the chunks on the board, but for lost environments; return the workers that owe an answer.
+
+        Nobody looks at the `unseen` ones' observations, so their cameras are not rendered.
+        """
         asked = []
         for worker in self._workers:
-            mine = [env for env in worker.env_ids if env in env_ids and env not in self._lost]
+            mine = {env: env not in unseen for env in worker.env_ids if env in env_ids and env not in self._lost}
             if mine:
                 worker.send("step", key, mine)
                 asked.append(worker)
         return asked
 
     def _replay(self) -> None:
-        """Rebuild the journal's open episodes chunk by chunk, as they were executed: no message can fill a pipe."""
+        """Rebuild the journal's open episodes chunk by chunk, as they were executed: no message can fill a pipe.
+
+        Only the chunks that the next observation shows are rendered.
+        """
+        num_seen = math.ceil(self._config.n_obs_steps / self._board.actions.shape[1])
         for index in range(max(map(len, self._journal.chunks))):
             envs = {env for env, chunks in enumerate(self._journal.chunks) if len(chunks) > index}
+            unseen = {env for env in envs if len(self._journal.chunks[env]) > index + num_seen}
             for env in envs:
                 self._board.actions[env, :, : self.spec.action_dim] = self._journal.chunks[env][index]
-            for worker in self._start_chunks("replay", envs):
+            for worker in self._start_chunks("replay", envs, unseen):
                 self._receive(worker, "replay")
             for env in envs - self._lost:
                 if self._board.episode_length[env] or not self._board.executed[env]:

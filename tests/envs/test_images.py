@@ -22,7 +22,7 @@ CAMERAS = ("left", "right")
 
 
 class CameraSimulator(FakeSimulator):
-    """Every pixel of camera c is 100 c + the steps in the episode; counts how often it is rendered."""
+    """Every pixel of camera c is 100 c + the steps in the episode."""
 
     def __init__(self, seed: int, fails: bool = False) -> None:
         if fails:
@@ -34,6 +34,16 @@ class CameraSimulator(FakeSimulator):
         pixels = np.zeros((2, 3, *SIZE), np.uint8)
         pixels[:] = self.state[2] + 100 * np.arange(2)[:, None, None, None]
         return {"images": pixels}
+
+
+class CountingSimulator(CameraSimulator):
+    """Every pixel says how many pictures were taken before."""
+
+    num_renders = 0
+
+    def render(self):
+        self.num_renders += 1
+        return {"images": np.full((2, 3, *SIZE), self.num_renders, np.uint8)}
 
 
 def test_observations_hold_uint8_images_by_camera_beside_the_state():
@@ -58,6 +68,31 @@ def test_observations_of_a_history_have_it_behind_the_environments():
         obs, spec = vec_env.reset(5), vec_env.spec
     assert (obs["state"].shape, obs["images", "left"].shape) == ((N, 2, 4), (N, 2, 3, *SIZE))
     assert (spec.obs_shapes, spec.image_shapes["right"], spec.n_obs_steps) == ({"state": (2, 4)}, (2, 3, *SIZE), 2)
+
+
+def play_two_chunks(make_simulator, config):
+    """Return what environments show after two chunks, and after they are rebuilt by the journal of those."""
+    shown = []
+    with WorkerVecEnv(make_simulator, config, N, H, 3) as vec_env:
+        vec_env.reset(5)
+        for _ in range(2):
+            vec_env.step_async(torch.zeros(N, H, ACTION_DIM), range(N))
+            result = vec_env.step_wait(range(N))
+        shown.append(result.obs["images", "left"])
+        journal = vec_env.journal()
+    with WorkerVecEnv(make_simulator, config, N, H, 3) as vec_env:
+        shown.append(vec_env.reset(5, journal)["images", "left"])
+    return shown
+
+
+@pytest.mark.parametrize(("n_obs_steps", "num_renders"), [(1, 2), (2, 3), (6, 9)])
+def test_rebuilding_an_episode_renders_what_the_next_observation_shows_alone(n_obs_steps, num_renders):
+    size = {"cameras": list(CAMERAS), "camera_size": list(SIZE)}
+    config = EnvConfig(num_workers=2, n_obs_steps=n_obs_steps, **size)
+    shown, rebuilt = play_two_chunks(CameraSimulator, config)
+    assert torch.equal(rebuilt, shown)
+    _, counted = play_two_chunks(CountingSimulator, config)
+    assert counted.amax() == num_renders  # the episode's first picture among them; of six steps, both chunks' four
 
 
 def test_without_cameras_an_observation_is_the_state_alone():

@@ -70,6 +70,15 @@ def test_it_is_rendered_once_a_chunk_at_its_end(make_episode):
     assert episode.simulator.num_renders == 3
 
 
+def test_a_chunk_can_go_unseen_and_the_next_one_shows_what_is(make_episode):
+    episode = make_episode(n_obs_steps=2)
+    episode.runner.execute(is_rendered=False)
+    assert episode.simulator.num_renders == 1
+    assert episode.board.executed[1] == H
+    episode.execute()
+    assert episode.steps() == [7, 8]
+
+
 def test_a_truncated_episode_keeps_its_true_end(make_episode):
     episode = make_episode()
     for _ in range(3):
