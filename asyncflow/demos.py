@@ -37,15 +37,22 @@ VALID_FRACTION = 0.1
 
 
 class Simulator(Protocol):
-    """What recording asks of one environment; observations are robomimic's, by name."""
+    """What recording asks of one environment; observations are robomimic's, by name.
+
+    An episode is a function of its seed and its actions, so that it can be played again.
+    """
 
     env_meta: dict[str, Any]
+    has_cameras: bool
 
     def reset(self, seed: int) -> Obs:
         """Start an episode."""
 
     def step(self, action: Array) -> tuple[Obs, float, bool]:
         """Execute one action; return the observation, the reward and whether the task is solved."""
+
+    def render(self) -> Obs:
+        """Return what the cameras see now; asked for only where there are any."""
 
     def model(self) -> str:
         """Return the scene's XML."""
@@ -65,6 +72,7 @@ class RobomimicSimulator:
         self._env = RobomimicEnv(resolve_task(env_config), seed)
         self._cameras = env_config.cameras
         self._point_clouds = env_config.point_clouds
+        self.has_cameras = bool(self._cameras or self._point_clouds)
         self.env_meta = deepcopy(self._env.spec.env_meta)
         if self._point_clouds:
             self.env_meta[SETTINGS_KEY] = self._env.spec.point_settings
@@ -76,23 +84,20 @@ class RobomimicSimulator:
     def reset(self, seed: int) -> Obs:
         """Start an episode."""
         self._env.reset(seed)
-        return self._observe()
+        return dict(self._env.observe_all())
 
     def step(self, action: Array) -> tuple[Obs, float, bool]:
         """Execute one action."""
         reward, is_success = self._env.step(action)
-        return self._observe(), reward, is_success
+        return dict(self._env.observe_all()), reward, is_success
 
-    def _observe(self) -> Obs:
-        """Return robomimic's observations; images as its datasets hold them, [height, width, 3], and point clouds."""
-        obs: Obs = dict(self._env.observe_all())
-        if self._cameras or self._point_clouds:
-            rendered = self._env.render()
-            images = zip(self._cameras, rendered.get("images", ()), strict=True)
-            obs |= {camera + IMAGE_SUFFIX: image.transpose(1, 2, 0) for camera, image in images}
-            clouds = zip(self._point_clouds, rendered.get("points", ()), strict=True)
-            obs |= {camera + CLOUD_SUFFIX: cloud for camera, cloud in clouds}
-        return obs
+    def render(self) -> Obs:
+        """Return images as robomimic's datasets hold them, [height, width, 3], and point clouds."""
+        rendered = self._env.render()
+        images = zip(self._cameras, rendered.get("images", ()), strict=True)
+        seen = {camera + IMAGE_SUFFIX: image.transpose(1, 2, 0) for camera, image in images}
+        clouds = zip(self._point_clouds, rendered.get("points", ()), strict=True)
+        return seen | {camera + CLOUD_SUFFIX: cloud for camera, cloud in clouds}
 
     def model(self) -> str:
         """Return the scene's XML."""
@@ -212,6 +217,7 @@ class DemoResult:
 class _Demo:
     """One recorded episode; lists have one entry a step."""
 
+    seed: int
     model: str
     obs: list[Obs] = field(default_factory=list)
     actions: list[Array] = field(default_factory=list)
@@ -270,6 +276,8 @@ def _collect(
     while len(demos) < options.num_demos:
         demo = _record(simulator, make_expert(options.grasp_offset), options, attempt=len(demos) + num_failures)
         if demo.is_success:
+            if simulator.has_cameras:
+                _film(simulator, demo)
             demos.append(demo)
             continue
         num_failures += 1
@@ -284,8 +292,9 @@ def _collect(
 def _record(simulator: Simulator, expert: Expert, options: DemoOptions, attempt: int) -> _Demo:
     """Play one episode until success or MAX_STEPS."""
     rng = np.random.default_rng(derive_seed(options.seed, "demo_noise", attempt))
-    obs = simulator.reset(derive_seed(options.seed, "demo", attempt))
-    demo = _Demo(model=simulator.model(), obs=[obs])
+    seed = derive_seed(options.seed, "demo", attempt)
+    obs = simulator.reset(seed)
+    demo = _Demo(seed, simulator.model(), obs=[obs])
     while len(demo.actions) < MAX_STEPS and not demo.is_success:
         action = expert.act(obs)
         action = np.clip(action + options.action_noise * rng.standard_normal(action.shape), -1, 1)
@@ -295,6 +304,15 @@ def _record(simulator: Simulator, expert: Expert, options: DemoOptions, attempt:
         demo.rewards.append(reward)
         demo.obs.append(obs)
     return demo
+
+
+def _film(simulator: Simulator, demo: _Demo) -> None:
+    """Play a demonstration again and add what cameras see; attempts that fail are thus never rendered."""
+    simulator.reset(demo.seed)
+    demo.obs[0] |= simulator.render()
+    for obs, action in zip(demo.obs[1:], demo.actions, strict=True):
+        simulator.step(action)
+        obs.update(simulator.render())
 
 
 def write_dataset(out: Path, demos: list[_Demo], env_meta: dict[str, Any]) -> None:

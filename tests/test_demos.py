@@ -13,12 +13,16 @@ META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
 
 
 class PointSimulator:
-    """A gripper that moves as told; the cube follows once grasped. `failing` episodes never succeed."""
+    """A gripper that moves as told; the cube follows once grasped. `failing` episodes never succeed.
+
+    A picture of its camera is the gripper's place.
+    """
 
     env_meta = META
 
     def __init__(self, env_config, seed, failing=()):
         self.failing, self.seeds, self.is_closed = failing, [], False
+        self.has_cameras, self.num_renders = bool(env_config.cameras), 0
 
     def reset(self, seed):
         self.seeds.append(seed)
@@ -31,6 +35,10 @@ class PointSimulator:
             self.cube = self.gripper.copy()
         is_success = self.cube[2] > 0.15 and len(self.seeds) - 1 not in self.failing
         return self._observe(), float(is_success), bool(is_success)
+
+    def render(self):
+        self.num_renders += 1
+        return {"agentview_image": self.gripper.copy()}
 
     def model(self):
         return "<mujoco/>"
@@ -45,14 +53,15 @@ class PointSimulator:
         return {"robot0_eef_pos": self.gripper.copy(), "object": np.concatenate([self.cube, np.zeros(7)])}
 
 
-def collect(out, num_demos=3, failing=(), **options):
+def collect(out, num_demos=3, failing=(), cameras=(), **options):
     made = []
 
     def make(env_config, seed):
         made.append(PointSimulator(env_config, seed, failing))
         return made[0]
 
-    return collect_demos(LIFT, out, DemoOptions(num_demos=num_demos, **options), make), made[0]
+    config = LIFT.model_copy(update={"cameras": list(cameras)})
+    return collect_demos(config, out, DemoOptions(num_demos=num_demos, **options), make), made[0]
 
 
 @pytest.fixture
@@ -108,6 +117,20 @@ def test_failures_are_counted_left_out_and_repeated_with_another_seed(tmp_path):
     result, simulator = collect(tmp_path / "demos.hdf5", failing={0, 2})
     assert (result.num_demos, result.num_failures) == (3, 2)
     assert len(set(simulator.seeds)) == 5
+
+
+def test_every_step_of_a_demonstration_is_rendered_and_no_failed_attempt(dataset, tmp_path):
+    result, simulator = collect(tmp_path / "seen.hdf5", failing={0, 3}, cameras=["agentview"])
+    assert (result.num_failures, simulator.num_renders) == (2, result.num_steps + result.num_demos)
+    with h5py.File(tmp_path / "seen.hdf5") as seen:
+        for demo in seen["data"].values():
+            for when in ("obs", "next_obs"):
+                np.testing.assert_array_equal(demo[when]["agentview_image"][()], demo[when]["robot0_eef_pos"][()])
+
+
+def test_without_cameras_nothing_is_played_again(tmp_path):
+    result, simulator = collect(tmp_path / "demos.hdf5")
+    assert (len(simulator.seeds), simulator.num_renders) == (result.num_demos, 0)
 
 
 def test_expert_that_never_succeeds_is_an_error_and_closes_the_simulator(tmp_path):
