@@ -160,12 +160,14 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     if num_episodes < 1:
         raise ConfigError(f"--num-episodes {num_episodes}: must be at least 1")
     config = _load("lift", None, flags)
-    from asyncflow.console import describe_evaluation
+    from asyncflow.console import describe_evaluation, progress_bar
 
     with _quiet_imports():
         from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 
-    typer.echo(describe_evaluation(evaluate_checkpoint(checkpoint, config, num_episodes)))
+    with progress_bar("episodes", num_episodes) as show:
+        result = evaluate_checkpoint(checkpoint, config, num_episodes, show)
+    typer.echo(describe_evaluation(result))
     return 0
 
 
@@ -185,6 +187,7 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
 def demos(**flags: Any) -> int:
     """Write scripted, noised demonstrations in robomimic's layout."""
     task, out = flags.pop("task"), flags.pop("out")
+    from asyncflow.console import progress_bar
     from asyncflow.presets import load_config
 
     with _quiet_imports():
@@ -192,7 +195,9 @@ def demos(**flags: Any) -> int:
 
     seen = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size", "point_clouds")}
     env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in seen.items() if v}).env
-    result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags))
+    options = DemoOptions(**flags)
+    with progress_bar("demonstrations", options.num_demos) as show:
+        result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", options, on_progress=show)
     typer.echo(
         f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
@@ -218,6 +223,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
+    from asyncflow.console import progress_bar
     from asyncflow.presets import load_config, parse_overrides
 
     resolved = load_config(config, parse_overrides(overrides or []))  # without a preset: the dataset names its task
@@ -225,7 +231,9 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
         from asyncflow.pretrain import PretrainOptions, pretrain
 
     out = out or f"{os.path.splitext(dataset)[0]}.safetensors"
-    result = pretrain(dataset, out, resolved.policy, resolved.env, PretrainOptions(**flags))
+    options = PretrainOptions(**flags)
+    with progress_bar("optimiser steps", options.num_steps) as show:
+        result = pretrain(dataset, out, resolved, options, show)
     typer.echo(
         f"{result.path}: {result.num_chunks} chunks of {result.num_demos} demonstrations, "
         f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}, {result.wall_s:.1f} s"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -175,6 +176,25 @@ class ConsoleReporter:
     def _show(self, renderable: RenderableType) -> None:
         with contextlib.suppress(OSError):
             self._console.print(renderable)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: int, file: TextIO | None = None) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how much of a long command is done, and erase it at the end; nothing elsewhere.
+
+    Args:
+        what: What is counted.
+        total: How many there will be.
+        file: Where it is shown, standard error by default.
+
+    Yields:
+        What to call with the number that is done.
+    """
+    console = Console(file=file or sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:

@@ -231,6 +231,7 @@ def collect_demos(
     out: str | Path,
     options: DemoOptions,
     make_simulator: Callable[[EnvConfig, int], Simulator] = RobomimicSimulator,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> DemoResult:
     """Record demonstrations and write the dataset in one step; failed attempts are repeated with another seed.
 
@@ -239,6 +240,7 @@ def collect_demos(
         out: The HDF5 file to write.
         options: How many, and how noisy.
         make_simulator: Builds the environment from its configuration and a seed.
+        on_progress: Called with the number of finished demonstrations.
 
     Raises:
         ConfigError: The task has no scripted expert, or the file exists and `overwrite` is false.
@@ -252,7 +254,7 @@ def collect_demos(
         raise ConfigError(f"--out {out}: the file exists; choose another name or pass --overwrite")
     simulator = make_simulator(env_config, derive_seed(options.seed, "simulator", 0))
     try:
-        demos, num_failures = _collect(simulator, make_expert, options)
+        demos, num_failures = _collect(simulator, make_expert, options, on_progress)
     finally:
         simulator.close()
     write_dataset(out, demos, simulator.env_meta)
@@ -268,7 +270,10 @@ def _find_expert(env_config: EnvConfig) -> Callable[[float], Expert]:
 
 
 def _collect(
-    simulator: Simulator, make_expert: Callable[[float], Expert], options: DemoOptions
+    simulator: Simulator,
+    make_expert: Callable[[float], Expert],
+    options: DemoOptions,
+    on_progress: Callable[[int], None],
 ) -> tuple[list[_Demo], int]:
     """Return successful demonstrations and the number of failed attempts."""
     demos: list[_Demo] = []
@@ -279,6 +284,7 @@ def _collect(
             if simulator.has_cameras:
                 _film(simulator, demo)
             demos.append(demo)
+            on_progress(len(demos))
             continue
         num_failures += 1
         if num_failures > MAX_FAILURES_PER_DEMO * options.num_demos:

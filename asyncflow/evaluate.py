@@ -95,7 +95,7 @@ def evaluate(
     vec_env: VecEnv,
     num_episodes: int,
     seed: int,
-    on_decision: Callable[[], None] = lambda: None,
+    on_decision: Callable[[int], None] = lambda _: None,
 ) -> EvalResult:
     """Run episodes in deterministic mode; afterwards the environments stand in the middle of new ones.
 
@@ -104,7 +104,8 @@ def evaluate(
         vec_env: Environments of the evaluation's own, never a collector's.
         num_episodes: How many, exactly; the first environments run one more where N does not divide it.
         seed: The run's seed. Start states and noise are keyed apart from those of training.
-        on_decision: Called before every decision; may raise to abandon the evaluation.
+        on_decision: Called before every decision with the number of finished episodes; may raise to abandon the
+            evaluation.
 
     Raises:
         EnvError: Simulators failed too often, or far more episodes broke than are asked for.
@@ -117,7 +118,7 @@ def evaluate(
     tally = _Tally()
     decision = 0
     while remaining.any():
-        on_decision()
+        on_decision(num_episodes - int(remaining.sum()))
         busy = remaining.nonzero().flatten().tolist()
         noise = policy_noise(seed, busy, decision, policy.noise_size)
         for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise, vec_env.spec.action_limit)):

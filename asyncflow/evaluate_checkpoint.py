@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoin
 from asyncflow.seeding import derive_seed
 
 
-def evaluate_checkpoint(checkpoint: str, config: Config, num_episodes: int) -> EvalResult:
+def evaluate_checkpoint(
+    checkpoint: str, config: Config, num_episodes: int, on_progress: Callable[[int], None] = lambda _: None
+) -> EvalResult:
     """Run exactly `num_episodes` episodes; the same ones as the evaluations of a run with this seed.
 
     Args:
         checkpoint: A run, a checkpoint folder, a policy file or shipped weights.
         config: Supplies the seed, the device, the number of environments and of workers; the rest is the file's.
         num_episodes: Episodes to run.
+        on_progress: Called with the number of episodes that have ended.
 
     Raises:
         ConfigError: The checkpoint or the device does not exist, or its `policy.mapping` does not fit its environment.
@@ -49,7 +53,7 @@ def evaluate_checkpoint(checkpoint: str, config: Config, num_episodes: int) -> E
     num_envs = min(config.env.num_envs, num_episodes)
     env = map_names(_rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs), mapping)
     try:
-        return evaluate(policy.to(device), env, num_episodes, config.trainer.seed)
+        return evaluate(policy.to(device), env, num_episodes, config.trainer.seed, on_progress)
     finally:
         env.close()
 

@@ -10,6 +10,7 @@ A action size, D state size, Q points of a cloud.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from asyncflow.camera_data import read_clouds, read_images, take_point_settings
-from asyncflow.config import EnvConfig, PolicyConfig
+from asyncflow.config import Config, EnvConfig, PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import POINTS, TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
@@ -111,19 +112,20 @@ class Demonstrations:
 def pretrain(
     dataset: str | Path,
     out: str | Path,
-    policy_config: PolicyConfig,
-    env_config: EnvConfig,
+    config: Config,
     options: PretrainOptions,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> PretrainResult:
     """Train a policy with a velocity field on a robomimic dataset and write it as a policy file.
 
     Args:
         dataset: HDF5 file in robomimic's layout.
         out: The policy file to write.
-        policy_config: What to build; `checkpoint` is ignored.
-        env_config: Supplies `obs_keys` and `horizon`, both the task's own by default, `cameras`, `point_clouds` and
-            `n_obs_steps`; the task itself, the size of images and how clouds are made are the dataset's.
+        config: `policy` says what to build, but for its `checkpoint`. `env` supplies `obs_keys` and `horizon`, both
+            the task's own by default, `cameras`, `point_clouds` and `n_obs_steps`; the task itself, the size of images
+            and how clouds are made are the dataset's.
         options: Length, batch and seed.
+        on_progress: Called with the number of finished steps.
 
     Raises:
         ConfigError: The dataset cannot be used, `out` cannot be written, or the policy has no velocity field, names
@@ -131,6 +133,7 @@ def pretrain(
     """
     start = time.perf_counter()
     check_output(Path(out))
+    policy_config, env_config = config.policy, config.env
     if policy_config.kind == LEROBOT:
         raise ConfigError(
             f"policy.kind = {LEROBOT}: LeRobot itself trains its policies on demonstrations; see lerobot-train"
@@ -143,7 +146,7 @@ def pretrain(
     built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
     policy = _require_velocity(built, policy_config)
     fit_normalizers(policy, demos)
-    losses = train_flow(policy, examples, options)
+    losses = train_flow(policy, examples, options, on_progress)
     save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
     tenth = max(1, len(losses) // 10)
     return PretrainResult(
@@ -324,13 +327,16 @@ def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
         normalizer.set_range(values.amin(0), values.amax(0))
 
 
-def train_flow(policy: VelocityPolicy, examples: Examples, options: PretrainOptions) -> Tensor:
+def train_flow(
+    policy: VelocityPolicy, examples: Examples, options: PretrainOptions, on_progress: Callable[[int], None]
+) -> Tensor:
     """Minimise the flow matching loss with Adam and return it for every step, [num_steps].
 
     Args:
         policy: Trained in place, on the CPU; only what its velocity depends on, and is not frozen, has a gradient.
         examples: What to train on.
         options: Length, batch and seed.
+        on_progress: Called with the number of finished steps.
     """
     shifts = torch.Generator().manual_seed(derive_seed(options.seed, "random_shift"))
     generator = torch.Generator().manual_seed(derive_seed(options.seed, "pretrain"))
@@ -346,4 +352,5 @@ def train_flow(policy: VelocityPolicy, examples: Examples, options: PretrainOpti
         loss.backward()
         optimizer.step()
         losses[step] = loss.detach()
+        on_progress(step + 1)
     return losses

@@ -231,7 +231,7 @@ class Trainer:
             self.parts.policy, self.parts.eval_env, trainer.eval_episodes, trainer.seed, self._check_evaluation
         )
 
-    def _check_evaluation(self) -> None:
+    def _check_evaluation(self, _num_finished: int) -> None:
         """Let a failed collector or a requested stop end an evaluation between two decisions."""
         self.parts.collector.check()
         if self.is_stopping:

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from asyncflow.console import ConsoleReporter, describe_evaluation, format_bytes, format_duration, format_metric
+from asyncflow.console import (
+    ConsoleReporter,
+    describe_evaluation,
+    format_bytes,
+    format_duration,
+    format_metric,
+    progress_bar,
+)
 from asyncflow.metrics import GLOSSARY
 from asyncflow.presets import load_config
 
@@ -79,6 +86,18 @@ def test_a_pipe_gets_one_line_per_update() -> None:
     for _ in range(3):
         reporter.update(ROW)
     assert file.getvalue().count("\n") == before + 3
+
+
+def test_a_terminal_sees_how_far_a_long_command_is_and_a_pipe_nothing() -> None:
+    shown = {}
+    for file in (Terminal(), io.StringIO()):
+        with progress_bar("episodes", 50, file) as show_done:
+            show_done(49)
+            show_done(50)
+        shown[type(file)] = file.getvalue()
+    assert "episodes" in shown[Terminal]
+    assert "50/50" in shown[Terminal]
+    assert shown[io.StringIO] == ""
 
 
 def test_a_pipe_gets_no_escape_codes_and_no_boxes() -> None:

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import h5py
 import numpy as np
@@ -126,6 +127,13 @@ def test_every_step_of_a_demonstration_is_rendered_and_no_failed_attempt(dataset
         for demo in seen["data"].values():
             for when in ("obs", "next_obs"):
                 np.testing.assert_array_equal(demo[when]["agentview_image"][()], demo[when]["robot0_eef_pos"][()])
+
+
+def test_progress_is_told_in_finished_demonstrations(tmp_path):
+    told = []
+    make = partial(PointSimulator, failing={1})
+    collect_demos(LIFT, tmp_path / "demos.hdf5", DemoOptions(num_demos=3), make, told.append)
+    assert told == [1, 2, 3]
 
 
 def test_without_cameras_nothing_is_played_again(tmp_path):

@@ -119,6 +119,12 @@ def test_statistics_are_those_of_the_quotas():
     assert result.episode_return == pytest.approx(0.5)
 
 
+def test_progress_is_told_in_finished_episodes():
+    told = []
+    evaluate(RecordingPolicy(), ScriptedVecEnv(4), 6, seed=0, on_decision=told.append)
+    assert told == [0, 1, 3, 4]  # one after another; the last two with the last decision
+
+
 def test_a_broken_episode_is_run_anew_and_does_not_count():
     vec_env = ScriptedVecEnv(4, breaking=[(0, 1), (2, 2), (3, 4)])
     result = evaluate(RecordingPolicy(), vec_env, 4, seed=0)

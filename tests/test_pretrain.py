@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncflow.config import EnvConfig, PolicyConfig
+from asyncflow.config import Config, EnvConfig, PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.examples import cut_chunks
 from asyncflow.policies import make_policy
@@ -39,7 +39,7 @@ def dataset(tmp_path):
 
 
 def run(dataset, out, options=OPTIONS, env=DEFAULT_ENV):
-    return pretrain(dataset, out, CONFIG, env, options)
+    return pretrain(dataset, out, Config(env=env, policy=CONFIG), options)
 
 
 def test_chunk_repeats_the_last_action_past_the_episodes_end():
@@ -107,7 +107,13 @@ def test_file_describes_the_datasets_environment(dataset, tmp_path):
 
 def test_gaussian_policy_is_refused(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"policy\.kind = gaussian"):
-        pretrain(dataset, tmp_path / "out", CONFIG.model_copy(update={"kind": "gaussian"}), EnvConfig(), OPTIONS)
+        pretrain(dataset, tmp_path / "out", Config(policy=CONFIG.model_copy(update={"kind": "gaussian"})), OPTIONS)
+
+
+def test_progress_is_told_in_finished_steps(dataset, tmp_path):
+    told = []
+    pretrain(dataset, tmp_path / "out", Config(env=DEFAULT_ENV, policy=CONFIG), OPTIONS, told.append)
+    assert told == list(range(1, OPTIONS.num_steps + 1))
 
 
 def refused(path, env=DEFAULT_ENV):

@@ -11,7 +11,7 @@ import torch
 from test_pretrain import write_images
 from torch import nn
 
-from asyncflow.config import EnvConfig, PolicyConfig, VLAConfig
+from asyncflow.config import Config, EnvConfig, PolicyConfig, VLAConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file
@@ -50,7 +50,7 @@ def pictures(tmp_path, monkeypatch):
 def run_vla(pictures, out, options=OPTIONS, changes=None, **vla):
     """Pre-train with changed keys; return the policy as built and as read from its file."""
     policy = VLA.model_copy(update={"vla": VLA.vla.model_copy(update=vla)} | (changes or {}))
-    result = pretrain(pictures, out, policy, ENV, options)
+    result = pretrain(pictures, out, Config(env=ENV, policy=policy), options)
     file = load_policy_file(out)
     spec = file.env_spec
     fresh, trained = (
@@ -125,5 +125,5 @@ def test_chunks_narrower_than_the_actions_are_refused(pictures, tmp_path):
 def test_a_lerobot_folder_is_refused_before_anything_is_read(tmp_path):
     config = PolicyConfig(kind="lerobot", checkpoint=str(tmp_path))
     with pytest.raises(ConfigError, match=r"policy.kind = lerobot: LeRobot itself trains its policies") as caught:
-        pretrain(tmp_path / "none.hdf5", tmp_path / "out", config, ENV, OPTIONS)
+        pretrain(tmp_path / "none.hdf5", tmp_path / "out", Config(env=ENV, policy=config), OPTIONS)
     assert "\n" not in str(caught.value)

@@ -159,7 +159,7 @@ def test_a_failed_collector_ends_an_evaluation(tmp_path, monkeypatch):
         if trainers[0].progress.updates == 1:
             trainers[0].parts.collector._thread.join()
         for _ in range(2):
-            on_decision()
+            on_decision(0)
             decisions.append(trainers[0].progress.updates)
         return EvalResult(1, 0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
 

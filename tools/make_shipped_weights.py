@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from asyncflow.config import EnvConfig, PolicyConfig
+from asyncflow.config import Config, EnvConfig
 from asyncflow.demos import DemoOptions, collect_demos
 from asyncflow.evaluate import EvalResult
 from asyncflow.evaluate_checkpoint import evaluate_checkpoint
@@ -49,7 +49,7 @@ def make_weights(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "lift.hdf5"
         _report("demos", asdict(DEMOS) | asdict(collect_demos(ENV, dataset, DEMOS)))
-        _report("pretrain", asdict(PRETRAIN) | asdict(pretrain(dataset, out, PolicyConfig(), ENV, PRETRAIN)))
+        _report("pretrain", asdict(PRETRAIN) | asdict(pretrain(dataset, out, Config(env=ENV), PRETRAIN)))
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     _report("file", {"path": out, "bytes": out.stat().st_size, "sha256": digest})
 

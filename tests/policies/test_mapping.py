@@ -14,7 +14,7 @@ import yaml
 from tensordict import TensorDict
 from torch import nn
 
-from asyncflow.config import EnvConfig, PolicyConfig, VLAConfig, validate, values_by_key
+from asyncflow.config import Config, PolicyConfig, VLAConfig, validate, values_by_key
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import TASKS
 from asyncflow.errors import ConfigError
@@ -234,7 +234,7 @@ def test_a_block_survives_being_written_and_read():
 def test_pre_training_refuses_a_block_before_it_reads_anything(tmp_path):
     config = PolicyConfig(mapping=mapping({"state": PARTS}))
     with pytest.raises(ConfigError, match=r"policy.mapping.obs.state: pre-training is in the simulator's own names"):
-        pretrain(tmp_path / "none.hdf5", tmp_path / "out.safetensors", config, EnvConfig(), PretrainOptions())
+        pretrain(tmp_path / "none.hdf5", tmp_path / "out.safetensors", Config(policy=config), PretrainOptions())
 
 
 # What is not executed: the model's actions have five dimensions, of which the simulator executes two.
