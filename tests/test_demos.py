@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from asyncflow.config import EnvConfig
-from asyncflow.demos import DemoOptions, LiftExpert, collect_demos
+from asyncflow.demos import DemoOptions, LiftExpert, RobomimicSimulator, collect_demos
 from asyncflow.errors import ConfigError, EnvError
 
 LIFT = EnvConfig(task="Lift")
@@ -134,6 +134,27 @@ def test_progress_is_told_in_finished_demonstrations(tmp_path):
     make = partial(PointSimulator, failing={1})
     collect_demos(LIFT, tmp_path / "demos.hdf5", DemoOptions(num_demos=3), make, told.append)
     assert told == [1, 2, 3]
+
+
+class FilmedSimulator(RobomimicSimulator):
+    """Remembers in which states of the simulator its camera was asked."""
+
+    def render(self):
+        self.filmed = [*getattr(self, "filmed", []), self.state()]
+        return super().render()
+
+
+@pytest.mark.sim
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # robosuite's get_xml
+def test_lift_is_played_again_as_it_was(tmp_path):
+    simulator = FilmedSimulator(LIFT.model_copy(update={"cameras": ["agentview"], "camera_size": [24, 20]}), 0)
+    collect_demos(LIFT, tmp_path / "demos.hdf5", DemoOptions(num_demos=2), lambda *_: simulator)
+    with h5py.File(tmp_path / "demos.hdf5") as file:
+        first, second = (file[f"data/demo_{index}"] for index in range(2))
+        assert first["obs/agentview_image"].shape == (len(first["actions"]), 24, 20, 3)
+        states = np.split(np.stack(simulator.filmed), [len(first["actions"]) + 1])
+        for demo, filmed in zip((first, second), states, strict=True):
+            np.testing.assert_array_equal(filmed[:-1], demo["states"][()])  # the last one is after the last action
 
 
 def test_without_cameras_nothing_is_played_again(tmp_path):
