@@ -1,6 +1,6 @@
 """What a run shows: a start card, a block per update, an end card; plain lines where the output is no terminal.
 
-Owns wording and layout. It must not know how a run is trained. Metrics appear under the last part of their glossary
+Also how far a long command is. Owns wording and layout. It must not know how a run is trained. Metrics appear under the last part of their glossary
 name, and nothing needs colour to be understood.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, cast
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -190,11 +191,34 @@ def progress_bar(what: str, total: int, file: TextIO | None = None) -> Iterator[
     Yields:
         What to call with the number that is done.
     """
-    console = Console(file=file or sys.stderr)
+    file = file or sys.stderr
+    if not file.isatty() or os.environ.get("TERM") == "dumb":  # rich would also obey FORCE_COLOR
+        yield lambda _: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    console = Console(file=cast(TextIO, _LossyFile(file)))
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+class _LossyFile:
+    """A file whose terminal may leave: what cannot be written is lost, and ends nothing."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:

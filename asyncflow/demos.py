@@ -244,7 +244,7 @@ def collect_demos(
 
     Raises:
         ConfigError: The task has no scripted expert, or the file exists and `overwrite` is false.
-        EnvError: The expert failed too often.
+        EnvError: The expert failed too often, or an episode that is played again for the cameras goes otherwise.
     """
     start = time.perf_counter()
     out = Path(out)
@@ -313,10 +313,16 @@ def _record(simulator: Simulator, expert: Expert, options: DemoOptions, attempt:
 
 
 def _film(simulator: Simulator, demo: _Demo) -> None:
-    """Play a demonstration again and add what cameras see; attempts that fail are thus never rendered."""
+    """Play a demonstration again and add what cameras see; attempts that fail are thus never rendered.
+
+    Raises:
+        EnvError: It does not go as it did before.
+    """
     simulator.reset(demo.seed)
     demo.obs[0] |= simulator.render()
-    for obs, action in zip(demo.obs[1:], demo.actions, strict=True):
+    for obs, action, state in zip(demo.obs[1:], demo.actions, demo.states, strict=True):
+        if not np.array_equal(simulator.state(), state):
+            raise EnvError("a demonstration that was played again for the cameras did not go as before")
         simulator.step(action)
         obs.update(simulator.render())
 

@@ -35,7 +35,7 @@ def evaluate_checkpoint(
         checkpoint: A run, a checkpoint folder, a policy file or shipped weights.
         config: Supplies the seed, the device, the number of environments and of workers; the rest is the file's.
         num_episodes: Episodes to run.
-        on_progress: Called with the number of episodes that have ended.
+        on_progress: Called before every decision with the number of finished episodes.
 
     Raises:
         ConfigError: The checkpoint or the device does not exist, or its `policy.mapping` does not fit its environment.

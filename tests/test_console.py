@@ -88,16 +88,33 @@ def test_a_pipe_gets_one_line_per_update() -> None:
     assert file.getvalue().count("\n") == before + 3
 
 
-def test_a_terminal_sees_how_far_a_long_command_is_and_a_pipe_nothing() -> None:
-    shown = {}
-    for file in (Terminal(), io.StringIO()):
-        with progress_bar("episodes", 50, file) as show_done:
-            show_done(49)
-            show_done(50)
-        shown[type(file)] = file.getvalue()
-    assert "episodes" in shown[Terminal]
-    assert "50/50" in shown[Terminal]
-    assert shown[io.StringIO] == ""
+def show_progress(file: io.StringIO) -> str:
+    """Return what a command of 50 episodes shows of its progress."""
+    with progress_bar("episodes", 50, file) as show_done:
+        print("the command's own")
+        show_done(49)
+        show_done(50)
+    return file.getvalue()
+
+
+def test_a_terminal_sees_how_far_a_long_command_is_until_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    text = show_progress(Terminal())
+    assert "episodes" in text
+    assert "50/50" in text
+    assert text.endswith("\x1b[2K")  # the line is erased
+    assert capsys.readouterr().out == "the command's own\n"
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_elsewhere_nothing_is_shown_of_progress(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    assert show_progress(io.StringIO()) == ""
+    monkeypatch.setenv("TERM", "dumb")
+    assert show_progress(Terminal()) == ""
+
+
+def test_a_terminal_that_left_ends_no_command() -> None:
+    show_progress(Unwritable(errno.EIO, is_terminal=True))
 
 
 def test_a_pipe_gets_no_escape_codes_and_no_boxes() -> None:

@@ -129,6 +129,13 @@ def test_every_step_of_a_demonstration_is_rendered_and_no_failed_attempt(dataset
                 np.testing.assert_array_equal(demo[when]["agentview_image"][()], demo[when]["robot0_eef_pos"][()])
 
 
+def test_an_episode_that_does_not_repeat_itself_is_not_filmed(tmp_path, monkeypatch):
+    reset = PointSimulator.reset
+    monkeypatch.setattr(PointSimulator, "reset", lambda self, seed: reset(self, seed + len(getattr(self, "seeds", []))))
+    with pytest.raises(EnvError, match="played again for the cameras did not go as before"):
+        collect(tmp_path / "seen.hdf5", cameras=["agentview"])
+
+
 def test_progress_is_told_in_finished_demonstrations(tmp_path):
     told = []
     make = partial(PointSimulator, failing={1})

@@ -214,10 +214,7 @@ class EpisodeRunner:
         """Execute the chunk that the row holds, up to the episode's end, then start the next episode if it ended.
 
         An action, a reward or an observation that is not finite ends the episode, too. The chunk then counts for
-        nothing, and the row says what it was.
-
-        Args:
-            is_rendered: Whether cameras are rendered in the chunk; without, the row's images and clouds are old ones.
+        nothing, and the row says what it was. Unless it `is_rendered`, the row's images and clouds are old ones.
 
         Raises:
             EnvError: The first observation of the next episode is not finite.

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fake_simulator import ACTION_DIM, HORIZON, FakeSimulator
+from fake_simulator import ACTION_DIM, HORIZON, SUCCEED, FakeSimulator
 
 from asyncflow.config import EnvConfig
 from asyncflow.envs import cameras
@@ -71,12 +71,16 @@ def test_observations_of_a_history_have_it_behind_the_environments():
 
 
 def play_two_chunks(make_simulator, config):
-    """Return what environments show after two chunks, and after they are rebuilt by the journal of those."""
-    shown = []
+    """Return what environments show after two chunks, and after they are rebuilt by the journal of those.
+
+    The last environment is by then one chunk into its second episode.
+    """
+    shown, actions = [], torch.zeros(2, N, H, ACTION_DIM)
+    actions[0, -1, 0] = SUCCEED
     with WorkerVecEnv(make_simulator, config, N, H, 3) as vec_env:
         vec_env.reset(5)
-        for _ in range(2):
-            vec_env.step_async(torch.zeros(N, H, ACTION_DIM), range(N))
+        for chunk in actions:
+            vec_env.step_async(chunk, range(N))
             result = vec_env.step_wait(range(N))
         shown.append(result.obs["images", "left"])
         journal = vec_env.journal()
