@@ -25,6 +25,7 @@ from test_smolvla import (
     PADDED,
     STEPS,
     N,
+    assert_trains_as_on_pictures,
     build,
     change_config,
     change_tensors,
@@ -282,6 +283,10 @@ def test_vla_equals_standard(tmp_path, folder, frozen):
     assert rows[-1]["updates"] == 2
     kept = {("prefix", "features"), ("prefix", "state")} if frozen else {"state", ("images", "top")}
     assert set(batches[0]["obs"].keys(True, True)) == kept
+
+
+def test_an_update_trains_as_much_on_features_as_on_pictures(tmp_path, monkeypatch, folder):
+    assert_trains_as_on_pictures(tmp_path, monkeypatch, TRAIN | {"policy.checkpoint": str(folder)})
 
 
 @pytest.fixture(scope="module")
