@@ -445,7 +445,7 @@ def run_tiny(run_cli, cache, monkeypatch):
     def run(folder, **changes):
         overrides = [f"{key}={value}" for key, value in (TRAIN | {"trainer.total_updates": 1} | changes).items()]
         options = ["--config", "toy_vla_tiny", "--checkpoint", str(folder), "--out", "run", *overrides]
-        return run_cli("train", *options, module="tiny_pi0")
+        return run_cli("train", *options, timeout_s=240, module="tiny_pi0")
 
     return run
 
