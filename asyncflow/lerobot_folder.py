@@ -1,17 +1,18 @@
 """LeRobot's policy folders: how one is recognised, what it says about its model, and what an environment must offer it.
 
 Owns what `config.json` means to asyncflow. It needs neither torch nor LeRobot, so that `--checkpoint` is understood, or
-refused, before either is loaded; the model itself is in `policies/smolvla.py`.
+refused, before either is loaded; the models themselves are in `policies/smolvla.py` and `policies/pi0.py`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.tasks import POINTS
@@ -22,7 +23,6 @@ EXPORT = "lerobot"  # folder beside a policy file, which LeRobot loads again
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 VERSION = "0.3"
 INSTALL = "pip install 'asyncflow[lerobot]'"
-_TYPES = ("smolvla",)
 _NEWER = "policy_preprocessor.json"
 _IMAGE = "observation.images."
 _EMPTY = "observation.images.empty_camera_"
@@ -31,19 +31,41 @@ _STATE, _ACTION = "observation.state", "action"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class FolderType(NamedTuple):
+    """What a type of LeRobot's policies means to asyncflow.
+
+    Attributes:
+        chunk_key: Which key of `config.json` says how many actions the model predicts.
+        can_shorten: Whether the first actions of a chunk do not depend on the rest, so that fewer may be predicted.
+        transformers: The lowest version of transformers with which LeRobot's own code of the type runs.
+    """
+
+    chunk_key: str
+    can_shorten: bool
+    transformers: tuple[int, int]
+
+
+_TYPES = {
+    "smolvla": FolderType("chunk_size", can_shorten=True, transformers=(4, 50)),
+    "pi0": FolderType("n_action_steps", can_shorten=False, transformers=(4, 52)),
+}
+
+
 @dataclass(frozen=True)
 class LeRobotFolder:
     """What a policy folder says about its model.
 
     Attributes:
         path: The folder.
+        type: LeRobot's name of what it holds.
         state_dim: Size of `observation.state`.
         action_dim: A.
         cameras: LeRobot's names of the pictures that the model needs, in its order.
-        chunk_size: Actions that the model was trained to predict.
+        chunk_size: Actions that the model predicts.
     """
 
     path: Path
+    type: str
     state_dim: int
     action_dim: int
     cameras: tuple[str, ...]
@@ -91,28 +113,33 @@ def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
 
     Raises:
         CheckpointError: It is no such folder, of another type or version, or its configuration lacks something.
-        ConfigError: There is none, or LeRobot is missing or of another version.
+        ConfigError: There is none, or LeRobot or transformers is missing or of a version that cannot load it.
     """
     if config.checkpoint is None:
         raise ConfigError(f"policy.kind = {KIND}: needs policy.checkpoint, a LeRobot policy folder; it is null")
     folder = read_lerobot_folder(Path(config.checkpoint))
-    _check_installed(folder.path)
+    source = f"policy.checkpoint = {folder.path}: a LeRobot policy"
+    version = _find_version("lerobot", f"{source} needs the package lerobot {VERSION}")
+    if not version.startswith(f"{VERSION}."):
+        raise ConfigError(f"{source} needs the package lerobot {VERSION}, {version} is installed: {INSTALL}")
+    lowest = _TYPES[folder.type].transformers
+    needed = f"{source} of type {folder.type} needs the package transformers {lowest[0]}.{lowest[1]} or later"
+    version = _find_version("transformers", needed)
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < lowest:
+        raise ConfigError(f"{needed}, {version} is installed: {INSTALL}")
     return folder
 
 
-def _check_installed(path: Path) -> None:
-    """Refuse a folder that cannot be loaded here.
+def _find_version(package: str, needed: str) -> str:
+    """Return the version of an installed package.
 
     Raises:
-        ConfigError: LeRobot is missing, or of a version whose folders and code differ.
+        ConfigError: It is missing; the message begins with what `needed` says.
     """
-    reason = f"policy.checkpoint = {path}: a LeRobot policy needs the package lerobot {VERSION}"
     try:
-        version = importlib.metadata.version("lerobot")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"{reason}, which is not installed: {INSTALL}") from None
-    if not version.startswith(f"{VERSION}."):
-        raise ConfigError(f"{reason}, {version} is installed: {INSTALL}")
+        raise ConfigError(f"{needed}, which is not installed: {INSTALL}") from None
 
 
 def read_lerobot_folder(path: Path) -> LeRobotFolder:
@@ -130,32 +157,35 @@ def read_lerobot_folder(path: Path) -> LeRobotFolder:
         )
         hint = f"; of this run, {exported} is one" if exported else ""
         raise CheckpointError(f"{source}: not a LeRobot policy folder: {' '.join(str(error).split())}{hint}") from None
-    _check_format(path, values, source)
+    kind = _check_format(path, values, source)
+    chunk_key = _TYPES[kind].chunk_key
     try:
         inputs, outputs = values["input_features"], values["output_features"]
         pictures = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
         folder = LeRobotFolder(
             path,
+            type=kind,
             state_dim=int(inputs[_STATE]["shape"][0]),
             action_dim=int(outputs[_ACTION]["shape"][0]),
             cameras=tuple(name for name in pictures if not name.startswith(_EMPTY)),
-            chunk_size=int(values["chunk_size"]),
+            chunk_size=int(values[chunk_key]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(
-            f"{source}: {CONFIG} lacks something that asyncflow needs ({_STATE}, {_ACTION}, chunk_size): "
+            f"{source}: {CONFIG} lacks something that asyncflow needs ({_STATE}, {_ACTION}, {chunk_key}): "
             f"{type(error).__name__}: {error}"
         ) from None
     if folder.chunk_size < 1:
-        raise CheckpointError(f"{source}: chunk_size = {folder.chunk_size} in {CONFIG}; at least 1 is needed")
+        raise CheckpointError(f"{source}: {chunk_key} = {folder.chunk_size} in {CONFIG}; at least 1 is needed")
     if not folder.cameras:
         raise CheckpointError(f"{source}: {CONFIG} names no pictures ({_IMAGE}...), which its type needs")
     return folder
 
 
-def _check_format(path: Path, values: dict[str, Any], source: str) -> None:
+def _check_format(path: Path, values: dict[str, Any], source: str) -> str:
+    """Return the folder's type, if asyncflow reads what it says and holds."""
     kind = values.get("type")
-    if kind not in _TYPES:
+    if kind not in tuple(_TYPES):
         raise CheckpointError(f"{source}: a LeRobot policy of type {kind!r}; asyncflow reads: {', '.join(_TYPES)}")
     if (path / _NEWER).exists():
         raise CheckpointError(
@@ -166,6 +196,7 @@ def _check_format(path: Path, values: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: adapt_to_pi_aloha = true, which asyncflow does not know; only false")
     if not (path / WEIGHTS).is_file():
         raise CheckpointError(f"{source}: has no {WEIGHTS}")
+    return str(kind)
 
 
 def match_cameras(
@@ -196,10 +227,7 @@ def match_cameras(
 def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes, action_dim: int) -> None:
     """Refuse chunks, observations and actions of which the model has others."""
     source = f"policy.checkpoint = {folder.path}"
-    if config.horizon > folder.chunk_size:
-        raise ConfigError(
-            f"policy.horizon = {config.horizon}: {folder.path} predicts chunks of {folder.chunk_size}; use at most that"
-        )
+    _check_horizon(folder, config)
     state = tuple(obs_shapes.get("state", ()))
     if state != (folder.state_dim,):
         raise CheckpointError(
@@ -213,6 +241,18 @@ def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes
         )
     if clouds := [name.removeprefix(POINTS) for name in obs_shapes if name.startswith(POINTS)]:
         raise ConfigError(f"env.point_clouds = {clouds}: {source} sees no point clouds; use []")
+
+
+def _check_horizon(folder: LeRobotFolder, config: PolicyConfig) -> None:
+    """Refuse chunks that the model does not predict."""
+    predicted = f"policy.horizon = {config.horizon}: {folder.path} predicts chunks of {folder.chunk_size}"
+    if config.horizon > folder.chunk_size:
+        raise ConfigError(f"{predicted}; use at most that")
+    if config.horizon < folder.chunk_size and not _TYPES[folder.type].can_shorten:
+        raise ConfigError(
+            f"{predicted}, which type {folder.type} cannot shorten; use {folder.chunk_size}, and "
+            "policy.n_action_steps to execute fewer"
+        )
 
 
 def _find_camera(name: str, image_shapes: Shapes) -> str | None:

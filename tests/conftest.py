@@ -27,8 +27,8 @@ CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 def run_cli(tmp_path: Path) -> CommandLine:
     """Return a function that runs `asyncflow` in an empty folder, as a user would, and returns what it said."""
 
-    def run(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "asyncflow", *arguments]
+    def run(*arguments: str, timeout_s: float = 120, module: str = "asyncflow") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *arguments]
         plain = {name: text for name, text in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")}
         return subprocess.run(
             command, cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=timeout_s, check=False

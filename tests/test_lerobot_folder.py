@@ -88,7 +88,10 @@ def test_cameras_may_have_lerobots_names_or_short_ones(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"type": "pi0"}, r"a LeRobot policy of type 'pi0'; asyncflow reads: smolvla"),
+        ({"type": "act"}, r"a LeRobot policy of type 'act'; asyncflow reads: smolvla, pi0$"),
+        ({"type": ["smolvla"]}, r"a LeRobot policy of type \['smolvla'\]; asyncflow reads"),
+        ({"type": "pi0"}, r"lacks something that asyncflow needs .*, n_action_steps\): KeyError"),
+        ({"type": "pi0", "n_action_steps": 0}, r"n_action_steps = 0 in config.json; at least 1 is needed"),
         ({"adapt_to_pi_aloha": True}, r"adapt_to_pi_aloha = true"),
         ({"input_features": {}}, r"lacks something that asyncflow needs .*KeyError: 'observation.state'"),
         ({"output_features": None}, r"lacks something that asyncflow needs"),
@@ -135,6 +138,18 @@ def test_what_does_not_fit_is_one_line(folder, keys, message):
     with pytest.raises(ConfigError, match=message) as caught:
         match(folder, **keys)
     assert "\n" not in str(caught.value)
+
+
+def test_a_chunk_of_smolvla_can_be_shortened_and_one_of_pi0_not(folder):
+    match(folder, PolicyConfig(horizon=20, n_action_steps=4))
+    change(folder, type="pi0", n_action_steps=20, chunk_size=50)
+    match(folder, PolicyConfig(horizon=20, n_action_steps=4))
+    message = (
+        r"^policy.horizon = 19: .* predicts chunks of 20, which type pi0 cannot shorten; use 20, and "
+        "policy.n_action_steps to execute fewer$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        match(folder, PolicyConfig(horizon=19, n_action_steps=4))
 
 
 SEEN = {"agentview_image": "observation.images.top", "robot0_eye_in_hand": "wrist"}
@@ -185,11 +200,13 @@ def test_what_a_mapping_leaves_unlike_the_folder_is_found_before_simulators_are_
     assert "\n" not in str(caught.value)
 
 
-def version_is(monkeypatch, version):
+def version_is(monkeypatch, lerobot, transformers="4.53.3"):
+    versions = {"lerobot": lerobot, "transformers": transformers}
+
     def find(name):
-        if version is None:
+        if versions[name] is None:
             raise importlib.metadata.PackageNotFoundError(name)
-        return version
+        return versions[name]
 
     monkeypatch.setattr("asyncflow.lerobot_folder.importlib.metadata.version", find)
 
@@ -209,6 +226,31 @@ def test_another_version_of_lerobot_is_refused(folder, monkeypatch):
     version_is(monkeypatch, "0.4.4")
     with pytest.raises(ConfigError, match=r"needs the package lerobot 0.3, 0.4.4 is installed"):
         open_lerobot(PolicyConfig(kind="lerobot", checkpoint=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "message"),
+    [
+        (
+            "pi0",
+            "4.51.3",
+            r"of type pi0 needs the package transformers 4.52 or later, 4.51.3 is installed: pip install",
+        ),
+        ("smolvla", "4.49.0", r"of type smolvla needs the package transformers 4.50 or later, 4.49.0 is installed"),
+        ("pi0", None, r"of type pi0 needs the package transformers 4.52 or later, which is not installed: pip install"),
+    ],
+)
+def test_transformers_with_which_lerobots_code_of_a_type_does_not_run_is_refused(
+    folder, monkeypatch, kind, version, message
+):
+    change(folder, type=kind, n_action_steps=50)
+    config = PolicyConfig(kind="lerobot", checkpoint=str(folder))
+    for other in ("4.52.4", "5.0rc1"):
+        version_is(monkeypatch, "0.3.3", other)
+        assert open_lerobot(config).type == kind
+    version_is(monkeypatch, "0.3.3", version)
+    with pytest.raises(ConfigError, match=message):
+        open_lerobot(config)
 
 
 def test_the_kind_needs_a_folder():

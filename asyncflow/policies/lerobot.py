@@ -1,27 +1,27 @@
 """A LeRobot policy folder as a policy, and back.
 
 Owns what a policy takes over from its folder: the units of its actions, and what its checkpoints hold of LeRobot's.
-It loads LeRobot, an optional extra: only `make_policy` imports it, once a folder asks for it. The model itself is in
-`smolvla.py`.
+It loads LeRobot, an optional extra: only `make_policy` imports it, once a folder asks for it. The models themselves are
+in `smolvla.py` and `pi0.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from asyncflow.config import PolicyConfig
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.lerobot_folder import EXPORT, LeRobotFolder
 from asyncflow.policies.image_encoder import Shapes
-from asyncflow.policies.smolvla import SmolVLA, one_line
+from asyncflow.policies.lerobot_model import LeRobotModel, one_line
 from asyncflow.policies.vla import VLAPolicy
 
 
 class LeRobotPolicy(VLAPolicy):
     """A `VLAPolicy` in the units of a LeRobot folder, which its checkpoints hold one of."""
 
-    def __init__(self, config: PolicyConfig, model: SmolVLA) -> None:
+    def __init__(self, config: PolicyConfig, model: LeRobotModel) -> None:
         """Wrap a model.
 
         Raises:
@@ -37,8 +37,7 @@ class LeRobotPolicy(VLAPolicy):
 
         The value head is not in it.
         """
-        settings = {"num_steps": len(self.sampler.time), "n_action_steps": self.n_action_steps}
-        self.model.save_folder(folder / EXPORT, settings)
+        self.model.save_folder(folder / EXPORT, len(self.sampler.time), self.n_action_steps)
 
 
 def build_lerobot(
@@ -61,7 +60,7 @@ def build_lerobot(
             f"policy.vla.lora_rank = {config.vla.lora_rank}: a LeRobot folder has no place for adapters; use 0, and "
             "policy.freeze_backbone or the folder's train_expert_only to train less"
         )
-    model = SmolVLA(folder, cameras, config)
+    model = _model_class(folder.type)(folder, cameras, config)
     try:
         model.look_at_black(image_shapes)
     except Exception as error:  # LeRobot builds models that its own code cannot run
@@ -70,3 +69,14 @@ def build_lerobot(
             f"{type(error).__name__}: {one_line(error)}"
         ) from error
     return LeRobotPolicy(config, model)
+
+
+def _model_class(kind: str) -> Callable[[LeRobotFolder, Mapping[str, str], PolicyConfig], LeRobotModel]:
+    """Return what reads folders of a type; each loads much of transformers that the others do not need."""
+    if kind == "pi0":
+        from asyncflow.policies.pi0 import Pi0  # noqa: PLC0415
+
+        return Pi0
+    from asyncflow.policies.smolvla import SmolVLA  # noqa: PLC0415
+
+    return SmolVLA

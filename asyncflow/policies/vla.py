@@ -3,6 +3,8 @@
 Owns when the prefix is encoded, the precision, and what the value's gradient reaches. It must not know the networks:
 anything with the methods of `VELOCITY_METHODS` will do.
 
+A model's prefix is a tensor, or a TensorDict of `features` and what else velocity and value need of an observation.
+
 Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, M width of a chunk:
 the size of the model's action, or more in a padded model.
 """
@@ -31,6 +33,8 @@ from asyncflow.policies.foreign import (
 from asyncflow.policies.lora import add_lora
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla_model import SIZES, VLAModel, VLAShape, tokenize
+
+Prefix = Tensor | TensorDictBase
 
 
 class VLAPolicy(VelocityPolicy):
@@ -71,7 +75,7 @@ class VLAPolicy(VelocityPolicy):
         return normalizer
 
     def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
-        """Return the `prefix` that a frozen backbone makes of observations, in `policy.vla.feature_dtype`."""
+        """Return the `prefix` that a frozen backbone makes of observations, features in `policy.vla.feature_dtype`."""
         if not self._is_frozen:
             return obs
         with torch.enable_grad():  # records nothing where all is frozen
@@ -81,22 +85,27 @@ class VLAPolicy(VelocityPolicy):
                 "policy.freeze_backbone = true: encode_prefix depends on parameters outside `backbone`, "
                 "which are trained"
             )
-        return TensorDict({"prefix": prefix.to(self._feature_dtype)}, batch_size=obs.batch_size)
+        return TensorDict({"prefix": self._round_features(prefix)}, batch_size=obs.batch_size)
 
-    def make_context(self, obs: TensorDictBase) -> Tensor:
+    def _round_features(self, prefix: Prefix) -> Prefix:
+        if isinstance(prefix, Tensor):
+            return prefix.to(self._feature_dtype)
+        return prefix.copy().set("features", prefix["features"].to(self._feature_dtype))
+
+    def make_context(self, obs: TensorDictBase) -> Prefix:
         """Return the prefix of observations, float32, or of what `encode_obs` made of them."""
         if not self._is_frozen:
             return self._run_backbone(obs).float()
         encoded = obs if "prefix" in obs.keys() else self.encode_obs(obs)  # noqa: SIM118  a TensorDict iterates rows
-        prefix: Tensor = encoded["prefix"]
+        prefix: Prefix = encoded["prefix"]
         return prefix.float()
 
-    def _run_backbone(self, obs: TensorDictBase) -> Tensor:
+    def _run_backbone(self, obs: TensorDictBase) -> Prefix:
         with self._autocast():
-            prefix: Tensor = self.model.encode_prefix(obs)
+            prefix: Prefix = self.model.encode_prefix(obs)
         return prefix
 
-    def velocity_field(self, context: Tensor) -> Velocity:
+    def velocity_field(self, context: Prefix) -> Velocity:
         """Return the velocity field; the expert's keys and values of the prefix are computed here, once."""
         cache = self._cache_prefix(context)
 
@@ -110,18 +119,18 @@ class VLAPolicy(VelocityPolicy):
 
         return velocity
 
-    def velocity_at(self, context: Tensor, x: Tensor, time: Tensor) -> Tensor:
+    def velocity_at(self, context: Prefix, x: Tensor, time: Tensor) -> Tensor:
         """Return the velocity `[N, P, M]`; every chunk is one step, at a time of its own."""
         cache = self._cache_prefix(context)
         with self._autocast():
             velocity: Tensor = self.model.velocity(cache, x[:, None], time[:, None])
         return velocity[:, 0]
 
-    def _cache_prefix(self, context: Tensor) -> Any:
+    def _cache_prefix(self, context: Prefix) -> Any:
         with self._autocast():
             return self.model.cache_prefix(context) if hasattr(self.model, "cache_prefix") else context
 
-    def value(self, context: Tensor) -> Tensor:
+    def value(self, context: Prefix) -> Tensor:
         """Return V, [N] float32."""
         value: Tensor = self.model.value(context.detach())
         return value.float()

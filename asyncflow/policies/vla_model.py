@@ -231,17 +231,17 @@ class VLAModel(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Pools the prefix by learned weights, then an MLP."""
+    """Pools the prefix by learned weights, then an MLP, which may see `num_others` numbers besides."""
 
-    def __init__(self, width: int, hidden_sizes: list[int]) -> None:
+    def __init__(self, width: int, hidden_sizes: list[int], num_others: int = 0) -> None:
         super().__init__()
         self.score = nn.Linear(width, 1, bias=False)
-        self.mlp = mlp([width, *hidden_sizes, 1], output_gain=0.01)
+        self.mlp = mlp([width + num_others, *hidden_sizes, 1], output_gain=0.01)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Return `[N]` of features `[N, S, W]`."""
+    def forward(self, features: Tensor, others: Tensor | None = None) -> Tensor:
+        """Return `[N]` of features `[N, S, W]` and other numbers `[N, num_others]`."""
         pooled = (self.score(features).softmax(1) * features).sum(1)
-        value: Tensor = self.mlp(pooled)
+        value: Tensor = self.mlp(pooled if others is None else torch.cat([pooled, others], -1))
         return value.squeeze(-1)
 
 

@@ -202,8 +202,12 @@ def test_vla_equals_standard(tmp_path, folder, frozen):
 
 
 def test_an_update_trains_as_much_on_features_as_on_pictures(tmp_path, monkeypatch, folder):
+    assert_trains_as_on_pictures(tmp_path, monkeypatch, TRAIN | {"policy.checkpoint": str(folder)})
+
+
+def assert_trains_as_on_pictures(tmp_path, monkeypatch, changes):
     """Stated tolerance on parameters after two updates: 1e-5."""
-    changes = TRAIN | {"policy.checkpoint": str(folder), "policy.freeze_backbone": True}
+    changes = changes | {"policy.freeze_backbone": True}
     kept, _, _ = record(tmp_path / "kept", "toy_vla_tiny", changes)
     encode = VLAPolicy.encode_obs
     monkeypatch.setattr(VLAPolicy, "encode_obs", lambda self, obs: obs)

@@ -7,7 +7,13 @@ from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor
+from transformers import (
+    PreTrainedTokenizerFast,
+    SmolVLMConfig,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
+)
 
 CAMERA, STATE = "observation.images.top", "observation.state"
 STATE_DIM, ACTION_DIM, CHUNK = 4, 2, 5
@@ -35,14 +41,19 @@ STATS = {
 }
 
 
+def make_tokenizer(words, **special):
+    """Return a tokenizer that knows a few words; the first is padding, the second any other."""
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=words[1]))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=words[0], unk_token=words[1], extra_special_tokens=special
+    )
+
+
 def write_vlm(folder):
     """Write the vision-language model's configuration and its tokenizer; LeRobot takes its weights from the policy."""
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", extra_special_tokens=SPECIAL
-    )
-    SmolVLMProcessor(SmolVLMImageProcessor(video_sampling=VIDEO), fast).save_pretrained(folder)
+    fast = make_tokenizer(WORDS, **SPECIAL)
+    SmolVLMProcessor(SmolVLMImageProcessor(), fast, SmolVLMVideoProcessor(video_sampling=VIDEO)).save_pretrained(folder)
     text = {
         "model_type": "llama",
         "hidden_size": 32,
@@ -70,32 +81,37 @@ def write_vlm(folder):
 
 def write_policy(folder, vlm, stats=STATS, normalization=NormalizationMode.MEAN_STD, **changes):
     """Write a policy folder; layers 0 and 2 of the expert attend to each other, 1 and 3 to the prefix alone."""
-    config = SmolVLAConfig(
-        input_features={
+    own = {"resize_imgs_with_padding": (32, 32), "vlm_model_name": str(vlm), "num_vlm_layers": 4}
+    config = SmolVLAConfig(**common_settings(normalization) | own | changes)
+    return write_random(folder, lambda: SmolVLAPolicy(config, dataset_stats=stats))
+
+
+def common_settings(normalization):
+    """Return what the configurations of all types have alike."""
+    return {
+        "input_features": {
             STATE: PolicyFeature(FeatureType.STATE, (STATE_DIM,)),
             CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 28, 28)),
         },
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
-        normalization_mapping={
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
+        "normalization_mapping": {
             "VISUAL": NormalizationMode.IDENTITY,
             "STATE": normalization,
             "ACTION": normalization,
         },
-        **{
-            "device": "cpu",
-            "chunk_size": CHUNK,
-            "n_action_steps": CHUNK,
-            "max_state_dim": 6,
-            "max_action_dim": 3,
-            "resize_imgs_with_padding": (32, 32),
-            "vlm_model_name": str(vlm),
-            "num_vlm_layers": 4,
-        }
-        | changes,
-    )
+        "device": "cpu",
+        "chunk_size": CHUNK,
+        "n_action_steps": CHUNK,
+        "max_state_dim": 6,
+        "max_action_dim": 3,
+    }
+
+
+def write_random(folder, build):
+    """Write a policy with random weights, the same every time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        policy = SmolVLAPolicy(config, dataset_stats=stats)
+        policy = build()
         for name, parameter in policy.named_parameters():
             if parameter.dim() > 1 and "normalize" not in name:  # as they come they are so small that all is alike
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

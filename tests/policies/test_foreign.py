@@ -196,6 +196,19 @@ def test_a_prefix_that_depends_on_trained_parameters_cannot_be_frozen():
         policy.encode_obs(observe())
 
 
+def test_of_a_prefix_with_names_the_features_alone_are_rounded(monkeypatch):
+    policy, obs = build("my_vla.MyVLA", freeze=True, feature_dtype="bfloat16", model_config=ARGUMENTS), observe()
+    encode = policy.model.encode_prefix
+    named = lambda obs: TensorDict({"features": encode(obs), "state": obs["state"]}, obs.batch_size)  # noqa: E731
+    monkeypatch.setattr(policy.model, "encode_prefix", named)
+    kept = policy.encode_obs(obs)
+    context = policy.make_context(kept)
+    assert kept["prefix", "features"].dtype == torch.bfloat16
+    assert torch.equal(context["features"], encode(obs).bfloat16().float())
+    assert torch.equal(context["state"], obs["state"])
+    assert (policy.make_context(obs) == context).all()
+
+
 def test_actions_of_another_shape_are_refused():
     with pytest.raises(ConfigError, match=r"actions have the shape \[4, 1, 2\], expected \[4, 2, 2\]"):
         decide(build("elsewhere.Wrong"), observe())
