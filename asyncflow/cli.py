@@ -195,9 +195,8 @@ def demos(**flags: Any) -> int:
 
     seen = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size", "point_clouds")}
     env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in seen.items() if v}).env
-    options = DemoOptions(**flags)
-    with progress_bar("demonstrations", options.num_demos) as show:
-        result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", options, on_progress=show)
+    with progress_bar("demonstrations", flags["num_demos"]) as show:
+        result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags), on_progress=show)
     typer.echo(
         f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"

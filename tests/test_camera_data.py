@@ -9,11 +9,12 @@ import torch
 from test_pretrain import CONFIG, META, OPTIONS, run, write
 
 from asyncflow.config import EnvConfig
+from asyncflow.dataset import read_dataset
 from asyncflow.demos import DemoOptions, collect_demos
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_policy_file
-from asyncflow.pretrain import make_examples, read_dataset
+from asyncflow.pretrain import make_examples
 
 P = 8
 ENV = EnvConfig(point_clouds=["agentview"], num_points=P)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from asyncflow.config import EnvConfig
-from asyncflow.demos import DemoOptions, LiftExpert, RobomimicSimulator, collect_demos
+from asyncflow.demos import DemoOptions, RobomimicSimulator, collect_demos
 from asyncflow.errors import ConfigError, EnvError
+from asyncflow.experts import LiftExpert
 
 LIFT = EnvConfig(task="Lift")
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}

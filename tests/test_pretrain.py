@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from asyncflow.config import Config, EnvConfig, PolicyConfig
+from asyncflow.dataset import read_dataset
 from asyncflow.errors import ConfigError
 from asyncflow.examples import cut_chunks
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file
 from asyncflow.presets import load_config
-from asyncflow.pretrain import PretrainOptions, make_examples, pretrain, read_dataset
+from asyncflow.pretrain import PretrainOptions, make_examples, pretrain
 
 CONFIG = PolicyConfig(hidden_sizes=[32], critic_hidden_sizes=[8], horizon=2, n_action_steps=2)
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}

@@ -12,10 +12,11 @@ from test_pretrain import write_images
 from torch import nn
 
 from asyncflow.config import Config, EnvConfig, PolicyConfig, VLAConfig
+from asyncflow.dataset import read_dataset
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file
-from asyncflow.pretrain import PretrainOptions, pretrain, read_dataset
+from asyncflow.pretrain import PretrainOptions, pretrain
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 VLA = PolicyConfig(kind="vla", critic_hidden_sizes=[8], horizon=2, n_action_steps=2, vla=VLAConfig(instruction="lift"))

@@ -1,0 +1,158 @@
+"""robomimic's datasets as tensors.
+
+Owns the reading of files, and the refusal of those that cannot be used. It must not know what learns from them.
+
+Shapes: L steps of one demonstration, A action size, D state size, Q points of a cloud.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from torch import Tensor
+
+from asyncflow.camera_data import read_clouds, read_images, take_point_settings
+from asyncflow.config import EnvConfig
+from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
+from asyncflow.errors import ConfigError
+from asyncflow.presets import default_horizon
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """A dataset in memory.
+
+    Attributes:
+        env_meta: robomimic's description of the environment.
+        horizon: Env steps until an episode of its task is truncated.
+        obs_keys: The observations that `states` concatenates.
+        states: One [L, D] float32 tensor a demonstration.
+        actions: One [L, A] float32 tensor a demonstration.
+        images: Camera -> one [L, 3, height, width] uint8 tensor a demonstration.
+        points: Camera -> one [L, Q, 6] float32 tensor a demonstration.
+        point_settings: As `EnvSpec.point_settings`.
+    """
+
+    env_meta: dict[str, Any]
+    horizon: int
+    obs_keys: tuple[str, ...]
+    states: list[Tensor]
+    actions: list[Tensor]
+    images: dict[str, list[Tensor]] = field(default_factory=dict)
+    points: dict[str, list[Tensor]] = field(default_factory=dict)
+    point_settings: dict[str, Any] = field(default_factory=dict)
+
+
+def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
+    """Load the low-dimensional observations and actions of every demonstration, and what the asked cameras saw.
+
+    Raises:
+        ConfigError: A missing file, not HDF5, not robomimic's layout, of another simulator, missing observations or
+            actions, or no demonstrations.
+    """
+    path = Path(dataset)
+    if not path.is_file():
+        raise ConfigError(f"--dataset {path}: no such file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError:
+        raise ConfigError(f"--dataset {path}: not an HDF5 file, or truncated") from None
+    with file:
+        try:
+            return _read_demonstrations(file, env_config, path)
+        except (OSError, KeyError, RuntimeError) as error:  # what h5py raises for damaged blocks and broken links
+            raise ConfigError(f"--dataset {path}: damaged: {' '.join(str(error).split())}") from None
+
+
+def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> Demonstrations:
+    env_meta = _read_env_meta(file, path)
+    point_settings = take_point_settings(env_meta, env_config, f"--dataset {path}")
+    names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
+    if not names:
+        raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
+    task = _find_task(env_meta, env_config, path)
+    obs_keys = tuple(env_config.obs_keys or task.obs_keys)
+    groups = [file["data"][name] for name in names]
+    for group in groups:
+        _check_demo(group, obs_keys, path)
+    states = [torch.cat([_read(group["obs"][key]) for key in obs_keys], dim=1) for group in groups]
+    actions = [_read(group["actions"]) for group in groups]
+    if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
+        raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
+    images, points = _read_cameras(groups, env_config, point_settings, f"--dataset {path}")
+    return Demonstrations(
+        env_meta=env_meta,
+        horizon=env_config.horizon or default_horizon(task),
+        obs_keys=obs_keys,
+        states=states,
+        actions=actions,
+        images=images,
+        points=points,
+        point_settings=point_settings,
+    )
+
+
+def _read_cameras(
+    groups: list[h5py.Group], env_config: EnvConfig, point_settings: dict[str, Any], source: str
+) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """Return images and point clouds by camera, one tensor a demonstration each."""
+    images = {camera: [read_images(group, camera, source) for group in groups] for camera in env_config.cameras}
+    if any(len({image.shape[1:] for image in images[camera]}) > 1 for camera in images):
+        raise ConfigError(f"{source}: demonstrations differ in the size of their images")
+    clouds = {
+        camera: [read_clouds(group, camera, point_settings["num_points"], source) for group in groups]
+        for camera in env_config.point_clouds
+    }
+    return images, clouds
+
+
+def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:
+    """Return the dataset's task, or one made of the configuration's keys where asyncflow does not know it."""
+    name = env_meta.get("env_name")
+    for task in TASKS.values():
+        if task.env_name == name:
+            return task
+    if env_config.horizon is None or env_config.obs_keys is None:
+        raise ConfigError(f"--dataset {path}: asyncflow does not know {name}; set env.horizon and env.obs_keys")
+    return Task(str(name), env_config.horizon, "described by a dataset", tuple(env_config.obs_keys))
+
+
+def _read_env_meta(file: h5py.File, path: Path) -> dict[str, Any]:
+    source = f"--dataset {path}"
+    if not isinstance(file.get("data"), h5py.Group) or "env_args" not in file["data"].attrs:
+        raise ConfigError(f"{source}: no attribute `env_args` on group `data`; not a robomimic dataset")
+    source += ": attribute `env_args`"
+    return check_env_meta(parse_env_meta(file["data"].attrs["env_args"], source), source)
+
+
+def _check_demo(demo: Any, obs_keys: tuple[str, ...], path: Path) -> None:
+    """Refuse a demonstration that lacks something, or whose arrays are not one row of numbers for each of its steps."""
+    obs: Any = demo.get("obs") if isinstance(demo, h5py.Group) else None
+    available = sorted(obs) if isinstance(obs, h5py.Group) else []
+    missing = [key for key in obs_keys if key not in available]
+    if missing:
+        raise ConfigError(
+            f"--dataset {path}: {demo.name} lacks the observations {', '.join(missing)}; "
+            f"available: {', '.join(available) or 'none'} (env.obs_keys)"
+        )
+    if "actions" not in demo:
+        raise ConfigError(f"--dataset {path}: {demo.name} lacks `actions`")
+    arrays = [demo["actions"], *(obs[key] for key in obs_keys)]
+    num_steps = {len(array) if _is_numeric(array) else 0 for array in arrays}
+    if len(num_steps) > 1 or 0 in num_steps:
+        raise ConfigError(
+            f"--dataset {path}: {demo.name} must hold one row of numbers a step, in actions and obs alike"
+        )
+
+
+def _is_numeric(dataset: Any) -> bool:
+    return isinstance(dataset, h5py.Dataset) and dataset.ndim > 0 and dataset.dtype.kind in "biuf"
+
+
+def _read(dataset: h5py.Dataset) -> Tensor:
+    """Return a dataset as [L, size] float32."""
+    return torch.from_numpy(dataset[()]).float().reshape(len(dataset), -1)
