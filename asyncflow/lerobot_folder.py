@@ -45,6 +45,7 @@ class FolderType(NamedTuple):
     transformers: tuple[int, int]
 
 
+_TRANSFORMERS = (4, 53)  # the highest version that was tried, and what the extra installs
 _TYPES = {
     "smolvla": FolderType("chunk_size", can_shorten=True, transformers=(4, 50)),
     "pi0": FolderType("n_action_steps", can_shorten=False, transformers=(4, 52)),
@@ -123,9 +124,10 @@ def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
     if not version.startswith(f"{VERSION}."):
         raise ConfigError(f"{source} needs the package lerobot {VERSION}, {version} is installed: {INSTALL}")
     lowest = _TYPES[folder.type].transformers
-    needed = f"{source} of type {folder.type} needs the package transformers {lowest[0]}.{lowest[1]} or later"
+    low, high = (".".join(map(str, bound)) for bound in (lowest, _TRANSFORMERS))
+    needed = f"{source} of type {folder.type} needs the package transformers {low} to {high}"
     version = _find_version("transformers", needed)
-    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < lowest:
+    if not lowest <= tuple(int(number) for number in re.findall(r"\d+", version)[:2]) <= _TRANSFORMERS:
         raise ConfigError(f"{needed}, {version} is installed: {INSTALL}")
     return folder
 
@@ -245,14 +247,17 @@ def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes
 
 def _check_horizon(folder: LeRobotFolder, config: PolicyConfig) -> None:
     """Refuse chunks that the model does not predict."""
-    predicted = f"policy.horizon = {config.horizon}: {folder.path} predicts chunks of {folder.chunk_size}"
-    if config.horizon > folder.chunk_size:
-        raise ConfigError(f"{predicted}; use at most that")
-    if config.horizon < folder.chunk_size and not _TYPES[folder.type].can_shorten:
-        raise ConfigError(
-            f"{predicted}, which type {folder.type} cannot shorten; use {folder.chunk_size}, and "
-            "policy.n_action_steps to execute fewer"
-        )
+    can_shorten = _TYPES[folder.type].can_shorten
+    if config.horizon == folder.chunk_size or (config.horizon < folder.chunk_size and can_shorten):
+        return
+    allowed = (
+        "; use at most that"
+        if can_shorten
+        else f", and type {folder.type} no others; use {folder.chunk_size}, and policy.n_action_steps to execute fewer"
+    )
+    raise ConfigError(
+        f"policy.horizon = {config.horizon}: {folder.path} predicts chunks of {folder.chunk_size}{allowed}"
+    )
 
 
 def _find_camera(name: str, image_shapes: Shapes) -> str | None:

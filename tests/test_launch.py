@@ -102,10 +102,10 @@ def stop_in_evaluation(updates):
     def hook(trainer):
         check = trainer._check_evaluation
 
-        def stop_there():
+        def stop_there(num_finished):
             if trainer.progress.updates == updates:
                 trainer.request_stop()
-            check()
+            check(num_finished)
 
         trainer._check_evaluation = stop_there
 
@@ -201,10 +201,10 @@ def test_an_evaluation_that_fails_is_made_up_for_with_its_row(tmp_path, uncut):
     def fail_in_evaluation(trainer):
         check = trainer._check_evaluation
 
-        def fail():
+        def fail(num_finished):
             if trainer.progress.updates == 3:
                 raise EnvError("workers were replaced too often")
-            check()
+            check(num_finished)
 
         trainer._check_evaluation = fail
 

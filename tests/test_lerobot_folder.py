@@ -145,7 +145,7 @@ def test_a_chunk_of_smolvla_can_be_shortened_and_one_of_pi0_not(folder):
     change(folder, type="pi0", n_action_steps=20, chunk_size=50)
     match(folder, PolicyConfig(horizon=20, n_action_steps=4))
     message = (
-        r"^policy.horizon = 19: .* predicts chunks of 20, which type pi0 cannot shorten; use 20, and "
+        r"^policy.horizon = 19: .* predicts chunks of 20, and type pi0 no others; use 20, and "
         "policy.n_action_steps to execute fewer$"
     )
     with pytest.raises(ConfigError, match=message):
@@ -234,10 +234,11 @@ def test_another_version_of_lerobot_is_refused(folder, monkeypatch):
         (
             "pi0",
             "4.51.3",
-            r"of type pi0 needs the package transformers 4.52 or later, 4.51.3 is installed: pip install",
+            r"of type pi0 needs the package transformers 4.52 to 4.53, 4.51.3 is installed: pip install",
         ),
-        ("smolvla", "4.49.0", r"of type smolvla needs the package transformers 4.50 or later, 4.49.0 is installed"),
-        ("pi0", None, r"of type pi0 needs the package transformers 4.52 or later, which is not installed: pip install"),
+        ("smolvla", "4.49.0", r"of type smolvla needs the package transformers 4.50 to 4.53, 4.49.0 is installed"),
+        ("smolvla", "5.0rc1", r"needs the package transformers 4.50 to 4.53, 5.0rc1 is installed"),
+        ("pi0", None, r"of type pi0 needs the package transformers 4.52 to 4.53, which is not installed: pip install"),
     ],
 )
 def test_transformers_with_which_lerobots_code_of_a_type_does_not_run_is_refused(
@@ -245,7 +246,7 @@ def test_transformers_with_which_lerobots_code_of_a_type_does_not_run_is_refused
 ):
     change(folder, type=kind, n_action_steps=50)
     config = PolicyConfig(kind="lerobot", checkpoint=str(folder))
-    for other in ("4.52.4", "5.0rc1"):
+    for other in ("4.52.4", "4.53.3"):
         version_is(monkeypatch, "0.3.3", other)
         assert open_lerobot(config).type == kind
     version_is(monkeypatch, "0.3.3", version)

@@ -191,8 +191,10 @@ class LeRobotModel(nn.Module, ABC):
                     setattr(config, key, value)
                 return self.lerobot_class(config).float()
         except Exception as error:  # draccus, transformers and tokenizers have errors of their own
+            cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""  # draccus does not say what is wrong
             raise CheckpointError(
-                f"policy.checkpoint = {folder.path}: LeRobot cannot build it: {type(error).__name__}: {one_line(error)}"
+                f"policy.checkpoint = {folder.path}: LeRobot cannot build it: {type(error).__name__}: "
+                f"{one_line(error)}{cause}"
             ) from error
 
     def _load_weights(self, folder: LeRobotFolder) -> dict[str, torch.dtype]:
@@ -216,6 +218,6 @@ class LeRobotModel(nn.Module, ABC):
         return {name: tensor.dtype for name, tensor in stored.items()}
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the beginning of a message without line breaks."""
     return " ".join(str(error).split())[:300]

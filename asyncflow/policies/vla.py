@@ -85,24 +85,23 @@ class VLAPolicy(VelocityPolicy):
                 "policy.freeze_backbone = true: encode_prefix depends on parameters outside `backbone`, "
                 "which are trained"
             )
-        return TensorDict({"prefix": self._round_features(prefix)}, batch_size=obs.batch_size)
-
-    def _round_features(self, prefix: Prefix) -> Prefix:
-        if isinstance(prefix, Tensor):
-            return prefix.to(self._feature_dtype)
-        return prefix.copy().set("features", prefix["features"].to(self._feature_dtype))
+        return TensorDict({"prefix": _cast_features(prefix, self._feature_dtype)}, batch_size=obs.batch_size)
 
     def make_context(self, obs: TensorDictBase) -> Prefix:
-        """Return the prefix of observations, float32, or of what `encode_obs` made of them."""
+        """Return the prefix of observations, its features float32, or of what `encode_obs` made of them."""
         if not self._is_frozen:
-            return self._run_backbone(obs).float()
+            return _cast_features(self._run_backbone(obs), torch.float32)
         encoded = obs if "prefix" in obs.keys() else self.encode_obs(obs)  # noqa: SIM118  a TensorDict iterates rows
-        prefix: Prefix = encoded["prefix"]
-        return prefix.float()
+        return _cast_features(encoded["prefix"], torch.float32)
 
     def _run_backbone(self, obs: TensorDictBase) -> Prefix:
         with self._autocast():
             prefix: Prefix = self.model.encode_prefix(obs)
+        if not isinstance(prefix, Tensor) and "features" not in prefix:
+            raise ConfigError(
+                f"{type(self.model).__name__}: encode_prefix returned names without `features`: "
+                f"{', '.join(map(str, prefix.keys()))}"
+            )
         return prefix
 
     def velocity_field(self, context: Prefix) -> Velocity:
@@ -196,3 +195,10 @@ def _wrap(config: PolicyConfig, model: nn.Module, action_dim: int) -> Policy:
         f"policy.vla.model_class = {config.vla.model_class}: needs the methods {', '.join(VELOCITY_METHODS)}, or "
         f"{', '.join(ACTOR_CRITIC_METHODS)}"
     )
+
+
+def _cast_features(prefix: Prefix, dtype: torch.dtype) -> Prefix:
+    """Return a prefix with its features in another type, and what else it holds as it is."""
+    if isinstance(prefix, Tensor):
+        return prefix.to(dtype)
+    return prefix.copy().set("features", prefix["features"].to(dtype))

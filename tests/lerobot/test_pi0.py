@@ -415,7 +415,7 @@ def test_what_is_wrong_with_a_folder_is_one_line(copied, spoil, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"horizon": CHUNK - 1}, "policy.horizon = 4: .* predicts chunks of 5, which type pi0 cannot shorten; use 5, "),
+        ({"horizon": CHUNK - 1}, "policy.horizon = 4: .* predicts chunks of 5, and type pi0 no others; use 5, "),
         ({"horizon": CHUNK + 1}, "policy.horizon = 6: .* predicts chunks of 5"),
         ({"cameras": ("front",)}, "missing: top; not the model's: front"),
         ({"state_dim": STATE_DIM + 1}, r"observation.state has 4 numbers, the environment's state has the shape \[5\]"),

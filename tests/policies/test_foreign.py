@@ -196,16 +196,29 @@ def test_a_prefix_that_depends_on_trained_parameters_cannot_be_frozen():
         policy.encode_obs(observe())
 
 
+def test_a_prefix_with_names_needs_features(monkeypatch):
+    policy = build("my_vla.MyVLA", model_config=ARGUMENTS)
+    monkeypatch.setattr(policy.model, "encode_prefix", lambda obs: TensorDict({"state": obs["state"]}, obs.batch_size))
+    with pytest.raises(ConfigError, match=r"MyVLA: encode_prefix returned names without `features`: state$"):
+        policy.make_context(observe())
+
+
 def test_of_a_prefix_with_names_the_features_alone_are_rounded(monkeypatch):
     policy, obs = build("my_vla.MyVLA", freeze=True, feature_dtype="bfloat16", model_config=ARGUMENTS), observe()
     encode = policy.model.encode_prefix
-    named = lambda obs: TensorDict({"features": encode(obs), "state": obs["state"]}, obs.batch_size)  # noqa: E731
+
+    def named(obs):
+        is_low = obs["state"] < 0
+        others = {"state": obs["state"], "is_low": is_low}
+        return TensorDict({"features": encode(obs), **others}, obs.batch_size)
+
     monkeypatch.setattr(policy.model, "encode_prefix", named)
     kept = policy.encode_obs(obs)
     context = policy.make_context(kept)
     assert kept["prefix", "features"].dtype == torch.bfloat16
     assert torch.equal(context["features"], encode(obs).bfloat16().float())
     assert torch.equal(context["state"], obs["state"])
+    assert context["is_low"].dtype == torch.bool
     assert (policy.make_context(obs) == context).all()
 
 
