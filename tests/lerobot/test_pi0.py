@@ -399,7 +399,7 @@ def rename(tensors):
         (lambda path: change_config(path, unheard_of=1), "LeRobot cannot build it: "),
         (lambda path: change_config(path, proj_width=16), r"action_in_proj.bias \[16\] vs \[24\].*and \d+ more"),
         (lambda path: change_config(path, resize_imgs_with_padding=[42, 42]), "cannot decide on such observations: "),
-        (lambda path: change_config(path, n_action_steps=CHUNK - 1), "horizon = 5: .* chunks of 4; use at most"),
+        (lambda path: change_config(path, n_action_steps=CHUNK - 1), "horizon = 5: .* chunks of 4, and type pi0 no others; use 4, "),
         (lambda path: change_config(path, type="pi0fast"), "of type 'pi0fast'; asyncflow reads: smolvla, pi0$"),
     ],
     ids=["missing", "shape", "unset", "damaged", "unknown-key", "other-size", "does-not-run", "chunk", "type"],
