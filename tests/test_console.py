@@ -50,12 +50,13 @@ class Unwritable(io.StringIO):
 
     def __init__(self, number: int, is_terminal: bool) -> None:
         super().__init__()
-        self.number, self.is_terminal = number, is_terminal
+        self.number, self.is_terminal, self.num_attempts = number, is_terminal, 0
 
     def isatty(self) -> bool:
         return self.is_terminal
 
     def write(self, text: str) -> int:
+        self.num_attempts += 1
         raise OSError(self.number, "cannot be written")
 
 
@@ -113,8 +114,11 @@ def test_elsewhere_nothing_is_shown_of_progress(monkeypatch: pytest.MonkeyPatch,
     assert show_progress(Terminal()) == ""
 
 
-def test_a_terminal_that_left_ends_no_command() -> None:
-    show_progress(Unwritable(errno.EIO, is_terminal=True))
+def test_a_terminal_that_left_ends_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    left = Unwritable(errno.EIO, is_terminal=True)
+    assert show_progress(left) == ""
+    assert left.num_attempts > 0
+    assert capsys.readouterr().out == "the command's own\n"
 
 
 def test_a_pipe_gets_no_escape_codes_and_no_boxes() -> None:

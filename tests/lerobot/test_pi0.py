@@ -18,7 +18,7 @@ import transformers.utils.hub
 from lerobot.configs.types import NormalizationMode
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from safetensors.torch import load_file
-from silent import TOY, assert_equal, go_on, outcome, record, start
+from silent import TOY, assert_equal, go_on, outcome, start
 from test_smolvla import (
     MEAN,
     OUT,
@@ -26,6 +26,7 @@ from test_smolvla import (
     STEPS,
     N,
     assert_trains_as_on_pictures,
+    assert_vla_equals_standard,
     build,
     change_config,
     change_tensors,
@@ -273,16 +274,9 @@ def test_the_values_gradient_reaches_its_head_alone(folder, obs):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_vla_equals_standard(tmp_path, folder, frozen):
-    changes = TRAIN | {"policy.checkpoint": str(folder), "policy.freeze_backbone": frozen}
-    runs = [
-        record(tmp_path / mode, "toy_vla_tiny", changes | {"trainer.buffer_type": mode}) for mode in ("vla", "standard")
-    ]
-    (tensors, batches, rows), (other_tensors, _, other_rows) = runs
-    assert all(torch.equal(a, b) for a, b in zip(tensors, other_tensors, strict=True))
-    assert rows == other_rows
-    assert rows[-1]["updates"] == 2
+    batch = assert_vla_equals_standard(tmp_path, folder, frozen)
     kept = {("prefix", "features"), ("prefix", "state")} if frozen else {"state", ("images", "top")}
-    assert set(batches[0]["obs"].keys(True, True)) == kept
+    assert set(batch["obs"].keys(True, True)) == kept
 
 
 def test_an_update_trains_as_much_on_features_as_on_pictures(tmp_path, monkeypatch, folder):
@@ -399,7 +393,10 @@ def rename(tensors):
         (lambda path: change_config(path, unheard_of=1), "LeRobot cannot build it: "),
         (lambda path: change_config(path, proj_width=16), r"action_in_proj.bias \[16\] vs \[24\].*and \d+ more"),
         (lambda path: change_config(path, resize_imgs_with_padding=[42, 42]), "cannot decide on such observations: "),
-        (lambda path: change_config(path, n_action_steps=CHUNK - 1), "horizon = 5: .* chunks of 4, and type pi0 no others; use 4, "),
+        (
+            lambda path: change_config(path, n_action_steps=CHUNK - 1),
+            "horizon = 5: .* chunks of 4, and type pi0 no others; use 4, ",
+        ),
         (lambda path: change_config(path, type="pi0fast"), "of type 'pi0fast'; asyncflow reads: smolvla, pi0$"),
     ],
     ids=["missing", "shape", "unset", "damaged", "unknown-key", "other-size", "does-not-run", "chunk", "type"],

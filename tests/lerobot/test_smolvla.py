@@ -191,14 +191,20 @@ def test_what_lerobot_freezes_stays_frozen_and_the_rest_learns(folder, obs):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_vla_equals_standard(tmp_path, folder, frozen):
+    assert_vla_equals_standard(tmp_path, folder, frozen)
+
+
+def assert_vla_equals_standard(tmp_path, folder, frozen):
+    """Train in both modes; return a batch that was trained on."""
     changes = TRAIN | {"policy.checkpoint": str(folder), "policy.freeze_backbone": frozen}
     runs = [
         record(tmp_path / mode, "toy_vla_tiny", changes | {"trainer.buffer_type": mode}) for mode in ("vla", "standard")
     ]
-    (tensors, _, rows), (other_tensors, _, other_rows) = runs
+    (tensors, batches, rows), (other_tensors, _, other_rows) = runs
     assert all(torch.equal(a, b) for a, b in zip(tensors, other_tensors, strict=True))
     assert rows == other_rows
     assert rows[-1]["updates"] == 2
+    return batches[0]
 
 
 def test_an_update_trains_as_much_on_features_as_on_pictures(tmp_path, monkeypatch, folder):
