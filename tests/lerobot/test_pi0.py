@@ -274,7 +274,8 @@ def test_the_values_gradient_reaches_its_head_alone(folder, obs):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_vla_equals_standard(tmp_path, folder, frozen):
-    batch = assert_vla_equals_standard(tmp_path, folder, frozen)
+    changes = {"policy.checkpoint": str(folder), "policy.freeze_backbone": frozen}
+    batch = assert_vla_equals_standard(tmp_path, TRAIN | changes)
     kept = {("prefix", "features"), ("prefix", "state")} if frozen else {"state", ("images", "top")}
     assert set(batch["obs"].keys(True, True)) == kept
 

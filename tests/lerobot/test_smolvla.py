@@ -191,12 +191,12 @@ def test_what_lerobot_freezes_stays_frozen_and_the_rest_learns(folder, obs):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_vla_equals_standard(tmp_path, folder, frozen):
-    assert_vla_equals_standard(tmp_path, folder, frozen)
+    changes = {"policy.checkpoint": str(folder), "policy.freeze_backbone": frozen}
+    assert_vla_equals_standard(tmp_path, TRAIN | changes)
 
 
-def assert_vla_equals_standard(tmp_path, folder, frozen):
+def assert_vla_equals_standard(tmp_path, changes):
     """Train in both modes; return a batch that was trained on."""
-    changes = TRAIN | {"policy.checkpoint": str(folder), "policy.freeze_backbone": frozen}
     runs = [
         record(tmp_path / mode, "toy_vla_tiny", changes | {"trainer.buffer_type": mode}) for mode in ("vla", "standard")
     ]
