@@ -118,11 +118,14 @@ class PPO:
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         num_nonfinite_steps = self.num_nonfinite_steps
+        buffers = {name: buffer.detach().clone() for name, buffer in self.policy.named_buffers()}
         self.optimizer.remember()
         try:
             yield
         except BaseException:  # a KeyboardInterrupt too
             self.optimizer.put_back()
+            for name, buffer in buffers.items():  # a running mean, for one, moves with every forward
+                self.policy.get_buffer(name).copy_(buffer)
             self.num_nonfinite_steps = num_nonfinite_steps
             raise
 

@@ -37,10 +37,10 @@ class WeightPublisher:
     def __init__(self, policy: nn.Module, max_policy_lag: int) -> None:
         """Allocate the snapshots on the policy's device and publish version 0."""
         changing = changing_tensors(policy)
-        self._names, self._sources = list(changing), list(changing.values())
-        self._device = self._sources[0].device
+        self._policy, self._names = policy, list(changing)
+        self._device = next(iter(changing.values())).device
         self._num_snapshots = max_policy_lag + 1
-        self._snapshots = [[torch.empty_like(s) for s in self._sources] for _ in range(self._num_snapshots)]
+        self._snapshots = [[torch.empty_like(s) for s in changing.values()] for _ in range(self._num_snapshots)]
         self._written: list[torch.cuda.Event | None] = [None] * self._num_snapshots
         self._read: list[torch.cuda.Event | None] = [None] * self._num_snapshots
         self._versions = [-1] * self._num_snapshots
@@ -65,8 +65,9 @@ class WeightPublisher:
             self._changed.wait_for(lambda: self._leased != index or self._is_closed)
             self._versions[index] = -1
         wait_event(self._read[index], self._device)
+        sources = changing_tensors(self._policy)  # asked anew: a policy may have put another tensor in a buffer's place
         with torch.no_grad():
-            torch._foreach_copy_(self._snapshots[index], self._sources)
+            torch._foreach_copy_(self._snapshots[index], list(sources.values()))
         self._written[index] = record_event(self._device)
         with self._changed:
             self._versions[index] = version

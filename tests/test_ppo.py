@@ -528,6 +528,27 @@ def test_an_update_that_is_abandoned_leaves_no_trace(error, num_finished):
     assert ppo.num_nonfinite_steps == 0
 
 
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["in place", "by another tensor"])
+def test_an_abandoned_update_leaves_no_trace_in_buffers(is_replaced):
+    """A running mean, as of batch statistics, moves with every forward."""
+    policy, rollout = make_policy_and_rollout()
+    policy.register_buffer("running", torch.zeros(3))
+    forward = policy.default_forward
+
+    def counting_forward(batch):
+        mean = 0.9 * policy.running + 0.1 * batch["obs", "state"].mean(0)
+        policy.running = mean if is_replaced else policy.running.copy_(mean)
+        return forward(batch)
+
+    policy.default_forward = counting_forward
+    ppo = PPO(policy, algorithm(), seed=0)
+    ppo.update(rollout, 0, lambda: None)
+    before = flat(policy.buffers())
+    with pytest.raises(KeyboardInterrupt):
+        ppo.update(rollout, 1, stop_at(6, KeyboardInterrupt()))
+    assert torch.equal(flat(policy.buffers()), before)
+
+
 def test_after_an_abandoned_update_training_goes_on_as_if_it_had_not_begun():
     outcomes = []
     for is_disturbed in (False, True):

@@ -38,6 +38,14 @@ def test_an_older_version_is_still_there_within_the_lag():
             assert all((tensor == version).all() for tensor in tensors)
 
 
+def test_a_buffer_that_was_replaced_by_another_tensor_is_published():
+    policy = Constant()
+    publisher = WeightPublisher(policy, 0)
+    policy.noise_level = torch.ones(3)
+    publisher.publish(1)
+    assert (publisher.snapshots()[1]["noise_level"] == 1).all()
+
+
 def test_a_lease_keeps_its_weights_while_the_policy_is_stepped():
     policy = Constant()
     publisher = WeightPublisher(policy, 1)
