@@ -162,7 +162,7 @@ class PolicyConfig(Section):
         description="Log-prob of a decision: sum or mean over steps and dimensions (a mean tempers the ratio), "
         "one ratio per denoising step, or one random step per decision.",
     )
-    min_std: float = Field(0.0, ge=0, description="Floor of the sampler's std, in sampling and in log-probs alike.")
+    min_std: float = Field(0.0, ge=0, description="Floor of every std; a learned one approaches it from above.")
     initial_std: float = Field(0.5, gt=0, description="gaussian: standard deviation before training.")
     compile: CompileMode = Field(
         "none", description="Inference while collecting: as it is, by torch.compile, or as a CUDA graph."

@@ -172,8 +172,12 @@ class FlowSampler(nn.Module):
             self.noise_level.fill_(start + (final - start) * min(update / self.config.anneal_updates, 1.0))
 
     def learned_std(self, logit: Tensor) -> Tensor:
-        """Return the std `[M]` whose log-variance a tanh keeps within `noise_range` (ReinFlow, bounded noise)."""
-        low, high = (math.log(bound) for bound in self.config.noise_range)
+        """Return the std `[M]` whose log-variance a tanh keeps within `noise_range` (ReinFlow, bounded noise).
+
+        The range begins at `min_std` where that is higher: below a floor there would be no gradient to come back with.
+        """
+        lowest, highest = self.config.noise_range
+        low, high = math.log(max(lowest, self.config.min_std)), math.log(highest)
         return (low + (high - low) * (logit.tanh() + 1) / 2).exp()
 
     def denoise(self, velocity: Velocity, noise: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class GaussianPolicy(Policy):
         """Build actor and critic; arguments as those of `make_policy`.
 
         Raises:
-            ConfigError: `log_prob` is a mode of denoising steps, or `min_std` exceeds `initial_std`.
+            ConfigError: `log_prob` is a mode of denoising steps, or `min_std` is not below `initial_std`.
         """
         super().__init__()
         _check(config)
@@ -50,7 +50,7 @@ class GaussianPolicy(Policy):
         context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
         # A small gain starts every state at the middle of the action range.
         self.actor = mlp([context_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std)))
+        self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std - config.min_std)))
         self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class GaussianPolicy(Policy):
         return mean.float().view(-1, self.horizon, self.action_dim)
 
     def _std(self) -> Tensor:
-        return self.log_std.exp().clamp(min=self._min_std)
+        return self.log_std.exp() + self._min_std  # not clamped: a std at the floor must have a gradient to rise with
 
     def _log_probs(self, raw: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         executed = self.n_action_steps
@@ -119,7 +119,7 @@ def _check(config: PolicyConfig) -> None:
             f"policy.log_prob = {config.log_prob} needs denoising steps; "
             "policy.kind = gaussian allows joint_sum, joint_mean"
         )
-    if config.min_std > config.initial_std:
+    if config.min_std >= config.initial_std:
         raise ConfigError(
-            f"policy.min_std = {config.min_std} must be at most policy.initial_std = {config.initial_std}"
+            f"policy.min_std = {config.min_std} must be below policy.initial_std = {config.initial_std}"
         )

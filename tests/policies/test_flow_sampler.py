@@ -211,6 +211,15 @@ def test_learned_std_starts_at_the_geometric_mean_and_stays_in_its_range():
     torch.testing.assert_close(ends, torch.tensor([0.08, 0.16]))
 
 
+@pytest.mark.parametrize("floor", [0.05, 0.12])
+def test_learned_noise_above_a_floor_is_learned(floor):
+    sampler = _sampler(noise_method="flow_noise", learn_noise=True, min_std=floor)
+    lowest = max(0.08, floor)
+    torch.testing.assert_close(sampler.learned_std(torch.tensor([-50.0, 50.0])), torch.tensor([lowest, 0.16]))
+    sampler.evaluate(_velocity, sampler.sample(_velocity, _noise(sampler))).entropy.sum().backward()
+    assert (sampler.noise_logit.grad > 0).all()
+
+
 def test_learned_std_is_evaluated_under_todays_weights():
     sampler = _sampler(noise_method="flow_noise", learn_noise=True)
     batch = sampler.sample(_velocity, _noise(sampler))

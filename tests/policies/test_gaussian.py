@@ -44,7 +44,7 @@ def test_actions_that_are_not_executed_leave_the_log_prob():
 def test_min_std_floors_sampling_and_log_prob_alike():
     policy = _policy(min_std=0.3, initial_std=0.4)
     with torch.no_grad():
-        policy.log_std.fill_(-5.0)
+        policy.log_std.fill_(-50.0)
     batch = policy.sample_actions(OBS, "train", torch.ones(4, 8)).set("obs", OBS)
     mean = policy.sample_actions(OBS, "eval", torch.ones(4, 8))["actions"]
     torch.testing.assert_close(batch["actions"] - mean, torch.full((4, 4, 2), 0.3))
@@ -58,6 +58,17 @@ def test_modes_of_denoising_steps_are_refused(mode):
         _policy(log_prob=mode)
 
 
-def test_a_floor_above_the_initial_std_is_refused():
-    with pytest.raises(ConfigError, match=r"policy.min_std = 0.6 must be at most policy.initial_std = 0.5"):
-        _policy(min_std=0.6)
+@pytest.mark.parametrize("floor", [0.5, 0.6])
+def test_a_floor_that_is_not_below_the_initial_std_is_refused(floor):
+    with pytest.raises(ConfigError, match=f"policy.min_std = {floor} must be below policy.initial_std = 0.5"):
+        _policy(min_std=floor)
+
+
+def test_a_std_near_its_floor_still_has_a_gradient():
+    policy = _policy(min_std=0.3, initial_std=0.4)
+    torch.testing.assert_close(policy._std(), torch.full((2,), 0.4))
+    with torch.no_grad():
+        policy.log_std.fill_(-9.0)
+    batch = policy.sample_actions(OBS, "train", torch.ones(4, 8)).set("obs", OBS)
+    policy.default_forward(batch)["entropy"].sum().backward()
+    assert (policy.log_std.grad > 0).all()
