@@ -21,9 +21,11 @@ from asyncflow.errors import AsyncflowError, TrainingError
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.latency import EmulatedLatency
 from asyncflow.metrics import MetricLogger
+from asyncflow.policies.base import Normalizer, clipped_inputs
 from asyncflow.rates import RateMeter, memory_metrics, rollout_metrics
 from asyncflow.timing import Stopwatch
 
+NOTICED_CLIPPED_SHARE = 0.1  # of a rollout's observed numbers
 STOP_GRACE_S = 5.0  # an update that takes longer after a request to stop is abandoned
 
 
@@ -61,6 +63,7 @@ class Trainer:
         self.progress = parts.progress
         self.is_stopping = False
         self._stop_deadline = float("inf")
+        self._has_told_clipped = False
         self._row: dict[str, float] = resumed.state["row"] if resumed else {}
         self._is_evaluation_owed = resumed.state["is_evaluation_owed"] if resumed else True
         self._newest = resumed.path if resumed else None
@@ -151,6 +154,7 @@ class Trainer:
             with watch.measure("publish_s"):
                 parts.channel.publisher.publish(progress.updates)
             metrics |= rollout_metrics(rollout, lag, watch.take())
+            self._tell_clipped(rollout)
             parts.channel.buffer.release(rollout)
         self._tell(rollout.info.faults)
         metrics |= {f"buffer/{name}": float(count) for name, count in parts.channel.buffer.books().items()}
@@ -166,6 +170,18 @@ class Trainer:
         progress.next_rollout = rollout.index + 1
         progress.journal = rollout.info.journal
         progress.faults.update(fault.kind for fault in rollout.info.faults)
+
+    def _tell_clipped(self, rollout: Rollout) -> None:
+        """Say once that the policy no longer sees what it observes: its normaliser cuts too much of it."""
+        shares = None if self._has_told_clipped else clipped_inputs(self.parts.policy, rollout.obs)
+        if shares is None or (share := shares.mean().item()) < NOTICED_CLIPPED_SHARE:  # sync: one number a rollout
+            return
+        self._has_told_clipped = True
+        worst = self.parts.env.spec.name_number(int(shares.argmax()))
+        self.reporter.notice(
+            f"{share:.0%} of the numbers observed in a rollout lie more than {Normalizer.LIMIT:g} times outside the "
+            f"demonstrations' range and are cut there, most often {worst}: the policy was made for other observations"
+        )
 
     def _tell(self, faults: Sequence[Fault]) -> None:
         for fault in faults:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from full_disk import fail_to_save
-from silent import LIFT, LIFT_VLA, TOY, Silent, record
+from silent import LIFT, LIFT_VLA, TOY, Silent, record, start
 
 from asyncflow import trainer
 from asyncflow.build import build_parts, build_policy
@@ -17,6 +17,7 @@ from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import AsyncflowError, CheckpointError, CollectorError, ConfigError, EnvError, TrainingError
 from asyncflow.evaluate import EvalResult
 from asyncflow.launch import train
+from asyncflow.policy_file import save_policy
 from asyncflow.ppo import PPO
 from asyncflow.presets import load_config
 from asyncflow.tracing import read_spans
@@ -344,3 +345,14 @@ def test_the_toy_trains_on_a_gpu(tmp_path, buffer_type):
     changes = TOY | FLOW | {"trainer.device": "cuda", "algorithm.critic_warmup_updates": 1}
     _, _, rows = run(tmp_path, "toy", changes | {"trainer.buffer_type": buffer_type})
     assert len(rows) == 6
+
+
+@pytest.mark.parametrize(("half_range", "num_told"), [(0.05, 1), (1.0, 0)])
+def test_a_policy_that_no_longer_sees_what_it_observes_is_told_once(tmp_path, half_range, num_told):
+    config = load_config("toy", TOY)
+    policy = build_policy(config, ToyVecEnv(1, 2).spec, torch.device("cpu"))
+    policy.obs_normalizer.set_range(torch.full((4,), -half_range), torch.full((4,), half_range))
+    save_policy(tmp_path / "start.safetensors", policy, config.policy, ToyVecEnv(1, 2).spec)
+    reporter = start(tmp_path / "run", "toy", TOY | {"policy.checkpoint": str(tmp_path / "start.safetensors")})
+    told = [notice for notice in reporter.notices if "are cut there, most often state[" in notice]
+    assert len(told) == num_told

@@ -9,6 +9,7 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,12 @@ class EnvSpec:
         """What cameras yield: a key of `RENDERED` -> camera -> shape; a kind that no camera yields is absent."""
         shapes = {"images": self.image_shapes, "points": self.point_shapes}
         return {kind: by_camera for kind, by_camera in shapes.items() if by_camera}
+
+    def name_number(self, column: int) -> str:
+        """Return what a number of `state` is: its place and, where that is known, the simulator's name for it."""
+        ends = itertools.accumulate(self.obs_widths)
+        name = next((key for key, end in zip(self.obs_keys, ends, strict=False) if column < end), "")
+        return f"state[{column}]" + (f" ({name})" if name else "")
 
     def with_history(self, n_obs_steps: int) -> EnvSpec:
         """Return the description of observations of the last `n_obs_steps` env steps; of one, it stays as it is."""

@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -25,6 +25,7 @@ class Normalizer(nn.Module):
 
     Demonstrations cover less than exploration does: a dimension that hardly moved in them (a quaternion's, which then
     flips its sign) would otherwise arrive as hundreds. Hence the floor of the range and the limit of what is passed on.
+    Without demonstrations there is no range to speak of: the identity, without a limit.
     """
 
     MIN_HALF_RANGE = 0.05
@@ -37,20 +38,44 @@ class Normalizer(nn.Module):
         super().__init__()
         self.register_buffer("offset", torch.zeros(shape))
         self.register_buffer("scale", torch.ones(shape))
+        self.is_fitted = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load as every module does; what is not the identity was fitted to data."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.is_fitted = bool((self.offset != 0).any() or (self.scale != 1).any())
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Fit the range, in the original units; half of it counts as `MIN_HALF_RANGE` at least."""
         half = (high - low) / 2
         self.offset.copy_((high + low) / 2)
         self.scale.copy_(half.clamp(min=self.MIN_HALF_RANGE))
+        self.is_fitted = True
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return `x` in normalised units, within `LIMIT`."""
-        return ((x - self.offset) / self.scale).clamp(-self.LIMIT, self.LIMIT)
+        """Return `x` in normalised units, within `LIMIT` of the data that it was fitted to."""
+        normalized = (x - self.offset) / self.scale
+        return normalized.clamp(-self.LIMIT, self.LIMIT) if self.is_fitted else normalized
+
+    def clipped_shares(self, x: Tensor) -> Tensor:
+        """Return how many of the rows of `x [..., D]` `LIMIT` cuts, [D], 0 to 1."""
+        is_clipped = ((x - self.offset) / self.scale).abs() > self.LIMIT
+        return is_clipped.float().flatten(0, -2).mean(0)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Return `x` in the original units."""
         return x * self.scale + self.offset
+
+
+def clipped_inputs(policy: nn.Module, obs: TensorDictBase) -> Tensor | None:
+    """Return how often each number of the state was cut by the policy's normaliser, [D], 0 to 1.
+
+    None where there is no such normaliser, or `obs` holds features in place of the state.
+    """
+    normalizer = getattr(policy, "obs_normalizer", None)
+    if not isinstance(normalizer, Normalizer) or not normalizer.is_fitted or "state" not in obs.keys():  # noqa: SIM118
+        return None
+    return normalizer.clipped_shares(obs["state"])
 
 
 class Policy(nn.Module, ABC):

@@ -120,6 +120,4 @@ def _check(config: PolicyConfig) -> None:
             "policy.kind = gaussian allows joint_sum, joint_mean"
         )
     if config.min_std >= config.initial_std:
-        raise ConfigError(
-            f"policy.min_std = {config.min_std} must be below policy.initial_std = {config.initial_std}"
-        )
+        raise ConfigError(f"policy.min_std = {config.min_std} must be below policy.initial_std = {config.initial_std}")
