@@ -23,11 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from asyncflow import files
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError
+from asyncflow.files import follow, publish_file, write_atomically
 from asyncflow.policies.base import Policy
-from asyncflow.policy_file import FILE_NAME, publish_file, save_policy, write_atomically
+from asyncflow.policy_file import FILE_NAME, save_policy
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 TRAINING, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums.json"
@@ -134,16 +136,12 @@ def _hidden(path: Path) -> Path:
 
 def point_at(run: Path, name: str, checkpoint: Path) -> None:
     """Let the link `checkpoints/<name>` mean `checkpoint`; a reader sees the old or the new one."""
-    link = run / "checkpoints" / name
-    temporary = _hidden(link)
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint.name)
-    os.replace(temporary, link)
+    files.point_at(run / "checkpoints" / name, checkpoint.name)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("update_*") if path.name.removeprefix("update_").isdigit()]
+    found = [path for path in (run / "checkpoints").glob("update_*") if path.name.removeprefix("update_").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("update_")))
 
 
@@ -153,7 +151,7 @@ def prune_checkpoints(run: Path, keep_last: int | None) -> None:
     Raises:
         OSError: One cannot be removed.
     """
-    kept = {(run / "checkpoints" / name).resolve() for name in ("last", "best")}
+    kept = {follow(run / "checkpoints" / name).resolve() for name in ("last", "best")}
     for path in list_checkpoints(run)[: -keep_last if keep_last else 0]:
         if path.resolve() not in kept:
             os.replace(path, _hidden(path))  # so that a cut leaves no half of a checkpoint under its name
@@ -174,8 +172,9 @@ def clean_checkpoints(run: Path) -> None:
         else:
             path.unlink()
     for name in ("last", "best"):
-        if not (run / "checkpoints" / name).exists():
-            (run / "checkpoints" / name).unlink(missing_ok=True)
+        link = run / "checkpoints" / name
+        if follow(link) == link and not link.is_dir():
+            link.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from asyncflow import __version__
-from asyncflow.errors import AsyncflowError, ConfigError
+from asyncflow.errors import ConfigError
+from asyncflow.exits import complain, crash, explain_usage
+from asyncflow.files import check_output
 from asyncflow.flags import flag as _flag
 from asyncflow.flags import flags as _flags
 from asyncflow.signals import EXIT_INTERRUPTED, interrupt_on_signals, stop_on_signals
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from asyncflow.config import Config
     from asyncflow.trainer import Trainer
 
-EXIT_CRASH, EXIT_USAGE = 1, 2
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, which some versions of typer carry inside
 _CONFIG_KEYS = {
     "task": "env.task",
@@ -216,6 +216,7 @@ def demos(**flags: Any) -> int:
     learning_rate=_flag("Adam step size.", float, 1e-3),
     seed=_flag("Seed of weights, batches and noise.", int, 0),
     max_shift=_flag("Pixels by which images are shifted at random, at most.", int, 4),
+    overwrite=_flag("Replace an existing file.", bool, False),
 )
 def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Train a policy with a velocity field on demonstrations, by flow matching."""
@@ -230,6 +231,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
         from asyncflow.pretrain import PretrainOptions, pretrain
 
     out = out or f"{os.path.splitext(dataset)[0]}.safetensors"
+    check_output(Path(out), flags["overwrite"], inputs=[config])
     options = PretrainOptions(**flags)
     with progress_bar("optimiser steps", options.num_steps) as show:
         result = pretrain(dataset, out, resolved, options, show)
@@ -303,40 +305,18 @@ def _quiet_imports() -> Iterator[None]:
         yield
 
 
-def _complain(message: str) -> int:
-    """Print a user's mistake in one line."""
-    print(f"asyncflow: error: {' '.join(message.split())}", file=sys.stderr)
-    return EXIT_USAGE
-
-
-def _explain_usage(error: Any) -> str:
-    possibilities = getattr(error, "possibilities", None)
-    if "Did you mean" in error.message:
-        return str(error.message)
-    if not possibilities:
-        return str(error.format_message())
-    return f"{error.message.rstrip('.')}; did you mean {' or '.join(possibilities)}?"
-
-
-def _crash(error: Exception) -> int:
-    traceback.print_exc()
-    kind = "" if isinstance(error, AsyncflowError) else f"{type(error).__name__}: "
-    print(f"asyncflow: crashed: {kind}{' '.join(str(error).split())[:300]}", file=sys.stderr)
-    return EXIT_CRASH
-
-
 def run(arguments: list[str]) -> int:
     """Run a command line and return its exit code."""
     try:
         return app(arguments or ["--help"], prog_name="asyncflow", standalone_mode=False) or 0
     except ConfigError as error:
-        return _complain(str(error))
+        return complain(str(error))
     except _UsageError as error:
-        return _complain(_explain_usage(error))
+        return complain(explain_usage(error))
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
     except Exception as error:
-        return _crash(error)
+        return crash(error)
 
 
 def main() -> NoReturn:

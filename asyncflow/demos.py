@@ -8,7 +8,6 @@ Shapes: L recorded steps of one demonstration, A action size.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -25,7 +24,7 @@ from asyncflow.envs.robomimic import RobomimicEnv
 from asyncflow.envs.tasks import resolve_task
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.experts import EXPERTS, Array, Expert, Obs
-from asyncflow.policy_file import check_output, publish_file
+from asyncflow.files import check_output, publish_file, temporary_name
 from asyncflow.seeding import derive_seed
 
 MAX_STEPS = 150
@@ -189,9 +188,7 @@ def collect_demos(
     start = time.perf_counter()
     out = Path(out)
     make_expert = _find_expert(env_config)
-    check_output(out)
-    if out.exists() and not options.overwrite:
-        raise ConfigError(f"--out {out}: the file exists; choose another name or pass --overwrite")
+    check_output(out, options.overwrite, inputs=[env_config.env_meta])
     simulator = make_simulator(env_config, derive_seed(options.seed, "simulator", 0))
     try:
         demos, num_failures = _collect(simulator, make_expert, options, on_progress)
@@ -270,7 +267,7 @@ def _film(simulator: Simulator, demo: _Demo) -> None:
 def write_dataset(out: Path, demos: list[_Demo], env_meta: dict[str, Any]) -> None:
     """Write robomimic's layout under a temporary name, then rename it."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(out)
     try:
         with h5py.File(temporary, "w") as file:
             data = file.create_group("data")

@@ -44,7 +44,9 @@ def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None
     with ExitStack() as stack:
 
         def announce(ring_bytes: int) -> None:
-            stack.callback(os.close, create_run_folder(folder, config))
+            nonlocal folder
+            folder, descriptor = create_run_folder(folder, config)
+            stack.callback(os.close, descriptor)
             reporter.start(config, folder, ring_bytes, str(resolve_device(config.trainer.device)))
 
         parts = build_parts(config, announce)

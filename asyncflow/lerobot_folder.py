@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.tasks import POINTS
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.files import expand_user, follow
 
 KIND = "lerobot"  # of `policy.kind`
 EXPORT = "lerobot"  # folder beside a policy file, which LeRobot loads again
@@ -101,14 +102,6 @@ def adopt_lerobot(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"policy": policy | {"kind": KIND, "checkpoint": path}}
 
 
-def expand_user(name: str) -> Path:
-    """Return a path with `~` replaced; as it is where there is no such user."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        return Path(name)
-
-
 def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
     """Return the folder that a policy of kind `lerobot` is built from, if it can be.
 
@@ -155,7 +148,7 @@ def read_lerobot_folder(path: Path) -> LeRobotFolder:
         values = _read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         exported = next(
-            (found for found in (path / EXPORT, path / "checkpoints" / "last" / EXPORT) if found.is_dir()), None
+            (found for found in (path / EXPORT, follow(path / "checkpoints" / "last") / EXPORT) if found.is_dir()), None
         )
         hint = f"; of this run, {exported} is one" if exported else ""
         raise CheckpointError(f"{source}: not a LeRobot policy folder: {' '.join(str(error).split())}{hint}") from None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncflow.errors import ConfigError
+from asyncflow.files import write_atomically
 
 Row = Mapping[str, float | None]
 
@@ -149,7 +150,7 @@ def cut_rows(folder: Path, updates: int) -> int | None:
     kept = [(line, row) for line, row in rows if row is not None and row.get("updates", 0) <= updates]
     if len(kept) < len(lines):
         try:
-            _replace(path, b"".join(line for line, _ in kept))
+            write_atomically(path, b"".join(line for line, _ in kept))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; the rows after update {updates} must be removed") from None
     return kept[-1][1]["env_steps"] if kept else None
@@ -161,16 +162,3 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and "env_steps" in row else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Replace a file's content so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ is trained, and never reads pickled code: a checkpoint of robomimic, a pickle, i
 from __future__ import annotations
 
 import json
-import os
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 import asyncflow
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.lerobot_folder import expand_user, is_lerobot_folder, with_export
+from asyncflow.errors import CheckpointError
+from asyncflow.files import expand_user, follow, write_atomically
+from asyncflow.lerobot_folder import is_lerobot_folder, with_export
 from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.robomimic_file import load_robomimic_file
 
@@ -62,46 +62,6 @@ def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig
     # One key: safetensors writes several in an order of its own, which differs between runs.
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), save(tensors, metadata=metadata))
-
-
-def check_output(path: Path) -> None:
-    """Find out, before any work is done for it, whether a file can be written.
-
-    Raises:
-        ConfigError: The path is a folder, or lies where nothing can be written.
-    """
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: is a folder; give a file name")
-    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise ConfigError(f"--out {path}: cannot write in {ancestor}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old content or the new one, never a part; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-        publish_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def publish_file(temporary: Path, path: Path) -> None:
-    """Give a finished file of the same folder its final name, once its bytes are on the disk."""
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)  # the name itself is data of the folder
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_policy_file(path: str | Path) -> PolicyFile:
@@ -182,10 +142,10 @@ def resolve_checkpoint(name: str) -> Path:
     Raises:
         CheckpointError: Nothing of that name exists.
     """
-    path = expand_user(name)
-    candidates = [path, path / FILE_NAME, path / "checkpoints" / "last" / FILE_NAME, ASSETS / f"{name}.safetensors"]
-    for candidate in candidates:
-        if candidate.is_file():
+    path = follow(expand_user(name))
+    last = follow(path / "checkpoints" / "last")
+    for candidate in (path, path / FILE_NAME, last / FILE_NAME, ASSETS / f"{name}.safetensors"):
+        if _is_file(candidate):
             return candidate
     if is_lerobot_folder(path):
         raise CheckpointError(
@@ -196,6 +156,13 @@ def resolve_checkpoint(name: str) -> Path:
         f"checkpoint {name}: not found; give a run folder, a checkpoint folder, a .safetensors file, "
         f"or shipped weights: {', '.join(shipped_weights())}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or may not be looked at
+        return False
 
 
 def shipped_weights() -> list[str]:

@@ -23,12 +23,13 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import POINTS
 from asyncflow.errors import ConfigError
 from asyncflow.examples import Examples, cut_chunks, cut_histories
+from asyncflow.files import check_output
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.policies import Policy, make_policy
 from asyncflow.policies.base import Normalizer
 from asyncflow.policies.foreign import VELOCITY_METHODS
 from asyncflow.policies.velocity import VelocityPolicy
-from asyncflow.policy_file import check_output, save_policy
+from asyncflow.policy_file import save_policy
 from asyncflow.seeding import derive_seed
 
 
@@ -42,6 +43,7 @@ class PretrainOptions:
         learning_rate: Adam step size.
         seed: Seed of the initial weights, the batches, the noise, the times and the shifts.
         max_shift: Pixels by which images are shifted at most, in either direction.
+        overwrite: Replace an existing file.
     """
 
     num_steps: int = 1000
@@ -49,6 +51,7 @@ class PretrainOptions:
     learning_rate: float = 1e-3
     seed: int = 0
     max_shift: int = 4
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.max_shift < 0:
@@ -103,8 +106,9 @@ def pretrain(
             of its own, or a LeRobot folder.
     """
     start = time.perf_counter()
-    check_output(Path(out))
     policy_config, env_config = config.policy, config.env
+    inputs = [dataset, env_config.env_meta, policy_config.checkpoint, policy_config.vla.model_path]
+    check_output(Path(out), options.overwrite, inputs)
     if policy_config.kind == LEROBOT:
         raise ConfigError(
             f"policy.kind = {LEROBOT}: LeRobot itself trains its policies on demonstrations; see lerobot-train"

@@ -16,6 +16,7 @@ from asyncflow.build import check_start
 from asyncflow.config import Config
 from asyncflow.envs.tasks import TOYS
 from asyncflow.errors import ConfigError
+from asyncflow.files import make_new_folder
 from asyncflow.profile_legs import Leg, Mode, Window, stage_times
 from asyncflow.profile_model import (
     Ceilings,
@@ -31,6 +32,7 @@ from asyncflow.profile_model import (
 )
 from asyncflow.profile_run import change, measure_span_cost, num_warmup, run_leg, vla_lag
 
+WRITTEN = ("profile.json", "profile.csv", "profile.png", "trace.json")
 RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # Tt / Tc of a sweep
 SWEEP_COLLECT_S = (0.5, 1.0)  # Tc of a sweep: longer where an update is long, so that small ratios can be reached
 LEG_S, MIN_UPDATES, MAX_UPDATES, SWEEP_UPDATES = 4.0, 3, 40, 6
@@ -269,10 +271,13 @@ def prepare(config: Config, options: ProfileOptions, out: str | None) -> Path:
     options.check()
     check_start(emulate(config, options))
     folder = Path(out or f"runs/profile_{config.env.task}_{time.strftime('%Y%m%d-%H%M%S')}")
-    if (folder / "profile.json").exists():
-        raise ConfigError(f"--out {folder}: already holds a profile; choose another folder")
     try:
+        if out is None:
+            return make_new_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        found = [name for name in WRITTEN if (folder / name).exists()]
     except OSError as error:
         raise ConfigError(f"--out {folder}: {error.strerror}") from None
+    if found:
+        raise ConfigError(f"--out {folder}: already holds {found[0]}, which a profile would replace; choose another")
     return folder

@@ -7,11 +7,11 @@ Owns everything in a run folder but checkpoints and metrics. It must not know ho
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 
 from asyncflow.config import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.policy_file import write_atomically
+from asyncflow.files import lock_file, make_new_folder, write_atomically
 from asyncflow.presets import apply_overrides, read_sections
 
 # What may differ in a resumed run: none of it changes what a finished update was.
@@ -32,14 +32,15 @@ CHANGEABLE = (
     "algorithm.max_nonfinite_steps", "policy.compile", "policy.emulated_latency_s", "algorithm.emulated_latency_s",
     "env.emulated_latency_s", "trainer.emulated_spread", "trainer.emulated_variation", "logging.trace",
 )  # fmt: skip
+_WRITTEN = ("metrics.jsonl", "versions.json", "trace.json")  # by a new run, besides config.yaml and checkpoints
 _PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
 
 
 def name_run_folder(config: Config) -> Path:
-    """Return the folder of a new run; creates nothing.
+    """Return the folder of a new run; creates nothing. One that nobody asked for may get a number behind its name.
 
     Raises:
-        ConfigError: The folder already holds a run.
+        ConfigError: The folder already holds a run, or files that a run would write to.
     """
     trainer = config.trainer
     default = f"runs/{config.env.task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -49,22 +50,33 @@ def name_run_folder(config: Config) -> Path:
 
 
 def _refuse_run(folder: Path) -> None:
-    if (folder / "config.yaml").exists():
-        raise ConfigError(
-            f"logging.out = {folder}: already holds a run; choose another folder, or go on with it: --resume {folder}"
-        )
+    try:
+        if (folder / "config.yaml").exists():
+            raise ConfigError(
+                f"logging.out = {folder}: already holds a run; choose another folder, or go on with it: "
+                f"--resume {shlex.quote(str(folder))}"
+            )
+        found = [name for name in _WRITTEN if (folder / name).exists()]
+        found += [f"checkpoints/{path.name}" for path in (folder / "checkpoints").glob("*")]
+    except OSError as error:
+        raise ConfigError(f"logging.out = {folder}: {error.strerror}") from None
+    if found:
+        raise ConfigError(f"logging.out = {folder}: already holds {found[0]}, which is not this run's; choose another")
 
 
-def create_run_folder(folder: Path, config: Config) -> int:
+def create_run_folder(folder: Path, config: Config) -> tuple[Path, int]:
     """Create the folder of a new run, with its configuration and the versions it runs on, and lock it.
 
     Returns:
-        As `lock_run_folder`.
+        The folder, whose name gets a number if nobody asked for it and another run has just taken it; and the
+        descriptor, as `lock_run_folder`.
 
     Raises:
         ConfigError: The folder cannot be created, or another process has begun a run in it since it was named.
     """
     try:
+        if config.logging.out is None:
+            folder = make_new_folder(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"logging.out = {folder}: {error.strerror}") from None
@@ -75,7 +87,7 @@ def create_run_folder(folder: Path, config: Config) -> int:
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
+    return folder, descriptor
 
 
 def _describe_run(folder: Path, config: Config) -> None:
@@ -134,14 +146,11 @@ def lock_run_folder(folder: Path) -> int:
         ConfigError: Another process trains there, or the folder cannot be written to.
     """
     try:
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = lock_file(folder / "lock")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write in it: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise ConfigError(f"{folder}: another process is training in this run folder; stop it first") from None
+    if descriptor is None:
+        raise ConfigError(f"{folder}: another process is training in this run folder; stop it first")
     return descriptor
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all, links that always point at one, and what is kept."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -133,6 +135,21 @@ def test_the_newest_are_kept_and_the_best(folder):
     assert names(folder) == ["best", "last", "update_000002", "update_000004", "update_000005"]
     prune_checkpoints(folder, None)
     assert len(list_checkpoints(folder)) == 3
+
+
+def test_without_symbolic_links_files_name_the_newest_and_the_best(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    paths = [save(folder, updates) for updates in range(1, 5)]
+    point_at(folder, "best", paths[0])
+    prune_checkpoints(folder, 2)
+    clean_checkpoints(folder)
+    assert names(folder) == ["best", "last", "update_000001", "update_000003", "update_000004"]
+    for name in (folder, folder / "checkpoints/last"):
+        assert resolve_checkpoint(str(name)) == paths[3] / "policy.safetensors"
+    assert find_newest(folder)[0].path == paths[3]
 
 
 def test_checkpoints_are_in_the_order_of_their_numbers(folder):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncflow"
 
 # A module may import from its own layer and from those below it. A folder stands for its modules.
 LAYERS = [
-    {"errors", "plugins", "signals"},
+    {"errors", "exits", "files", "notices", "plugins", "signals"},
     {"config", "policy_config"},
     {
         "buffer", "camera_data", "console", "dataset", "device", "envs", "examples", "experts", "flags", "gae",

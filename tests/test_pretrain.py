@@ -74,6 +74,17 @@ def test_normalisers_map_the_datas_range_to_one(dataset, tmp_path):
         torch.testing.assert_close(values.amax(0), torch.ones(values.shape[1]))
 
 
+def test_the_dataset_and_an_older_file_are_not_replaced(dataset, tmp_path):
+    before = dataset.read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="which is read"):
+            pretrain(dataset, dataset, Config(policy=CONFIG), PretrainOptions(overwrite=overwrite))
+    assert dataset.read_bytes() == before
+    (tmp_path / "older").write_bytes(b"")
+    with pytest.raises(ConfigError, match="pass --overwrite"):
+        pretrain(dataset, tmp_path / "older", Config(policy=CONFIG), OPTIONS)
+
+
 def test_loss_falls(dataset, tmp_path):
     result = run(dataset, tmp_path / "policy.safetensors", PretrainOptions(num_steps=200, batch_size=64))
     assert result.final_loss < 0.8 * result.first_loss

@@ -103,7 +103,7 @@ def test_options_that_cannot_be_are_refused_before_a_folder_is_made(tmp_path, op
 
 def test_a_folder_with_a_profile_is_refused(tmp_path):
     (tmp_path / "profile.json").write_text("{}")
-    with pytest.raises(ConfigError, match="already holds a profile"):
+    with pytest.raises(ConfigError, match="already holds profile"):
         prepare(toy(), ProfileOptions(), str(tmp_path))
 
 

@@ -1,9 +1,12 @@
 """A run's folder: one run, one writer, and what may change when it is resumed."""
 
+import errno
 import os
+import time
 
 import pytest
 
+from asyncflow import notices
 from asyncflow.config import describe_keys, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.presets import load_config
@@ -21,7 +24,7 @@ from asyncflow.run_folder import (
 @pytest.fixture
 def folder(tmp_path):
     config = load_config("toy", {"logging.out": str(tmp_path / "run")})
-    os.close(create_run_folder(name_run_folder(config), config))
+    os.close(create_run_folder(name_run_folder(config), config)[1])
     return tmp_path / "run"
 
 
@@ -113,9 +116,47 @@ def test_a_run_that_began_meanwhile_is_not_written_over(folder):
     """Between naming the folder and creating it lie the seconds in which simulators are built."""
     before = (folder / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="already holds a run"):
-        create_run_folder(folder, load_config("toy", {"trainer.seed": 9}))
+        create_run_folder(folder, load_config("toy", {"trainer.seed": 9, "logging.out": str(folder)}))
     assert (folder / "config.yaml").read_text() == before
     os.close(lock_run_folder(folder))  # the refusal let go of the lock
+
+
+def test_equal_runs_that_begin_in_the_same_second_get_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "now")
+    folder = name_run_folder(load_config("toy"))
+    made = [create_run_folder(folder, load_config("toy")) for _ in range(3)]
+    for _, descriptor in made:
+        os.close(descriptor)
+    assert [path.name for path, _ in made] == [f"Toy_vla_seed0_now{end}" for end in ("", "_2", "_3")]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "versions.json", "trace.json", "checkpoints/update_000100"])
+def test_a_folder_that_holds_what_a_run_would_write_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    (tmp_path / "run" / name).write_text("another tool's\n")
+    config = load_config("toy", {"logging.out": str(tmp_path / "run")})
+    for refused in (name_run_folder, lambda config: create_run_folder(tmp_path / "run", config)):
+        with pytest.raises(ConfigError, match=f"already holds {name}"):
+            refused(config)
+    assert (tmp_path / "run" / name).read_text() == "another tool's\n"
+
+
+def test_a_folder_with_other_files_may_become_a_run(tmp_path):
+    (tmp_path / "run.log").write_text("what the run prints")
+    config = load_config("toy", {"logging.out": str(tmp_path)})
+    os.close(create_run_folder(name_run_folder(config), config)[1])
+
+
+def test_a_file_system_without_locks_refuses_no_run(folder, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(notices, "_told", set())
+    for _ in range(2):
+        os.close(lock_run_folder(folder))
+    assert capsys.readouterr().err.count("no other process trains there") == 1
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n"])

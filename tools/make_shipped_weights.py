@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,13 +29,14 @@ from asyncflow.pretrain import PretrainOptions, pretrain
 
 ENV = EnvConfig(task="Lift", horizon=120)
 DEMOS = DemoOptions(num_demos=20, seed=0, action_noise=0.15, grasp_offset=0.03)
+SHIPPED = ASSETS / "lift_flow.safetensors"
 PRETRAIN = PretrainOptions(num_steps=600, batch_size=256, learning_rate=1e-3, seed=0)
 
 
 def main() -> None:
     """Collect, train, measure and print one line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ASSETS / "lift_flow.safetensors")
+    parser.add_argument("--out", type=Path, default=SHIPPED)
     parser.add_argument("--eval-episodes", type=int, default=200, help="0: only make the file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and with it the last bits, depends on it
@@ -49,7 +50,8 @@ def make_weights(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "lift.hdf5"
         _report("demos", asdict(DEMOS) | asdict(collect_demos(ENV, dataset, DEMOS)))
-        _report("pretrain", asdict(PRETRAIN) | asdict(pretrain(dataset, out, Config(env=ENV), PRETRAIN)))
+        options = replace(PRETRAIN, overwrite=out == SHIPPED)
+        _report("pretrain", asdict(options) | asdict(pretrain(dataset, out, Config(env=ENV), options)))
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     _report("file", {"path": out, "bytes": out.stat().st_size, "sha256": digest})
 

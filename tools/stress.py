@@ -36,7 +36,7 @@ from stress_report import Row, page
 from stress_ring import race_through_ring
 from stress_weights import hunt_torn_weights
 
-from asyncflow.policy_file import write_atomically
+from asyncflow.files import write_atomically
 
 NUM_LEASES, NUM_ROLLOUTS, NUM_CUTS = 4_000, 100_000, 50
 NUM_LANES = 2

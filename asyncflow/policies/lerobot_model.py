@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from asyncflow.errors import CheckpointError
+from asyncflow.files import write_atomically
 from asyncflow.lerobot_folder import CONFIG, WEIGHTS, LeRobotFolder
 from asyncflow.policies.image_encoder import Shapes
 from asyncflow.policies.vla_model import KeysValues
-from asyncflow.policy_file import check_tensors, write_atomically
+from asyncflow.policy_file import check_tensors
 
 
 class LeRobotModel(nn.Module, ABC):
