@@ -61,6 +61,12 @@ Overrides = Annotated[
 ]
 Checkpoint = Annotated[str, typer.Argument(help="Run folder, checkpoint folder, .safetensors file or shipped weights.")]
 
+_TRUST_CLASS = _flag(
+    "Model's class that the checkpoint or run may have imported, which runs its code; may be repeated.",
+    list[str],
+    metavar="package.module.Class",
+)
+
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
@@ -87,10 +93,12 @@ def _options(
     out=_flag("Run folder; must not hold a run.", metavar="FOLDER"),
     logger=_flag("Curves beside metrics.jsonl.", metavar="tensorboard|none"),
     trace=_flag("Write trace.json, who did what when, for Perfetto or chrome://tracing.", bool),
+    trust_class=_TRUST_CLASS,
 )
 def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Fine-tune a policy with PPO, or go on with a run."""
     folder = flags.pop("resume")
+    _trust(flags.pop("trust_class"))
     resolved = _load(config, overrides, flags) if folder is None else _load_run(folder, config, overrides, flags)
     from asyncflow.console import ConsoleReporter
 
@@ -153,9 +161,11 @@ def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) ->
     num_envs=_flag("Environments stepped at once.", int),
     num_workers=_flag("Simulator processes; one per core if not given.", int),
     device=_flag("Where to infer.", metavar="auto|cpu|cuda|cuda:N"),
+    trust_class=_TRUST_CLASS,
 )
 def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     """Measure how often a policy succeeds, with a 95 % interval."""
+    _trust(flags.pop("trust_class"))
     num_episodes = flags.pop("num_episodes")
     if num_episodes < 1:
         raise ConfigError(f"--num-episodes {num_episodes}: must be at least 1")
@@ -269,6 +279,13 @@ def config(overrides: Overrides = None, config: Preset = None) -> int:
     rows = [[key, plain(values[key]), plain(default), meaning] for key, default, meaning in describe_keys()]
     ConsoleReporter().table(["key", "value", "default", "meaning"], rows)
     return 0
+
+
+def _trust(paths: list[str] | None) -> None:
+    from asyncflow.plugins import trust_class
+
+    for path in paths or []:
+        trust_class(path)
 
 
 def _split(text: str | None) -> list[Any]:

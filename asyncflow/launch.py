@@ -22,6 +22,8 @@ from asyncflow.checkpoint import (
 from asyncflow.config import Config
 from asyncflow.device import resolve_device
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.lerobot_folder import with_export
+from asyncflow.policies import find_policy_code
 from asyncflow.progress import Progress
 from asyncflow.run_folder import changed_versions, create_run_folder, lock_run_folder, write_config
 from asyncflow.trainer import Reporter, Trainer
@@ -66,7 +68,8 @@ def resume(
 
     Raises:
         CheckpointError: Every checkpoint is damaged.
-        ConfigError: The run is finished, or another process trains in the folder.
+        ConfigError: The run is finished, another process trains in the folder, or the folder names a model's class
+            that the user did not.
         CollectorError: Collecting failed.
         TrainingError: Training failed.
     """
@@ -75,6 +78,7 @@ def resume(
         try:
             checkpoint = _find_start(folder, reporter)
             _check_unfinished(config, checkpoint)
+            find_policy_code(with_export(config.policy, checkpoint.path) if checkpoint else config.policy)
             write_config(folder, config)
         except OSError as error:
             raise CheckpointError(f"--resume {folder}: {error.filename}: {error.strerror}") from None

@@ -1,6 +1,7 @@
 """What other packages add: policies and environments, by entry points, and classes by their import path.
 
-Owns how they are found. It must not know what they are for.
+Importing a module runs its code, so a name is imported only on the user's word, never on a file's: entry points are
+those of installed packages, and a class is imported only if it is asyncflow's own or was passed to `trust_class`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,20 @@ from typing import Any
 from asyncflow.errors import ConfigError
 
 POLICIES, ENVS = "asyncflow.policies", "asyncflow.envs"
+TRUST_FLAG = "--trust-class"
+MAX_SHOWN = 80  # characters of a name that a file may have made up
+_OWN = "asyncflow."
+
+_trusted: set[str] = set()  # of this process: a command trusts what its own command line and --config name
+
+
+def trust_class(path: str) -> None:
+    """Allow `import_class` to import `package.module.Class` from now on, because the user named it.
+
+    Call it with names from a command line, a user's own configuration or a program, never with those from a policy
+    file or a run folder.
+    """
+    _trusted.add(path)
 
 
 def plugin_names(group: str) -> list[str]:
@@ -32,23 +47,42 @@ def load_plugin(group: str, name: str) -> Any:
         raise ConfigError(f"entry point {name} of {group} ({point.value}): {_one_line(error)}") from error
 
 
-def import_object(path: str, key: str) -> Any:
-    """Import `package.module.Name`.
+def import_class(path: str, key: str, base: str) -> type[Any]:
+    """Import the class `package.module.Class`, if the user named it or it is asyncflow's own.
 
     Args:
         path: Where it is.
         key: The key of the configuration that holds `path`.
+        base: Import path of the class that it must be derived from; anything else is not returned, so never called.
 
     Raises:
-        ConfigError: It cannot be imported.
+        ConfigError: The user did not name it, in which case nothing was imported; it cannot be imported; or it is not
+            derived from `base`.
     """
-    module, _, name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(f"{key} = {path[:MAX_SHOWN]!a}: not an import path; expected package.module.Class")
+    if path not in _trusted and not path.startswith(_OWN):
+        shown = path[:MAX_SHOWN].encode("ascii", "backslashreplace").decode()
+        raise ConfigError(
+            f"{key} = {shown}: named by a file and not by this command, so that it is not imported; if you "
+            f"trust that code: {TRUST_FLAG} {shown}"
+        )
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = _import_name(path)
+    except Exception as error:  # whatever the module's own code raises
         raise ConfigError(
             f"{key} = {path}: {_one_line(error)}; expected package.module.Class, importable from PYTHONPATH"
         ) from error
+    if not (isinstance(found, type) and issubclass(found, _import_name(base))):
+        raise ConfigError(f"{key} = {path}: not a {base}, but {type(found).__name__}; expected such a class")
+    if path not in _trusted and not found.__module__.startswith(_OWN):
+        raise ConfigError(f"{key} = {path}: {found.__module__}.{found.__name__} is not asyncflow's own")
+    return found
+
+
+def _import_name(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from asyncflow.config import Config, validate
 from asyncflow.envs.tasks import TASKS, Task, find_task, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import adopt_lerobot
+from asyncflow.plugins import trust_class
 
 # YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
@@ -54,7 +55,7 @@ def _preset_folder() -> Path:
 
 
 def load_config(preset: str | None = None, overrides: dict[str, Any] | None = None) -> Config:
-    """Build a validated configuration.
+    """Build a validated configuration of the user's own: a model's class that it names may be imported.
 
     Args:
         preset: A shipped preset's name or the path of a YAML file; None means the defaults.
@@ -63,7 +64,18 @@ def load_config(preset: str | None = None, overrides: dict[str, Any] | None = No
     Raises:
         ConfigError: An unknown preset or key, a wrong type or an impossible combination; the message is one line.
     """
-    return validate(adopt_lerobot(apply_overrides(read_preset(preset) if preset else {}, overrides or {})))
+    values = apply_overrides(read_preset(preset) if preset else {}, overrides or {})
+    trust_named_class(values)
+    return validate(adopt_lerobot(values))
+
+
+def trust_named_class(values: dict[str, Any]) -> None:
+    """Trust the model's class that nested values name, which must be the user's own and not those of a file."""
+    found: Any = values
+    for key in ("policy", "vla", "model_class"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if isinstance(found, str):
+        trust_class(found)
 
 
 def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

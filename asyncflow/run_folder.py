@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 from asyncflow.config import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import lock_file, make_new_folder, write_atomically
-from asyncflow.presets import apply_overrides, read_sections
+from asyncflow.presets import apply_overrides, read_sections, trust_named_class
 
 # What may differ in a resumed run: none of it changes what a finished update was.
 CHANGEABLE = (
@@ -106,6 +107,8 @@ def write_config(folder: Path, config: Config) -> None:
 def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
     """Return the configuration with which a run goes on.
 
+    The folder may be a stranger's: of the two, only the overrides are the user's own, and may name a class to import.
+
     Args:
         folder: The run folder.
         overrides: Dotted key -> value; only `CHANGEABLE` keys may differ from the run's.
@@ -123,6 +126,7 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
         raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {error}") from None
     run = validate(values)
     _refuse_changes(run, overrides)
+    trust_named_class(apply_overrides({}, deepcopy(overrides)))
     resumed = validate(apply_overrides(values, overrides))
     _refuse_changes(run, values_by_key(resumed))  # a whole section was given, or a part of a value
     return resumed

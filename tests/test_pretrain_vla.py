@@ -14,6 +14,7 @@ from torch import nn
 from asyncflow.config import Config, EnvConfig, PolicyConfig, VLAConfig
 from asyncflow.dataset import read_dataset
 from asyncflow.errors import ConfigError
+from asyncflow.plugins import trust_class
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_into, load_policy_file
 from asyncflow.pretrain import PretrainOptions, pretrain
@@ -33,11 +34,13 @@ class ActorCritic(nn.Module):
     get_value = evaluate_actions = forward
 
 
-def build_padded(padded_action_dim):
-    """Return the example as a model that denoises another number of dimensions than an action has."""
-    model = import_module("my_vla").MyVLA(width=16, horizon=2, action_dim=padded_action_dim)
-    model.padded_action_dim = padded_action_dim
-    return model
+class Padded(nn.Module):
+    """Makes of the example a model that denoises another number of dimensions than an action has."""
+
+    def __new__(cls, padded_action_dim):
+        model = import_module("my_vla").MyVLA(width=16, horizon=2, action_dim=padded_action_dim)
+        model.padded_action_dim = padded_action_dim
+        return model
 
 
 @pytest.fixture
@@ -50,6 +53,7 @@ def pictures(tmp_path, monkeypatch):
 
 def run_vla(pictures, out, options=OPTIONS, changes=None, **vla):
     """Pre-train with changed keys; return the policy as built and as read from its file."""
+    trust_class(vla.get("model_class", ""))
     policy = VLA.model_copy(update={"vla": VLA.vla.model_copy(update=vla)} | (changes or {}))
     result = pretrain(pictures, out, Config(env=ENV, policy=policy), options)
     file = load_policy_file(out)
@@ -111,14 +115,14 @@ def test_a_model_with_its_own_log_probs_is_refused_in_one_line(pictures, tmp_pat
 
 
 def test_a_padded_model_learns_its_padding_too(pictures, tmp_path):
-    padded = {"model_class": "elsewhere.build_padded", "model_kwargs": {"padded_action_dim": 9}}
+    padded = {"model_class": "elsewhere.Padded", "model_kwargs": {"padded_action_dim": 9}}
     _, fresh, trained = run_vla(pictures, tmp_path / "out", **padded)
     moved = (fresh.model.expert[2].bias - trained.model.expert[2].bias).view(2, 9).abs()
     assert (moved > 0).all()
 
 
 def test_chunks_narrower_than_the_actions_are_refused(pictures, tmp_path):
-    narrow = {"model_class": "elsewhere.build_padded", "model_kwargs": {"padded_action_dim": 3}}
+    narrow = {"model_class": "elsewhere.Padded", "model_kwargs": {"padded_action_dim": 3}}
     with pytest.raises(ConfigError, match=r"MyVLA: padded_action_dim = 3 is less than the 7 dimensions of an action"):
         run_vla(pictures, tmp_path / "out", **narrow)
 

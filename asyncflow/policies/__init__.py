@@ -9,9 +9,10 @@ from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot
-from asyncflow.plugins import POLICIES, import_object, load_plugin
+from asyncflow.plugins import POLICIES, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
+from asyncflow.policies.foreign import find_model_class
 from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.image_encoder import Shapes
 from asyncflow.policies.vla import VLAPolicy, build_vla
@@ -59,7 +60,7 @@ def find_policy_code(config: PolicyConfig) -> bool:
         open_lerobot(config)
         return False
     if config.kind == "vla" and config.vla.model_class is not None:
-        import_object(config.vla.model_class, "policy.vla.model_class")
+        find_model_class(config.vla)
         return False
     return True
 

@@ -9,6 +9,7 @@ Shapes: N decisions, P predicted actions, H executed actions, A action size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,23 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig, VLAConfig
-from asyncflow.errors import ConfigError
-from asyncflow.plugins import import_object
+from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.plugins import import_class
 from asyncflow.policies.base import Mode, Policy
+from asyncflow.robomimic_file import load_restricted
 
 VELOCITY_METHODS = ("encode_prefix", "velocity", "value")
 ACTOR_CRITIC_METHODS = ("forward", "get_value", "evaluate_actions")
+
+
+def find_model_class(config: VLAConfig) -> type[nn.Module]:
+    """Import `model_class`, if the user named it for this command or it is asyncflow's own.
+
+    Raises:
+        ConfigError: As `import_class`.
+    """
+    assert config.model_class is not None  # the caller's condition
+    return import_class(config.model_class, "policy.vla.model_class", "torch.nn.Module")
 
 
 def load_model(config: VLAConfig) -> nn.Module:
@@ -35,34 +47,34 @@ def load_model(config: VLAConfig) -> nn.Module:
     Raises:
         ConfigError: The class, its arguments or the weights cannot be used.
     """
-    assert config.model_class is not None  # the caller's condition
-    cls, source = (
-        import_object(config.model_class, "policy.vla.model_class"),
-        f"policy.vla.model_path = {config.model_path}",
-    )
+    cls: Any = find_model_class(config)
+    arguments = deepcopy(config.model_kwargs)  # checkpoints hold them: a model that changes its own changes no file
     try:
         if config.model_path is not None and hasattr(cls, "from_pretrained"):
-            model = cls.from_pretrained(config.model_path, **config.model_kwargs)
+            model = cls.from_pretrained(config.model_path, **arguments)
         else:
-            model = cls(**config.model_kwargs)
+            model = cls(**arguments)
     except (TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"policy.vla.model_class = {config.model_class}: cannot build it: {_one_line(error)}"
         ) from error
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # `from_pretrained` may return anything
         raise ConfigError(f"policy.vla.model_class = {config.model_class}: not a torch.nn.Module")
     if config.model_path is not None and not hasattr(cls, "from_pretrained"):
         try:
             model.load_state_dict(_read_weights(Path(config.model_path)))
-        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-            raise ConfigError(f"{source}: {_one_line(error)}") from error
+        except (OSError, RuntimeError, SafetensorError, ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(f"policy.vla.model_path = {config.model_path}: {_one_line(error)}") from error
     return model
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
-    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)  # runs no pickled code
+    try:
+        weights: dict[str, Tensor] = load_restricted(path)
+    except CheckpointError as error:
+        raise ConfigError(f"policy.vla.model_path = {error}") from None
     return weights
 
 

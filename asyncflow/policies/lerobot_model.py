@@ -13,8 +13,8 @@ from __future__ import annotations
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers import dynamic_module_utils
 
 from asyncflow.errors import CheckpointError
 from asyncflow.files import write_atomically
@@ -186,7 +187,7 @@ class LeRobotModel(nn.Module, ABC):
             CheckpointError: LeRobot cannot build it; the message is its own.
         """
         try:
-            with redirect_stdout(io.StringIO()):  # LeRobot tells of its layers
+            with redirect_stdout(io.StringIO()), _without_foreign_code():  # LeRobot tells of its layers
                 config = PreTrainedConfig.from_pretrained(folder.path)
                 for key, value in {"device": "cpu", **self.overrides}.items():
                     setattr(config, key, value)
@@ -217,6 +218,16 @@ class LeRobotModel(nn.Module, ABC):
             raise CheckpointError(f"{source}: its normalisation is not set: {unset[0]} is not finite")
         self.lerobot.load_state_dict(stored)
         return {name: tensor.dtype for name, tensor in stored.items()}
+
+
+@contextmanager
+def _without_foreign_code() -> Iterator[None]:
+    """Let transformers refuse a model that brings code of its own; it would ask whether to run it, and run it."""
+    timeout_s, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = timeout_s
 
 
 def one_line(error: BaseException) -> str:

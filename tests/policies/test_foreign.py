@@ -15,6 +15,7 @@ from torch import nn
 from asyncflow.config import PolicyConfig, VLAConfig
 from asyncflow.errors import ConfigError
 from asyncflow.launch import train
+from asyncflow.plugins import trust_class
 from asyncflow.policies import VLAPolicy, make_policy
 from asyncflow.policies.foreign import ForeignPolicy
 from asyncflow.presets import load_config
@@ -84,6 +85,7 @@ def importable(monkeypatch):
 
 
 def build(name, freeze=False, **vla):
+    trust_class(name)
     config = PolicyConfig(
         kind="vla", horizon=2, n_action_steps=1, freeze_backbone=freeze, vla=VLAConfig(model_class=name, **vla)
     )
@@ -176,7 +178,7 @@ def test_a_class_that_loads_itself_is_given_the_path():
         ("my_vla.Missing", {}, r"policy.vla.model_class = my_vla.Missing: .* has no attribute 'Missing'"),
         ("Model", {}, r"policy.vla.model_class = Model: "),
         ("elsewhere.Empty", {}, r"needs the methods encode_prefix, velocity, value, or forward, get_value, evaluate"),
-        ("elsewhere.N", {}, r"policy.vla.model_class = elsewhere.N: cannot build it"),
+        ("elsewhere.N", {}, r"policy.vla.model_class = elsewhere.N: not a torch.nn.Module, but int"),
         ("builtins.dict", {}, r"policy.vla.model_class = builtins.dict: not a torch.nn.Module"),
         ("my_vla.MyVLA", {"model_config": {"wide": 3}}, r"cannot build it: .*unexpected keyword argument 'wide'"),
         ("elsewhere.ActorCritic", {"model_path": "none.safetensors"}, r"policy.vla.model_path = none.safetensors: "),

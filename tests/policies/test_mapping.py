@@ -18,6 +18,7 @@ from asyncflow.config import Config, PolicyConfig, VLAConfig, validate, values_b
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.tasks import TASKS
 from asyncflow.errors import ConfigError
+from asyncflow.plugins import trust_class
 from asyncflow.policies import make_policy
 from asyncflow.policies.flow_sampler import FlowSampler
 from asyncflow.policies.mapping import NameMapping
@@ -349,6 +350,7 @@ class Told(Critic):
 
 
 def load(name, **keys):
+    trust_class(f"mapped.{name}")
     config = PolicyConfig(
         kind="vla", horizon=3, n_action_steps=2, vla=VLAConfig(model_class=f"mapped.{name}"), mapping=mapping(**keys)
     )

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from asyncflow.config import PolicyConfig, VLAConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
+from asyncflow.plugins import trust_class
 from asyncflow.policies import make_policy
 from asyncflow.policies.point_encoder import NUM_FEATURES, PointEncoder, PointNet
 
@@ -113,6 +114,7 @@ def test_asyncflows_own_vla_refuses_clouds_in_one_line():
 
 
 def test_a_model_from_elsewhere_is_given_the_clouds():
+    trust_class("clouds_only.Model")
     config = PolicyConfig(kind="vla", horizon=2, n_action_steps=2, vla=VLAConfig(model_class="clouds_only.Model"))
     policy = make_policy(config, SPEC.obs_shapes, A, 0)
     obs = make_obs(SPEC)

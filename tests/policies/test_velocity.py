@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.plugins import trust_class
 from asyncflow.policies import make_policy
 from asyncflow.policies.velocity import VelocityPolicy
 
@@ -23,6 +24,7 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
+    trust_class(EXAMPLE["model_class"])
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
