@@ -172,7 +172,10 @@ def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
     shrink = 1 + Z_95**2 / num_trials
     centre = (rate + Z_95**2 / (2 * num_trials)) / shrink
     half = Z_95 * math.sqrt(rate * (1 - rate) / num_trials + Z_95**2 / (4 * num_trials**2)) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact where it is known: rounding would end the interval of a policy that never failed below 1.
+    low = 0.0 if num_successes == 0 else max(0.0, centre - half)
+    high = 1.0 if num_successes == num_trials else min(1.0, centre + half)
+    return low, high
 
 
 def _summarise(tally: _Tally, num_episodes: int, wall_s: float) -> EvalResult:

@@ -154,8 +154,19 @@ def sum_steps(log_probs: Tensor) -> Tensor:
     return log_probs.flatten(1).sum(-1) if log_probs.dim() > 1 else log_probs
 
 
+def is_constant(x: Tensor, valid: Tensor) -> Tensor:
+    """Tell, [], whether `x`, [B], differs over the valid decisions by no more than rounding, or none is valid."""
+    spread = torch.where(valid, x, -torch.inf).amax() - torch.where(valid, x, torch.inf).amin()
+    return spread <= 4 * torch.finfo(x.dtype).eps * torch.where(valid, x, 0.0).abs().amax()
+
+
 def normalize(advantages: Tensor, valid: Tensor) -> Tensor:
-    """Return advantages with mean 0 and standard deviation 1 over the valid decisions, [B]; zero elsewhere."""
+    """Return advantages with mean 0 and standard deviation 1 over the valid decisions, [B]; zero elsewhere.
+
+    Constant advantages, which prefer no action, become zero: the mean is rounded, and dividing that error by its own
+    size would give numbers near 1.
+    """
     mean = masked_mean(advantages, valid)
     std = masked_mean((advantages - mean).square(), valid).sqrt()
-    return (advantages - mean) / (std + 1e-8) * valid
+    normalized = (advantages - mean) / (std + 1e-8) * valid
+    return torch.where(is_constant(advantages, valid), 0.0, normalized)

@@ -56,14 +56,17 @@ GLOSSARY: dict[str, Metric] = {
     "train/is_weight_max": Metric("1", "Largest behavior weight, after truncation."),
     "train/is_weight_clipped_fraction": Metric("fraction", "Decisions whose behavior weight was truncated or masked."),
     "train/explained_variance": Metric(
-        "1", "1 - mean((returns - values)^2) / Var(returns) before the update; 1 is a perfect critic."
+        "1",
+        "1 - mean((returns - values)^2) / Var(returns) before the update; 1 is a perfect critic.",
+        "the returns are not all equal",
     ),
     "train/grad_norm": Metric("1", "Gradient norm of the actor before clipping, mean over minibatches."),
     "train/critic_grad_norm": Metric("1", "Gradient norm of the critic before clipping, mean over minibatches."),
     "train/num_epochs": Metric("count", "Passes over the rollout; fewer than update_epochs if target_kl ended it."),
     "train/nonfinite_decisions": Metric(
         "count",
-        "Decisions left out of the update for an advantage or return that was not finite; clocks and books count them.",
+        "Decisions left out of the update for an advantage or return that was not finite or too large to be squared; "
+        "clocks and books count them.",
     ),
     "train/nonfinite_skipped": Metric(
         "count",

@@ -22,6 +22,7 @@ from asyncflow.errors import TrainingError
 from asyncflow.gae import Transitions, compute_gae, compute_n_step
 from asyncflow.losses import (
     behavior_weights,
+    is_constant,
     kl_estimate,
     masked_mean,
     normalize,
@@ -204,17 +205,17 @@ class PPO:
     def _add_advantages(self, batch: TensorDict, rollout: Rollout, piece: int) -> None:
         """Add `values`, `advantages` and `returns`, [T, N], from today's value function, and `is_lost`.
 
-        A decision with a number that is not finite becomes invalid before anything is accumulated or normalised, so
-        that it spoils no other one; `is_lost` says which were valid until then.
+        A decision with a number that is not finite, or too large to be squared and added up, becomes invalid before
+        anything is accumulated or normalised, so that it spoils no other one; `is_lost` says which were valid until then.
         """
         given, transitions = batch["valid"], self._transitions(batch, rollout, piece)
-        is_finite = transitions.errors.isfinite()
-        transitions = transitions.without(~(given & is_finite))
+        is_usable = _can_be_squared(transitions.errors)
+        transitions = transitions.without(~(given & is_usable))
         advantages, returns = self._estimate(transitions)
-        is_finite &= advantages.isfinite() & returns.isfinite()  # what finite numbers add up to may not be
-        batch["valid"], batch["is_lost"] = given & is_finite, given & ~is_finite
+        is_usable &= _can_be_squared(advantages) & _can_be_squared(returns)  # small numbers may add up to a large one
+        batch["valid"], batch["is_lost"] = given & is_usable, given & ~is_usable
         batch["values"] = transitions.values
-        batch["advantages"], batch["returns"] = (x.masked_fill(~is_finite, 0.0) for x in (advantages, returns))
+        batch["advantages"], batch["returns"] = (x.masked_fill(~is_usable, 0.0) for x in (advantages, returns))
 
     def _transitions(self, batch: TensorDict, rollout: Rollout, piece: int) -> Transitions:
         """Return what the estimator needs, with today's values, [T, N]."""
@@ -306,13 +307,14 @@ class PPO:
         residual = masked_mean((batch["returns"] - batch["values"]).square(), valid)
         mean_return = masked_mean(batch["returns"], valid)
         variance = masked_mean((batch["returns"] - mean_return).square(), valid)
+        explained = torch.where(is_constant(batch["returns"], valid), torch.nan, 1 - residual / variance)
         extra = torch.stack(
             [
                 behavior_kl,
                 masked_mean(batch["weights"], valid),
                 (batch["weights"] * valid).max(),
                 masked_mean(batch["is_weight_clipped"].float(), valid),
-                1 - residual / variance.clamp(min=1e-12),
+                explained,
                 batch["is_lost"].sum().float(),
             ]
         )
@@ -320,6 +322,11 @@ class PPO:
         numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
         metrics = dict(zip((*_METRICS, "nonfinite_skipped", *_OF_THE_BATCH), numbers, strict=True))
         return {f"train/{name}": number for name, number in (metrics | {"num_epochs": num_epochs}).items()}
+
+
+def _can_be_squared(x: Tensor) -> Tensor:
+    """Tell of which numbers the squared differences still add up to a finite number over all of `x`."""
+    return x.abs() <= (torch.finfo(x.dtype).max / (4 * x.numel())) ** 0.5  # false for NaN, too
 
 
 _METRICS = (

@@ -189,6 +189,12 @@ def test_wilson_interval_matches_published_values(num_successes, num_trials, exp
     assert wilson_interval(num_successes, num_trials) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("num_trials", [1, 10, 50, 200, 1000])
+def test_the_interval_of_a_policy_that_never_failed_ends_at_one_exactly(num_trials):
+    assert wilson_interval(num_trials, num_trials)[1] == 1.0
+    assert wilson_interval(0, num_trials)[0] == 0.0
+
+
 def test_runs_cover_the_ids_in_order():
     assert contiguous_runs([0, 1, 3, 6, 7, 8]) == [range(2), range(3, 4), range(6, 9)]
 

@@ -123,6 +123,17 @@ def test_normalisation_uses_valid_decisions_alone():
     assert float(masked_mean(torch.tensor([5.0]), torch.tensor([False]))) == 0.0
 
 
+@pytest.mark.parametrize("advantage", [0.1, -3.7, 1e-12, 1e17, 0.0])
+def test_constant_advantages_become_zero(advantage):
+    out = normalize(torch.full((960,), advantage), torch.arange(960) != 3)
+    assert torch.equal(out, torch.zeros(960))
+
+
+def test_advantages_that_differ_beyond_rounding_are_normalised_however_little():
+    out = normalize(torch.tensor([1.0, 1.00001]), torch.ones(2, dtype=torch.bool))
+    torch.testing.assert_close(out, torch.tensor([-1.0, 1.0]), rtol=0.01, atol=0)
+
+
 def reference_loss(log_probs, batch, clip, dual):
     """The decoupled objective, decision by decision, in Python floats (AReaL, eq. 5; dual clip, eq. 5)."""
     total, count = 0.0, 0

@@ -461,16 +461,36 @@ def test_a_value_that_is_not_finite_leaves_out_its_decision_and_what_bootstraps_
     assert metrics == wanted | {"train/nonfinite_decisions": len(lost)}
 
 
-def test_finite_rewards_whose_sum_is_not_finite_are_left_out_too():
+def test_rewards_that_add_up_to_too_large_a_number_are_left_out_too():
     policy, rollout = make_policy_and_rollout()
     rollout.data["terminated"][:] = False
-    rollout.data["rewards"][3:5, 1] = 3e38
+    rollout.data["rewards"][3:5, 1] = 1.5e18
     batch = PPO(policy, algorithm(normalize_advantages=False), seed=0)._prepare(rollout, 0)
     lost = batch["is_lost"].view(NUM_STEPS, NUM_ENVS)
     assert lost[:4, 1].all()
     assert int(lost.sum()) == 4
     assert torch.equal(~batch["valid"], batch["is_lost"])
     assert all(batch[name].isfinite().all() for name in ("advantages", "returns"))
+
+
+@pytest.mark.parametrize("number", [1e19, -3e37])
+@pytest.mark.parametrize("advantage", ["gae", "monte_carlo", "n_step"])
+def test_a_reward_whose_square_is_not_finite_is_left_out_and_counted(advantage, number):
+    def spoil(rollout, policy):
+        rollout.data["rewards"][3, 1] = number
+
+    wanted, wanted_parameters = update_with(advantage, marking([3]))
+    metrics, parameters = update_with(advantage, spoil)
+    assert torch.equal(parameters, wanted_parameters)
+    assert metrics == wanted | {"train/nonfinite_decisions": 1}
+
+
+def test_equal_returns_leave_nothing_to_explain():
+    policy, rollout = make_policy_and_rollout()
+    rollout.data["rewards"][:], rollout.data["terminated"][:] = 0.1, True
+    metrics = PPO(policy, algorithm(), seed=0).update(rollout, 0, lambda: None)
+    assert math.isnan(metrics["train/explained_variance"])
+    assert math.isfinite(metrics["train/value_loss"])
 
 
 def test_a_decision_that_was_invalid_already_is_not_counted_again():
