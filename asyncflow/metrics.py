@@ -32,7 +32,9 @@ GLOSSARY: dict[str, Metric] = {
     "updates": Metric("count", "Finished PPO updates; the version of the weights."),
     "env_steps": Metric("env steps", "Executed simulator steps of all trained rollouts; the x axis of every curve."),
     "decisions": Metric("count", "Policy calls, one per environment, of all trained rollouts."),
-    "wall_s": Metric("s", "Time since the run was built, evaluations left out."),
+    "wall_s": Metric(
+        "s", "Time since the run was built, evaluations left out, but not the time of rollouts collected meanwhile."
+    ),
     "rollout/success_rate": Metric("fraction", "Episodes ended in the rollout that solved the task.", _EPISODE),
     "rollout/episode_return": Metric("return", "Mean undiscounted return of those episodes.", _EPISODE),
     "rollout/episode_length": Metric("env steps", "Mean length of those episodes.", _EPISODE),
@@ -80,16 +82,18 @@ GLOSSARY: dict[str, Metric] = {
     "time/wait_data_s": Metric(
         "s", "Time that the trainer waited for a full rollout; collecting it, in a standard run."
     ),
-    "time/wait_slot_s": Metric("s", "Time that the collector waited for a free slot or its weights."),
+    "time/wait_slot_s": Metric(
+        "s", "Time that the collector waited for a free slot or its weights, during an evaluation, too."
+    ),
     "time/publish_s": Metric("s", "Time to publish the weights, a wait for the old snapshot's readers included."),
-    "throughput/env_steps_per_s": Metric("1/s", "Fresh env steps trained on, over the time since the last update."),
-    "throughput/decisions_per_s": Metric("1/s", "Fresh decisions trained on, over the time since the last update."),
-    "throughput/updates_per_s": Metric("1/s", "Updates over the time since the last update."),
+    "throughput/env_steps_per_s": Metric("1/s", "Fresh env steps trained on, over their part of wall_s."),
+    "throughput/decisions_per_s": Metric("1/s", "Fresh decisions trained on, over their part of wall_s."),
+    "throughput/updates_per_s": Metric("1/s", "Updates over their part of wall_s."),
     "staleness/policy_lag_mean": Metric("updates", "Version trained minus version that acted, mean over decisions."),
     "staleness/policy_lag_max": Metric("updates", "The same, largest."),
-    "async/collector_busy": Metric("fraction", "Share of the time since the last update in which it collected."),
-    "async/trainer_busy": Metric("fraction", "Share of the time since the last update in which it trained."),
-    "async/overlap": Metric("fraction", "Share of the time since the last update in which both were busy."),
+    "async/collector_busy": Metric("fraction", "Share of wall_s since the last update in which the collector worked."),
+    "async/trainer_busy": Metric("fraction", "Share of wall_s since the last update in which the trainer worked."),
+    "async/overlap": Metric("fraction", "Share of wall_s since the last update in which both worked."),
     "buffer/collected": Metric("count", "Decisions written so far: trained + in_flight + dropped + invalid."),
     "buffer/trained": Metric("count", "Decisions trained on so far, each once."),
     "buffer/in_flight": Metric("count", "Decisions written and not yet trained on."),

@@ -8,6 +8,7 @@ Shapes: T decisions, N environments, B decisions of a minibatch (`num_minibatche
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -206,7 +207,8 @@ class PPO:
         """Add `values`, `advantages` and `returns`, [T, N], from today's value function, and `is_lost`.
 
         A decision with a number that is not finite, or too large to be squared and added up, becomes invalid before
-        anything is accumulated or normalised, so that it spoils no other one; `is_lost` says which were valid until then.
+        anything is accumulated or normalised, so that it spoils no other one; `is_lost` says which were valid until
+        then.
         """
         given, transitions = batch["valid"], self._transitions(batch, rollout, piece)
         is_usable = _can_be_squared(transitions.errors)
@@ -326,7 +328,8 @@ class PPO:
 
 def _can_be_squared(x: Tensor) -> Tensor:
     """Tell of which numbers the squared differences still add up to a finite number over all of `x`."""
-    return x.abs() <= (torch.finfo(x.dtype).max / (4 * x.numel())) ** 0.5  # false for NaN, too
+    limit = math.sqrt(torch.finfo(x.dtype).max / (4 * x.numel()))
+    return x.abs() <= limit  # false for NaN, too
 
 
 _METRICS = (

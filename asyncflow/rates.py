@@ -63,34 +63,49 @@ class RateMeter:
         """
         self._clock = clock
         self._paused_s = 0.0
-        self._paused_total_s = 0.0
+        self._collected_s = 0.0  # in pauses, and not counted yet
         self._last = time.perf_counter()
-        self._start = self._last - wall_s
+        self._wall_s = wall_s
         self._counters = counters
         self._seconds = clock.read()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the block out of wall time, busy shares and rates."""
+        """Leave the block out of wall time, busy shares and rates, but for what is collected in it."""
         start, before = time.perf_counter(), self._clock.read()
         try:
             yield
         finally:
             after = self._clock.read()
             self._paused_s += time.perf_counter() - start
+            self._collected_s += after["collector"] - before["collector"]
             self._seconds = {name: value + after[name] - before[name] for name, value in self._seconds.items()}
 
-    def measure(self, env_steps: int, decisions: int, updates: int) -> dict[str, float]:
-        """Return `wall_s`, `throughput/` and `async/` since the last call."""
+    def measure(self, env_steps: int, decisions: int, updates: int, collect_s: float) -> dict[str, float]:
+        """Return `wall_s`, `throughput/` and `async/` since the last call.
+
+        A rollout that was collected in a pause takes as long as any other: its time is counted with its steps.
+
+        Args:
+            env_steps: So far.
+            decisions: So far.
+            updates: So far.
+            collect_s: What collecting the rollout took that was trained on since the last call.
+        """
         now, seconds = time.perf_counter(), self._clock.read()
-        elapsed = max(now - self._last - self._paused_s, 1e-9)
-        self._paused_total_s += self._paused_s
+        unpaused = max(now - self._last - self._paused_s, 1e-9)
+        in_pauses = min(self._collected_s, max(0.0, collect_s - unpaused))
+        elapsed = unpaused + in_pauses
+        self._collected_s -= in_pauses
+        self._wall_s += elapsed
         fresh = [new - old for new, old in zip((env_steps, decisions, updates), self._counters, strict=True)]
-        busy = {name: (value - self._seconds[name]) / elapsed for name, value in seconds.items()}
+        seconds_since = {name: value - self._seconds[name] for name, value in seconds.items()}
+        seconds_since["collector"] += in_pauses
+        busy = {name: value / elapsed for name, value in seconds_since.items()}
         self._last, self._paused_s, self._seconds = now, 0.0, seconds
         self._counters = (env_steps, decisions, updates)
         return {
-            "wall_s": now - self._start - self._paused_total_s,
+            "wall_s": self._wall_s,
             "throughput/env_steps_per_s": fresh[0] / elapsed,
             "throughput/decisions_per_s": fresh[1] / elapsed,
             "throughput/updates_per_s": fresh[2] / elapsed,

@@ -159,7 +159,8 @@ class Trainer:
         self._tell(rollout.info.faults)
         metrics |= {f"buffer/{name}": float(count) for name, count in parts.channel.buffer.books().items()}
         metrics |= memory_metrics() | progress.fault_metrics() | progress.clocks
-        self._row = metrics | self._meter.measure(progress.env_steps, progress.decisions, progress.updates)
+        collect_s = rollout.info.seconds["collect_s"]
+        self._row = metrics | self._meter.measure(progress.env_steps, progress.decisions, progress.updates, collect_s)
 
     def _advance(self, rollout: Rollout) -> None:
         """Move the counters to the boundary after the update on `rollout`; nothing in it can fail."""
