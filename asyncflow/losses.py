@@ -15,6 +15,7 @@ Shapes: B decisions of a minibatch, K denoising steps.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -158,6 +159,19 @@ def is_constant(x: Tensor, valid: Tensor) -> Tensor:
     """Tell, [], whether `x`, [B], differs over the valid decisions by no more than rounding, or none is valid."""
     spread = torch.where(valid, x, -torch.inf).amax() - torch.where(valid, x, torch.inf).amin()
     return spread <= 4 * torch.finfo(x.dtype).eps * torch.where(valid, x, 0.0).abs().amax()
+
+
+def can_be_squared(x: Tensor) -> Tensor:
+    """Tell of which numbers the squared differences still add up to a finite number over all of `x`."""
+    limit = math.sqrt(torch.finfo(x.dtype).max / (4 * x.numel()))
+    return x.abs() <= limit  # false for NaN, too
+
+
+def explained_variance(values: Tensor, returns: Tensor, valid: Tensor) -> Tensor:
+    """Return `1 - mean((returns - values)^2) / Var(returns)`, []; NaN where the returns are constant."""
+    residual = masked_mean((returns - values).square(), valid)
+    variance = masked_mean((returns - masked_mean(returns, valid)).square(), valid)
+    return torch.where(is_constant(returns, valid), torch.nan, 1 - residual / variance)
 
 
 def normalize(advantages: Tensor, valid: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Shapes: T decisions, N environments, B decisions of a minibatch (`num_minibatche
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -23,7 +22,8 @@ from asyncflow.errors import TrainingError
 from asyncflow.gae import Transitions, compute_gae, compute_n_step
 from asyncflow.losses import (
     behavior_weights,
-    is_constant,
+    can_be_squared,
+    explained_variance,
     kl_estimate,
     masked_mean,
     normalize,
@@ -211,10 +211,10 @@ class PPO:
         then.
         """
         given, transitions = batch["valid"], self._transitions(batch, rollout, piece)
-        is_usable = _can_be_squared(transitions.errors)
+        is_usable = can_be_squared(transitions.errors)
         transitions = transitions.without(~(given & is_usable))
         advantages, returns = self._estimate(transitions)
-        is_usable &= _can_be_squared(advantages) & _can_be_squared(returns)  # small numbers may add up to a large one
+        is_usable &= can_be_squared(advantages) & can_be_squared(returns)  # small numbers may add up to a large one
         batch["valid"], batch["is_lost"] = given & is_usable, given & ~is_usable
         batch["values"] = transitions.values
         batch["advantages"], batch["returns"] = (x.masked_fill(~is_usable, 0.0) for x in (advantages, returns))
@@ -306,17 +306,13 @@ class PPO:
     def _summarise(self, table: Tensor, batch: TensorDict, num_epochs: int) -> dict[str, float]:
         valid = batch["valid"]
         behavior_kl = masked_mean(kl_estimate(batch["proximal"] - batch["behavior"]), valid)
-        residual = masked_mean((batch["returns"] - batch["values"]).square(), valid)
-        mean_return = masked_mean(batch["returns"], valid)
-        variance = masked_mean((batch["returns"] - mean_return).square(), valid)
-        explained = torch.where(is_constant(batch["returns"], valid), torch.nan, 1 - residual / variance)
         extra = torch.stack(
             [
                 behavior_kl,
                 masked_mean(batch["weights"], valid),
                 (batch["weights"] * valid).max(),
                 masked_mean(batch["is_weight_clipped"].float(), valid),
-                explained,
+                explained_variance(batch["values"], batch["returns"], valid),
                 batch["is_lost"].sum().float(),
             ]
         )
@@ -324,12 +320,6 @@ class PPO:
         numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
         metrics = dict(zip((*_METRICS, "nonfinite_skipped", *_OF_THE_BATCH), numbers, strict=True))
         return {f"train/{name}": number for name, number in (metrics | {"num_epochs": num_epochs}).items()}
-
-
-def _can_be_squared(x: Tensor) -> Tensor:
-    """Tell of which numbers the squared differences still add up to a finite number over all of `x`."""
-    limit = math.sqrt(torch.finfo(x.dtype).max / (4 * x.numel()))
-    return x.abs() <= limit  # false for NaN, too
 
 
 _METRICS = (
