@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 
 from asyncflow.buffer import BufferClosed, Rollout
 from asyncflow.envs.base import EnvInterrupted
-from asyncflow.errors import CollectorError
+from asyncflow.errors import CollectorError, ConfigError
 from asyncflow.rollout_writer import Channel, RolloutWriter
 from asyncflow.streams import collector_stream
 from asyncflow.weights import PublisherClosed
@@ -30,6 +30,7 @@ class Collector(ABC):
 
         Raises:
             CollectorError: Collecting failed; the cause is the original exception.
+            ConfigError: It cannot go on as the user asked, as with an environment that breaks its contract.
             BufferClosed: The buffer was closed on purpose.
         """
 
@@ -38,7 +39,7 @@ class Collector(ABC):
         """Do nothing while collecting goes well; called by the trainer between minibatches, never waits.
 
         Raises:
-            CollectorError: Collecting failed; the cause is the original exception.
+            CollectorError, ConfigError: As `next_rollout`.
         """
 
     @abstractmethod
@@ -66,6 +67,8 @@ class InlineCollector(Collector):
                 self._writer.collect_rollout()
         except (BufferClosed, PublisherClosed, EnvInterrupted) as error:
             raise BufferClosed("collecting was stopped") from error
+        except ConfigError:
+            raise
         except Exception as error:
             raise CollectorError(f"collecting failed: {error}") from error
         return self._buffer.take()
@@ -107,6 +110,8 @@ class ThreadedCollector(Collector):
 
     def check(self) -> None:
         """Raise what the thread raised, if it did."""
+        if isinstance(self._error, ConfigError):
+            raise self._error
         if self._error is not None:
             raise CollectorError(f"the collector thread failed: {self._error}") from self._error
 

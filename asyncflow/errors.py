@@ -21,5 +21,9 @@ class TrainingError(AsyncflowError):
     """Training diverged; going on would not help."""
 
 
+class ContractError(ConfigError):
+    """Code from elsewhere breaks its contract; one line names it, its method, what came and what was expected."""
+
+
 class CheckpointError(ConfigError):
     """A checkpoint is missing, foreign, corrupt, or does not fit the policy."""

@@ -8,7 +8,7 @@ from waiting import PATIENCE_S
 
 from asyncflow.buffer import BufferClosed
 from asyncflow.envs.base import EnvInterrupted
-from asyncflow.errors import CollectorError, EnvError
+from asyncflow.errors import CollectorError, ContractError, EnvError
 
 
 def test_an_inline_failure_is_a_collector_error_with_its_cause():
@@ -29,6 +29,22 @@ def test_a_failing_thread_wakes_the_trainer_with_its_traceback():
     with pytest.raises(CollectorError):
         collector.check()
     collector.close()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_environment_that_breaks_its_contract_is_told_as_such(threaded):
+    """It is the user's to mend: one line, not a crash of the collector."""
+    env = CountingEnv()
+    env.step_wait = broken_step_wait
+    _, _, collector = build(env, threaded=threaded)
+    collector.start()
+    with pytest.raises(ContractError, match="step_wait returned None"):
+        collector.next_rollout()
+    collector.close()
+
+
+def broken_step_wait(env_ids):
+    raise ContractError("mine.step_wait returned None; expected a ChunkResult")
 
 
 def test_close_stops_a_thread_that_waits_for_a_slot():

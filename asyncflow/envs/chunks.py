@@ -1,6 +1,4 @@
-"""How one simulator executes chunks: the episode's end, its reset, its seed, and where the results are written.
-
-Owns the chunk semantics of the contract in `base`. It must not know which process it runs in.
+"""How one simulator executes chunks, in any process: an episode's end, its reset and seed, where results are written.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
 `state` observation, O env steps that an observation shows (n_obs_steps), C cameras, P points of a cloud.
@@ -21,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncflow.envs.base import RENDERED, EnvSpec, Fault
-from asyncflow.errors import EnvError
+from asyncflow.envs.contract import CheckedSimulator, name_of
+from asyncflow.errors import ContractError, EnvError
 from asyncflow.resources import check_shared_memory
 from asyncflow.seeding import derive_seed
 
@@ -181,18 +180,21 @@ class EpisodeRunner:
             simulator: Used by nobody else from now on.
             env: Index of the environment, which keys its seeds and is its row.
             board: Memory shared with the parent.
+
+        Raises:
+            ContractError: As `CheckedSimulator`, or the board has no room for what its spec says.
         """
         self._n_obs_steps = board.images.shape[1]
-        self.spec = simulator.spec.with_history(self._n_obs_steps)
-        self._simulator = simulator
+        self._simulator = CheckedSimulator(simulator, {kind: getattr(board, kind).shape[2:] for kind in RENDERED})
+        self.spec = self._simulator.spec.with_history(self._n_obs_steps)
         self._env = env
         self._row = board.row(env)
         self._history: deque[_Frame] = deque(maxlen=self._n_obs_steps)
         self._size = math.prod(self.spec.obs_shapes["state"])
-        self._action_dim = simulator.spec.action_dim
+        self._action_dim = self.spec.action_dim
         if self._size > MAX_STATE or self._action_dim > MAX_ACTION:
-            raise EnvError(
-                f"state has {self._size} of at most {MAX_STATE} numbers, "
+            raise ContractError(
+                f"{name_of(simulator)}.spec: state has {self._size} of at most {MAX_STATE} numbers, "
                 f"actions {self._action_dim} of at most {MAX_ACTION}"
             )
 
@@ -285,8 +287,7 @@ class EpisodeRunner:
 
     def _look(self, is_rendered: bool = True) -> None:
         """Take the present moment into the history; rendering takes far longer than the rest."""
-        state = np.asarray(self._simulator.observe(), np.float32)
-        self._check_finite(state)
+        self._check_finite(state := self._simulator.observe())
         rendered = self._simulator.render() if is_rendered and self.spec.rendered_shapes else {}
         if "points" in rendered:
             self._check_finite(rendered["points"])

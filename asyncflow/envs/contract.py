@@ -1,0 +1,216 @@
+"""What is asked of a simulator and of a spec from elsewhere, checked where it comes in.
+
+A broken contract is a `ContractError`, which ends the run in one line: to try again would not help. A simulator gets
+copies and its results are copied, so that neither side can change what the other one keeps.
+
+Shapes: C cameras, P points of a cloud, A action size, D size of the `state` observation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import numbers
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.tasks import POINTS
+from asyncflow.errors import ContractError
+
+_REAL = "fiub"  # kinds of dtypes that hold real numbers
+_DTYPES = {"images": "uint8", "points": "float32"}  # what cameras yield; any float will do for points
+
+
+class CheckedSimulator:
+    """A `Simulator` from elsewhere; see there for what the methods do."""
+
+    def __init__(self, simulator: Any, rooms: Mapping[str, tuple[int, ...]]) -> None:
+        """Take over a simulator.
+
+        Args:
+            simulator: Used by nobody else from now on.
+            rooms: A key of `RENDERED` -> [C, ...], what the configuration lets cameras yield.
+
+        Raises:
+            ContractError: It lacks a method, its spec is none, or its cameras are not the configuration's.
+        """
+        self._simulator, self._name = simulator, name_of(simulator)
+        self.spec = _check_simulator_spec(simulator, self._name)
+        for kind, room in rooms.items():
+            _check_room(self.spec, kind, room, self._name)
+        methods = {"reset": (0,), "step": (np.zeros(self.spec.action_dim, np.float32),), "observe": ()}
+        for method, arguments in (methods | ({"render": ()} if self.spec.rendered_shapes else {})).items():
+            check_callable(getattr(simulator, method, None), f"{self._name}.{method}", arguments)
+
+    def reset(self, seed: int) -> None:
+        """Start an episode."""
+        self._simulator.reset(seed)
+
+    def step(self, action: NDArray[Any]) -> tuple[float, bool]:
+        """Execute one action, of which the simulator gets a copy."""
+        answer = self._simulator.step(action.copy())
+        if isinstance(answer, tuple | list) and len(answer) == 2:
+            reward, is_solved = _as_number(answer[0]), _as_flag(answer[1])
+            if reward is not None and is_solved is not None:
+                return reward, is_solved
+        raise broken(f"{self._name}.step", "returned", answer, "(reward, is_solved), a number and a bool")
+
+    def observe(self) -> NDArray[np.float32]:
+        """Return a copy of the `state` observation, [D]."""
+        answer, shape = self._simulator.observe(), self.spec.obs_shapes["state"]
+        state = _as_array(answer)
+        if state is None or state.dtype.kind not in _REAL or state.shape != shape:
+            raise broken(f"{self._name}.observe", "returned", answer, f"numbers of shape {shape}, as in its spec")
+        return np.array(state, np.float32)
+
+    def render(self) -> dict[str, NDArray[Any]]:
+        """Return copies of what the cameras see."""
+        method, answer, shapes = f"{self._name}.render", self._simulator.render(), self.spec.rendered_shapes
+        if not isinstance(answer, Mapping) or set(answer) != set(shapes):
+            raise broken(method, "returned", answer, f"a dictionary of {sorted(shapes)}")
+        rendered = {}
+        for kind, by_camera in shapes.items():
+            shape = (len(by_camera), *next(iter(by_camera.values())))
+            values = _as_array(answer[kind])
+            if values is None or values.shape != shape or values.dtype.kind != np.dtype(_DTYPES[kind]).kind:
+                raise broken(method, f"returned as {kind}", answer[kind], f"{_DTYPES[kind]} of shape {shape}")
+            rendered[kind] = np.array(values, _DTYPES[kind])
+        return rendered
+
+
+def check_spec(spec: Any, owner: str) -> EnvSpec:
+    """Return a copy of a spec, its sizes as plain ints.
+
+    Args:
+        spec: What came from elsewhere.
+        owner: Whose it is, as messages name it.
+
+    Raises:
+        ContractError: It is no `EnvSpec`, or something in it cannot be.
+    """
+    if not isinstance(spec, EnvSpec):
+        raise broken(f"{owner}.spec", "is", spec, "an asyncflow.envs.base.EnvSpec")
+    shapes = _check_shapes(spec.obs_shapes, f"{owner}.spec.obs_shapes")
+    if len(shapes.get("state", ())) not in (1, 2):
+        raise broken(f"{owner}.spec.obs_shapes", "is", spec.obs_shapes, "`state` with a shape (D,) in it")
+    for key, shape in shapes.items():
+        if key.startswith(POINTS) and (len(shape) not in (2, 3) or shape[-1] != 6):
+            raise broken(f"{owner}.spec.obs_shapes", f"has for {key}", spec.obs_shapes[key], "(num_points, 6)")
+    images = _check_shapes(spec.image_shapes, f"{owner}.spec.image_shapes")
+    for camera, shape in images.items():
+        if len(shape) not in (3, 4) or shape[-3] != 3:
+            raise broken(f"{owner}.spec.image_shapes", f"has for {camera}", shape, "(3, height, width)")
+    action_dim = _check_size(spec.action_dim, f"{owner}.spec.action_dim")
+    horizon = _check_size(spec.horizon, f"{owner}.spec.horizon")
+    try:
+        json.dumps(spec.env_meta)
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"{owner}.spec.env_meta cannot be written as JSON, as policy files do: {error}") from None
+    meta = deepcopy(spec.env_meta)
+    return replace(spec, obs_shapes=shapes, image_shapes=images, env_meta=meta, action_dim=action_dim, horizon=horizon)
+
+
+def check_callable(function: Any, name: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse what cannot be called with some arguments, as far as its signature tells.
+
+    Raises:
+        ContractError: It cannot.
+    """
+    if not callable(function):
+        raise broken(name, "is", function, f"a function of {len(arguments)} argument(s)")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ContractError(f"{name}{signature} cannot be called with {len(arguments)} argument(s): {error}") from None
+
+
+def broken(what: str, verb: str, came: Any, expected: str) -> ContractError:
+    """Return the error of a broken contract: what was asked, what came, and what is expected."""
+    return ContractError(f"{what} {verb} {describe(came)}; expected {expected}")
+
+
+def name_of(thing: Any) -> str:
+    """Return how messages name an object: its class and where that is from."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def describe(value: Any) -> str:
+    """Return a few words on a value that was not expected."""
+    if getattr(value, "requires_grad", False):
+        return f"a tensor of shape {tuple(value.shape)} that requires a gradient"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {sorted(map(str, value))}"
+    if isinstance(value, tuple | list):
+        parts = ", ".join(describe(part) for part in value[:4])
+        return f"a {type(value).__name__} of {len(value)}: {parts}{', ...' if len(value) > 4 else ''}"
+    is_plain = value is None or isinstance(value, str | bool | numbers.Number)
+    return _shorten(repr(value)) if is_plain else f"a {name_of(value)}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _check_simulator_spec(simulator: Any, name: str) -> EnvSpec:
+    spec = check_spec(getattr(simulator, "spec", None), name)
+    others = [key for key in spec.obs_shapes if key != "state" and not key.startswith(POINTS)]
+    if others or len(spec.obs_shapes["state"]) != 1:
+        raise broken(f"{name}.spec.obs_shapes", "is", spec.obs_shapes, "`state` of shape (D,), and point clouds alone")
+    return spec
+
+
+def _check_room(spec: EnvSpec, kind: str, room: tuple[int, ...], owner: str) -> None:
+    shapes = list(spec.rendered_shapes.get(kind, {}).values())
+    if shapes != [tuple(room[1:])] * room[0]:
+        keys = {"images": "env.cameras and env.camera_size", "points": "env.point_clouds and env.num_points"}[kind]
+        expected = f"{room[0]} of shape {tuple(room[1:])}" if room[0] else "none"
+        raise ContractError(f"{owner}.spec has {kind} of shapes {shapes}; expected {expected}, by {keys}")
+
+
+def _check_shapes(shapes: Any, what: str) -> dict[str, tuple[int, ...]]:
+    if not isinstance(shapes, Mapping):
+        raise broken(what, "is", shapes, "a dictionary of shapes")
+    for name, shape in shapes.items():
+        if not isinstance(name, str) or not isinstance(shape, tuple | list):
+            raise broken(what, f"has for {name}", shape, "a name and a shape, a tuple of sizes")
+    return {name: tuple(_check_size(size, f"{what}[{name!r}]") for size in shape) for name, shape in shapes.items()}
+
+
+def _check_size(size: Any, what: str) -> int:
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+        raise broken(what, "has", size, "a whole number of at least 1")
+    return int(size)
+
+
+def _as_array(value: Any) -> NDArray[Any] | None:
+    """Return a value as an array; None where it is none, such as a tensor with a gradient or on a GPU."""
+    try:
+        return np.asarray(value)
+    except Exception:  # whatever a class of another package raises
+        return None
+
+
+def _as_number(value: Any) -> float | None:
+    if isinstance(value, numbers.Real):
+        return float(value)
+    array = _as_array(value)
+    return float(array) if array is not None and array.shape == () and array.dtype.kind in _REAL else None
+
+
+def _as_flag(value: Any) -> bool | None:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    number = _as_number(value)
+    return bool(number) if number in (0.0, 1.0) else None
