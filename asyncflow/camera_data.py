@@ -18,6 +18,7 @@ from torch import Tensor
 from asyncflow.config import EnvConfig
 from asyncflow.envs.tasks import POINT_SETTINGS
 from asyncflow.errors import ConfigError
+from asyncflow.finite import read_finite
 
 IMAGE_SUFFIX, CLOUD_SUFFIX = "_image", "_points"
 SETTINGS_KEY = "point_settings"  # of `env_args`
@@ -56,10 +57,7 @@ def read_clouds(demo: h5py.Group, camera: str, num_points: int, source: str) -> 
     clouds = _find(demo, camera + CLOUD_SUFFIX, missing)
     if clouds.dtype != "float32" or clouds.shape != (len(demo["actions"]), num_points, 6):
         raise ConfigError(f"{source}: {clouds.name} must be float32 [steps, {num_points} (env.num_points), 6]")
-    numbers = torch.from_numpy(clouds[()])
-    if not bool(numbers.isfinite().all()):
-        raise ConfigError(f"{source}: {clouds.name} holds a number that is not finite")
-    return numbers
+    return read_finite(clouds, source)
 
 
 def _find(demo: h5py.Group, name: str, missing: str) -> h5py.Dataset:

@@ -227,6 +227,8 @@ def demos(**flags: Any) -> int:
     seed=_flag("Seed of weights, batches and noise.", int, 0),
     max_shift=_flag("Pixels by which images are shifted at random, at most.", int, 4),
     overwrite=_flag("Replace an existing file.", bool, False),
+    filter_key=_flag("Train on mask/KEY, or on all; by default on mask/train, or all but mask/valid.", metavar="KEY"),
+    only_successes=_flag("Leave out demonstrations that never succeed.", bool, False),
 )
 def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Train a policy with a velocity field on demonstrations, by flow matching."""
@@ -245,10 +247,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     options = PretrainOptions(**flags)
     with progress_bar("optimiser steps", options.num_steps) as show:
         result = pretrain(dataset, out, resolved, options, show)
-    typer.echo(
-        f"{result.path}: {result.num_chunks} chunks of {result.num_demos} demonstrations, "
-        f"loss {result.first_loss:.4f} -> {result.final_loss:.4f}, {result.wall_s:.1f} s"
-    )
+    typer.echo("\n".join(result.describe()))
     again = [*(["--config", config] if config else []), "--checkpoint", str(result.path), *(overrides or [])]
     typer.echo(f"next: asyncflow train {shlex.join(again)}")
     return 0

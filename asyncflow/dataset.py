@@ -17,8 +17,10 @@ from torch import Tensor
 
 from asyncflow.camera_data import read_clouds, read_images, take_point_settings
 from asyncflow.config import EnvConfig
+from asyncflow.demo_choice import ALL, choose_demonstrations, find_failures
 from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
+from asyncflow.finite import read_finite
 from asyncflow.presets import default_horizon
 
 
@@ -35,6 +37,8 @@ class Demonstrations:
         images: Camera -> one [L, 3, height, width] uint8 tensor a demonstration.
         points: Camera -> one [L, Q, 6] float32 tensor a demonstration.
         point_settings: As `EnvSpec.point_settings`.
+        choice: In words, which of the dataset's demonstrations these are.
+        num_failures: How many of them never solve their task; None where the dataset does not tell.
     """
 
     env_meta: dict[str, Any]
@@ -45,14 +49,24 @@ class Demonstrations:
     images: dict[str, list[Tensor]] = field(default_factory=dict)
     points: dict[str, list[Tensor]] = field(default_factory=dict)
     point_settings: dict[str, Any] = field(default_factory=dict)
+    choice: str = ALL
+    num_failures: int | None = None
 
 
-def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
-    """Load the low-dimensional observations and actions of every demonstration, and what the asked cameras saw.
+def read_dataset(
+    dataset: str | Path, env_config: EnvConfig, filter_key: str | None = None, only_successes: bool = False
+) -> Demonstrations:
+    """Load the low-dimensional observations and actions of demonstrations, and what the asked cameras saw.
+
+    Args:
+        dataset: HDF5 file in robomimic's layout.
+        env_config: Says which observations and cameras.
+        filter_key: Which demonstrations; see `choose_demonstrations`.
+        only_successes: Leave out those that never solve their task.
 
     Raises:
         ConfigError: A missing file, not HDF5, not robomimic's layout, of another simulator, missing observations or
-            actions, or no demonstrations.
+            actions, a number that is not finite, or no demonstrations.
     """
     path = Path(dataset)
     if not path.is_file():
@@ -63,24 +77,27 @@ def read_dataset(dataset: str | Path, env_config: EnvConfig) -> Demonstrations:
         raise ConfigError(f"--dataset {path}: not an HDF5 file, or truncated") from None
     with file:
         try:
-            return _read_demonstrations(file, env_config, path)
+            return _read_demonstrations(file, env_config, path, filter_key, only_successes)
         except (OSError, KeyError, RuntimeError) as error:  # what h5py raises for damaged blocks and broken links
             raise ConfigError(f"--dataset {path}: damaged: {' '.join(str(error).split())}") from None
 
 
-def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> Demonstrations:
-    env_meta = _read_env_meta(file, path)
-    point_settings = take_point_settings(env_meta, env_config, f"--dataset {path}")
-    names = sorted(file["data"], key=lambda name: (len(name), name))  # demo_2 before demo_10
-    if not names:
-        raise ConfigError(f"--dataset {path}: no demonstrations under `data`")
+def _read_demonstrations(
+    file: h5py.File, env_config: EnvConfig, path: Path, filter_key: str | None, only_successes: bool
+) -> Demonstrations:
+    env_meta, source = _read_env_meta(file, path), f"--dataset {path}"
+    point_settings = take_point_settings(env_meta, env_config, source)
+    choice = choose_demonstrations(file, filter_key, source)
     task = _find_task(env_meta, env_config, path)
     obs_keys = tuple(env_config.obs_keys or task.obs_keys)
-    groups = [file["data"][name] for name in names]
+    groups = [file["data"][name] for name in choice.names]
     for group in groups:
         _check_demo(group, obs_keys, path)
-    states = [torch.cat([_read(group["obs"][key]) for key in obs_keys], dim=1) for group in groups]
-    actions = [_read(group["actions"]) for group in groups]
+    failures = find_failures(groups, env_meta)
+    if only_successes:
+        groups, failures = _keep_successes(groups, failures, source), []
+    states = [torch.cat([_read(group["obs"][key], source) for key in obs_keys], dim=1) for group in groups]
+    actions = [_read(group["actions"], source) for group in groups]
     if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
         raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
     images, points = _read_cameras(groups, env_config, point_settings, f"--dataset {path}")
@@ -93,7 +110,22 @@ def _read_demonstrations(file: h5py.File, env_config: EnvConfig, path: Path) -> 
         images=images,
         points=points,
         point_settings=point_settings,
+        choice=choice.meaning,
+        num_failures=None if failures is None else len(failures),
     )
+
+
+def _keep_successes(groups: list[h5py.Group], failures: list[int] | None, source: str) -> list[h5py.Group]:
+    """Return the demonstrations but for failures.
+
+    Raises:
+        ConfigError: The dataset does not tell them apart, or there are only failures.
+    """
+    if failures is None:
+        raise ConfigError(f"--only-successes: {source} does not tell: a demonstration has no `rewards`; leave it out")
+    if len(failures) == len(groups):
+        raise ConfigError(f"--only-successes: not one of {source}'s {len(groups)} demonstrations ever succeeds")
+    return [group for place, group in enumerate(groups) if place not in failures]
 
 
 def _read_cameras(
@@ -153,6 +185,6 @@ def _is_numeric(dataset: Any) -> bool:
     return isinstance(dataset, h5py.Dataset) and dataset.ndim > 0 and dataset.dtype.kind in "biuf"
 
 
-def _read(dataset: h5py.Dataset) -> Tensor:
+def _read(dataset: h5py.Dataset, source: str) -> Tensor:
     """Return a dataset as [L, size] float32."""
-    return torch.from_numpy(dataset[()]).float().reshape(len(dataset), -1)
+    return read_finite(dataset, source).reshape(len(dataset), -1)

@@ -32,6 +32,8 @@ from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policy_file import save_policy
 from asyncflow.seeding import derive_seed
 
+DIVERGED = 10.0  # times the loss of untrained weights
+
 
 @dataclass(frozen=True)
 class PretrainOptions:
@@ -44,6 +46,8 @@ class PretrainOptions:
         seed: Seed of the initial weights, the batches, the noise, the times and the shifts.
         max_shift: Pixels by which images are shifted at most, in either direction.
         overwrite: Replace an existing file.
+        filter_key: Which demonstrations; see `choose_demonstrations`.
+        only_successes: Leave out those that never solve their task.
     """
 
     num_steps: int = 1000
@@ -52,6 +56,8 @@ class PretrainOptions:
     seed: int = 0
     max_shift: int = 4
     overwrite: bool = False
+    filter_key: str | None = None
+    only_successes: bool = False
 
     def __post_init__(self) -> None:
         if self.max_shift < 0:
@@ -69,6 +75,8 @@ class PretrainResult:
     Attributes:
         path: The policy file.
         num_demos: Demonstrations used.
+        choice: In words, which of the dataset's they are.
+        num_failures: How many of them never solve their task; None where the dataset does not tell.
         num_chunks: Chunks cut from them, one a step.
         first_loss: Mean flow matching loss of the first tenth of the steps.
         final_loss: Mean loss of the last tenth.
@@ -77,10 +85,20 @@ class PretrainResult:
 
     path: Path
     num_demos: int
+    choice: str
+    num_failures: int | None
     num_chunks: int
     first_loss: float
     final_loss: float
     wall_s: float
+
+    def describe(self) -> list[str]:
+        """Return lines for a user."""
+        made = f"{self.path}: {self.num_chunks} chunks of {self.num_demos} demonstrations ({self.choice}), "
+        lines = [made + f"loss {self.first_loss:.4f} -> {self.final_loss:.4f}, {self.wall_s:.1f} s"]
+        if self.num_failures:
+            lines.append(f"of these demonstrations {self.num_failures} never succeed: --only-successes leaves them out")
+        return lines
 
 
 def pretrain(
@@ -103,7 +121,7 @@ def pretrain(
 
     Raises:
         ConfigError: The dataset cannot be used, `out` cannot be written, or the policy has no velocity field, names
-            of its own, or a LeRobot folder.
+            of its own, or a LeRobot folder; training diverged, and `out` is left as it was.
     """
     start = time.perf_counter()
     policy_config, env_config = config.policy, config.env
@@ -115,21 +133,25 @@ def pretrain(
         )
     if policy_config.mapping.parts:
         raise ConfigError(f"{next(iter(policy_config.mapping.parts))}: pre-training is in the simulator's own names")
-    demos = read_dataset(dataset, env_config)
+    demos = read_dataset(dataset, env_config, options.filter_key, options.only_successes)
     examples = make_examples(demos, env_config.n_obs_steps, policy_config.horizon)
     spec = _make_spec(demos).with_history(env_config.n_obs_steps)
     built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
     policy = _require_velocity(built, policy_config)
     fit_normalizers(policy, demos)
     losses = train_flow(policy, examples, options, on_progress)
-    save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
     tenth = max(1, len(losses) // 10)
+    first_loss, final_loss = losses[:tenth].mean().item(), losses[-tenth:].mean().item()
+    _require_convergence(policy, losses[0].item(), final_loss, options)
+    save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
     return PretrainResult(
         path=Path(out),
         num_demos=len(demos.states),
+        choice=demos.choice,
+        num_failures=demos.num_failures,
         num_chunks=len(examples),
-        first_loss=losses[:tenth].mean().item(),
-        final_loss=losses[-tenth:].mean().item(),
+        first_loss=first_loss,
+        final_loss=final_loss,
         wall_s=time.perf_counter() - start,
     )
 
@@ -148,6 +170,20 @@ def _require_velocity(policy: Policy, config: PolicyConfig) -> VelocityPolicy:
         f"{what}: has no velocity field, which pre-training needs; `flow` and `vla` have one, and a model from "
         f"elsewhere with the methods {', '.join(VELOCITY_METHODS)}"
     )
+
+
+def _require_convergence(policy: Policy, untrained_loss: float, final_loss: float, options: PretrainOptions) -> None:
+    """Refuse weights that nothing can be done with; what learns never ends far above the loss of random weights.
+
+    Raises:
+        ConfigError: A weight is not finite, or the loss rose instead of falling.
+    """
+    is_finite = all(bool(tensor.isfinite().all()) for tensor in policy.state_dict().values())
+    if not is_finite or not final_loss < DIVERGED * untrained_loss:
+        raise ConfigError(
+            f"--learning-rate {options.learning_rate:g}: pre-training diverged, loss {untrained_loss:.3g} -> "
+            f"{final_loss:.3g}; nothing was written; use a smaller one"
+        )
 
 
 def _make_spec(demos: Demonstrations) -> EnvSpec:
@@ -217,4 +253,7 @@ def train_flow(
         optimizer.step()
         losses[step] = loss.detach()
         on_progress(step + 1)
+        if not bool(losses[step].isfinite()):
+            losses[step:] = losses[step]
+            break  # nothing finite will follow
     return losses

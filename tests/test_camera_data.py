@@ -111,7 +111,7 @@ def test_a_dataset_without_such_clouds_is_refused(tmp_path, written, message):
 def test_clouds_that_are_not_finite_are_refused(dataset):
     with h5py.File(dataset, "a") as file:
         file["data/demo_1/obs/agentview_points"][3, 2, 1] = np.nan
-    assert "/data/demo_1/obs/agentview_points holds a number that is not finite" in refused(dataset)
+    assert "/data/demo_1/obs/agentview_points: step 3 holds nan" in refused(dataset)
 
 
 @pytest.mark.sim

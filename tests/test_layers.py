@@ -16,7 +16,8 @@ LAYERS = [
     {"errors", "exits", "files", "notices", "plugins", "signals"},
     {"config", "policy_config"},
     {
-        "buffer", "camera_data", "console", "dataset", "device", "envs", "examples", "experts", "flags", "gae",
+        "buffer", "camera_data", "console", "dataset", "demo_choice", "device", "envs", "examples", "experts", "finite",
+        "flags", "gae",
         "inference", "latency", "lerobot_folder", "losses", "metric_files", "metrics", "optimizer", "policies",
         "policy_file", "presets", "profile_legs", "profile_model", "profile_plot", "rates", "resources",
         "robomimic_file", "seeding", "staging", "streams", "timing", "tracing", "weights",

@@ -241,6 +241,46 @@ def test_a_truncated_dataset_is_refused(dataset, keep):
     assert "not an HDF5 file, or truncated" in refused(dataset)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e39], ids=str)
+@pytest.mark.parametrize("array", ["actions", "obs/object"])
+def test_a_number_that_is_not_finite_in_float32_is_named(dataset, array, number):
+    with h5py.File(dataset, "a") as file:
+        file[f"data/demo_1/{array}"][3, 1] = number
+    message = refused(dataset)
+    assert f"/data/demo_1/{array}: step 3 holds {number}; every number must be finite in float32" in message
+
+
+@pytest.mark.parametrize("rate", [1e9, 1e3])
+def test_a_diverging_pre_training_leaves_the_old_file(dataset, tmp_path, rate):
+    (tmp_path / "policy.safetensors").write_text("a good one")
+    options = PretrainOptions(num_steps=20, learning_rate=rate, overwrite=True)
+    with pytest.raises(ConfigError, match=r"--learning-rate .*: pre-training diverged, loss 2"):
+        run(dataset, tmp_path / "policy.safetensors", options)
+    assert (tmp_path / "policy.safetensors").read_text() == "a good one"
+
+
+def test_only_successes_are_used_if_asked_for(dataset, tmp_path):
+    with h5py.File(dataset, "a") as file:
+        for index, length in enumerate((5, 7)):
+            file[f"data/demo_{index}/rewards"] = np.zeros(length)
+        file["data/demo_1/rewards"][-1] = 1.0
+    assert run(dataset, tmp_path / "a").num_failures == 1
+    kept = run(dataset, tmp_path / "b", PretrainOptions(num_steps=20, only_successes=True))
+    assert (kept.num_demos, kept.num_chunks, kept.num_failures) == (1, 7, 0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"), [(None, "has no `rewards`"), (0.0, "not one of .*'s 2 demonstrations ever succeeds")]
+)
+def test_successes_that_are_not_there_are_refused(dataset, tmp_path, rewards, message):
+    if rewards is not None:
+        with h5py.File(dataset, "a") as file:
+            for index, length in enumerate((5, 7)):
+                file[f"data/demo_{index}/rewards"] = np.full(length, rewards)
+    with pytest.raises(ConfigError, match=message):
+        run(dataset, tmp_path / "out", PretrainOptions(num_steps=20, only_successes=True))
+
+
 @pytest.mark.parametrize("name", ["num_steps", "batch_size", "learning_rate"])
 def test_impossible_options_name_their_flag(name):
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} 0"):

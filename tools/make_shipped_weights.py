@@ -30,7 +30,7 @@ from asyncflow.pretrain import PretrainOptions, pretrain
 ENV = EnvConfig(task="Lift", horizon=120)
 DEMOS = DemoOptions(num_demos=20, seed=0, action_noise=0.15, grasp_offset=0.03)
 SHIPPED = ASSETS / "lift_flow.safetensors"
-PRETRAIN = PretrainOptions(num_steps=600, batch_size=256, learning_rate=1e-3, seed=0)
+PRETRAIN = PretrainOptions(num_steps=600, batch_size=256, learning_rate=1e-3, seed=0, filter_key="all")
 
 
 def main() -> None:
