@@ -1,6 +1,6 @@
 """The command line; the only place that exits.
 
-Owns commands, flags, signals and exit codes: 0, 1 after a crash, 2 for a user's mistake, 130 after Ctrl-C or SIGTERM.
+Owns commands, flags, signals and exit codes: 0, 1 after a crash, 2 for a user's mistake, 130 after Ctrl-C or its like.
 Everything slow (torch, simulators, pydantic) is imported inside the command that needs it, so that `--help` is fast.
 """
 # ruff: noqa: PLC0415  see above
@@ -243,7 +243,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
         from asyncflow.pretrain import PretrainOptions, pretrain
 
     out = out or f"{os.path.splitext(dataset)[0]}.safetensors"
-    check_output(Path(out), flags["overwrite"], inputs=[config])
+    check_output(Path(out), flags["overwrite"], inputs=[dataset, config])
     options = PretrainOptions(**flags)
     with progress_bar("optimiser steps", options.num_steps) as show:
         result = pretrain(dataset, out, resolved, options, show)

@@ -1,4 +1,6 @@
-"""What Ctrl-C and SIGTERM do: end the program at once, or first end a run with a checkpoint.
+"""What signals that ask a program to end do: end it at once, or first end a run with a checkpoint.
+
+Besides Ctrl-C and SIGTERM these are a closed terminal's and those that batch systems send some time before the end.
 
 Owns the process's signal handlers and its sudden end. It must not know what is stopped.
 """
@@ -13,13 +15,21 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 EXIT_INTERRUPTED = 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A second one of these means "at once". The others may come twice for one event: a closed terminal tells the shell's
+# jobs, and the kernel tells them again.
+_INSISTENT = (signal.SIGINT, signal.SIGTERM)
+ENDING_SIGNALS = (*_INSISTENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 def interrupt_on_signals() -> None:
     """Let a signal raise `KeyboardInterrupt` in the main thread."""
-    for number in _SIGNALS:
+    for number in _heard():
         signal.signal(number, signal.default_int_handler)
+
+
+def _heard() -> list[signal.Signals]:
+    """Return the signals to handle: `nohup` and its like have a program ignore some, and it must go on doing so."""
+    return [each for each in ENDING_SIGNALS if each in _INSISTENT or signal.getsignal(each) is not signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -30,7 +40,7 @@ def signals_held() -> Iterator[None]:
     handler in the main thread all the same.
     """
     came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _SIGNALS}
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in _heard()}
     try:
         yield
     finally:
@@ -44,13 +54,13 @@ def stop_on_signals(request_stop: Callable[[], None]) -> None:
     """Let the first signal call `request_stop`, which must not wait, and the second end the process at once."""
 
     def stop(*_: object) -> None:
-        for number in _SIGNALS:
-            signal.signal(number, _leave_at_once)
+        for number in _heard():
+            signal.signal(number, _leave_at_once if number in _INSISTENT else lambda *_: None)
         request_stop()
         with contextlib.suppress(OSError):  # the reader may be gone, as `tee` is after Ctrl-C
             os.write(2, b"stopping: saving what was trained; once more to quit at once\n")  # safe in a handler
 
-    for number in _SIGNALS:
+    for number in _heard():
         signal.signal(number, stop)
 
 

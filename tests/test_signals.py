@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from asyncflow.signals import ENDING_SIGNALS, interrupt_on_signals, signals_held, stop_on_signals
+
 TOY = ["train", "--task", "Toy", "--logger", "none", "trainer.eval_interval=0"]
 ENDLESS = ["policy.emulated_latency_s=0.01", "trainer.total_updates=100000"]
 TWO_WORKERS = ["env.num_envs=2", "env.num_workers=2", "buffer.buffer_size=8", "algorithm.num_minibatches=2"]
@@ -125,7 +127,10 @@ def num_rows(run):
     return len((run / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize(("number", "buffer_type"), [(signal.SIGINT, "vla"), (signal.SIGTERM, "standard")])
+@pytest.mark.parametrize(
+    ("number", "buffer_type"),
+    [(signal.SIGINT, "vla"), (signal.SIGTERM, "standard"), (signal.SIGUSR1, "standard")],
+)
 def test_the_first_signal_saves_and_leaves_with_130_within_ten_seconds(launch, tmp_path, number, buffer_type):
     run = tmp_path / "run"
     process = launch("-m", "asyncflow", *TOY, "--out", str(run), "--buffer-type", buffer_type, *ENDLESS)
@@ -156,6 +161,43 @@ def test_a_run_whose_output_goes_to_a_full_disk_trains_to_its_end(launch, tmp_pa
     _, errors = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, errors) == (0, "")
     assert saved_state(run)["updates"] == num_rows(run) == 2
+
+
+def test_a_closed_terminal_that_tells_twice_does_not_cut_the_save_short(hold_run, tmp_path):
+    """Its shell sends SIGHUP to its jobs, and the kernel sends it again."""
+    process = hold_run("asyncflow.trainer:Trainer._check_update", count=2)
+    os.killpg(process.pid, signal.SIGHUP)
+    end = interrupt(process, signal.SIGHUP)
+    assert end.is_clean, end
+    assert saved_state(tmp_path / "run")["updates"] == num_rows(tmp_path / "run") == 1
+
+
+def test_what_nohup_has_a_program_ignore_stays_ignored():
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupt_on_signals()
+        stop_on_signals(lambda: None)
+        with signals_held():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR1) is signal.getsignal(signal.SIGTERM) is not handlers[signal.SIGTERM]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_workers_ignore_what_the_parent_handles(hold_run):
+    """At the first decision both simulate; the signals reach them and multiprocessing's helper alike."""
+    process = hold_run("asyncflow.trainer:Trainer._check_update", *TWO_WORKERS, environment="fake", count=2)
+    others = [pid for pid in members(process.pid) if pid != process.pid]
+    assert len(others) >= 3
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(os.fdopen(os.pidfd_open(pid))) for pid in others]
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+            for pid in others:
+                os.kill(pid, number)
+        assert select.select(ends, [], [], 0.5)[0] == []
+    assert interrupt(process).is_clean
 
 
 def test_a_signal_before_the_run_is_built_ends_it(hold_run, tmp_path):

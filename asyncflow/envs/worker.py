@@ -31,12 +31,12 @@ from asyncflow.envs.base import EnvInterrupted, EnvSpec
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, Simulator
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.seeding import derive_seed
+from asyncflow.signals import ENDING_SIGNALS
 
 SimulatorFactory = Callable[[int], Simulator]
 
 _START_TIMEOUT_S = 300.0  # importing robosuite and compiling its numba functions, on a busy machine
 _JOIN_TIMEOUT_S = 2.0
-_PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}  # they reach the whole process group; the parent handles them
 _NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _start_lock = threading.Lock()  # two threads may replace workers, and starting one changes the environment variables
@@ -189,7 +189,7 @@ def _serve(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
     The simulators' memory goes with the process; closing them and the interpreter first would take seconds.
     """
     _die_with_parent()
-    for number in _PARENTS_SIGNALS:
+    for number in ENDING_SIGNALS:  # they reach the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
@@ -244,8 +244,9 @@ def _worker_environment() -> Iterator[None]:
     """Set what a worker inherits: one thread per numeric library, and signals blocked until the worker ignores them."""
     with _start_lock:
         saved = {name: os.environ.get(name) for name in _NUM_THREADS}
-        resource_tracker.ensure_running()  # started later, it would unblock them again
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        resource_tracker.ensure_running()  # here, so that it too blocks those that it does not ignore by itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # it has unblocked the others
         os.environ.update(dict.fromkeys(_NUM_THREADS, "1"))
         try:
             yield
