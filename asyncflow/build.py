@@ -31,7 +31,7 @@ from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policies.mapping import NameMapping, check_names
-from asyncflow.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policy_file import PolicyFile, check_tensors, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.ppo import PPO
 from asyncflow.progress import Progress
 from asyncflow.resources import check_memory
@@ -194,12 +194,8 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
     seen = NameMapping(policy_config.mapping, spec).spec
     policy = make_policy(policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
     if resumed is not None:
-        try:
-            policy.load_state_dict(resumed.policy)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{resumed.path}: does not fit the run's policy: {' '.join(str(error).split())}"
-            ) from None
+        check_tensors(policy.state_dict(), resumed.policy, str(resumed.path))
+        policy.load_state_dict(resumed.policy)
     elif (file := _read_start(config)) is not None:
         _check_origin(config.policy, file, spec)
         load_into(policy, file)

@@ -9,7 +9,6 @@ checkpoint is a policy, a dictionary of plain values and named groups of tensors
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -23,16 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from asyncflow import files
+from asyncflow import checksums, files
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError
 from asyncflow.files import follow, publish_file, write_atomically
 from asyncflow.policies.base import Policy
-from asyncflow.policy_file import FILE_NAME, save_policy
+from asyncflow.policy_file import FILE_NAME, read_policy_file, save_policy
 
 Groups = Mapping[str, Mapping[str, Tensor]]
-TRAINING, STATE, CHECKSUMS = "training.safetensors", "state.json", "checksums.json"
+TRAINING, STATE = "training.safetensors", "state.json"
 REPLACED = ".replaced"
 FORMAT = 1  # of what a checkpoint holds
 
@@ -121,13 +120,7 @@ def _write(folder: Path, source: PolicyToSave, state: Mapping[str, Any], groups:
     source.policy.export(folder)
     write_atomically(folder / TRAINING, save(tensors))
     write_atomically(folder / STATE, _to_json(state).encode())
-    written = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sums = {path.relative_to(folder).as_posix(): _checksum(path.read_bytes()) for path in written}
-    write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=2).encode())
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    write_atomically(folder / checksums.NAME, checksums.describe_folder(folder))
 
 
 def _hidden(path: Path) -> Path:
@@ -183,12 +176,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: A file is missing, truncated or damaged.
     """
+    checksums.check_folder(path, {FILE_NAME, TRAINING, STATE})
+    policy = read_policy_file(path / FILE_NAME)
     try:
-        sums = json.loads((path / CHECKSUMS).read_text())
-        files = {name: _read_checked(path / name, sums[name]) for name in (FILE_NAME, TRAINING, STATE)}
-        for name in sums.keys() - files.keys():  # what the policy exported
-            _read_checked(path / name, sums[name])
-        state, policy, flat = json.loads(files[STATE]), load(files[FILE_NAME]), load(files[TRAINING])
+        state, flat = json.loads((path / STATE).read_text()), load((path / TRAINING).read_bytes())
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or incomplete: {' '.join(str(error).split())}") from None
     if state.get("format") != FORMAT:
@@ -197,14 +188,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for key, tensor in flat.items():
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
-    return Checkpoint(path, policy, state, groups)
-
-
-def _read_checked(path: Path, checksum: str) -> bytes:
-    content = path.read_bytes()
-    if _checksum(content) != checksum:
-        raise CheckpointError(f"{path}: damaged: its checksum differs")
-    return content
+    return Checkpoint(path, policy.tensors, state, groups)
 
 
 def _set_aside(damaged: Path) -> None:

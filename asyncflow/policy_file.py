@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import asyncflow
+from asyncflow.checksums import check_file
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError
@@ -33,6 +36,7 @@ MAX_REPORTED_TENSORS = 4
 # Exploration, which a configuration may change between pre-training and fine-tuning.
 LEARNED_NOISE = "sampler.noise_logit"
 NOISE_LEVEL = "sampler.noise_level"
+_CASTABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,13 @@ class PolicyFile:
     """A policy file's content.
 
     Attributes:
+        path: Where it lies.
         tensors: The policy's state, by the names of `state_dict`.
         policy_config: What builds a policy that these tensors fit.
         env_spec: The environment that the policy was made for.
     """
 
+    path: Path
     tensors: dict[str, Tensor]
     policy_config: PolicyConfig
     env_spec: EnvSpec
@@ -65,18 +71,28 @@ def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig
 
 
 def load_policy_file(path: str | Path) -> PolicyFile:
-    """Read a policy file.
+    """Read a policy file; in a checkpoint it must have the checksum that was written beside it.
 
     Raises:
-        CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow; one that robomimic
-            wrote is described.
+        CheckpointError: As `read_policy_file`, or its checksum differs.
     """
-    path = Path(path)
+    check_file(Path(path))
+    return read_policy_file(Path(path))
+
+
+def read_policy_file(path: Path) -> PolicyFile:
+    """Read a policy file, whatever its checksum.
+
+    Raises:
+        CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow, or a weight is not
+            finite; one that robomimic wrote is described.
+    """
     header = _read_header(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {_one_line(error)}") from None
+    check_finite(tensors, str(path))
     try:
         env = header["env"] | {
             "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
@@ -86,7 +102,7 @@ def load_policy_file(path: str | Path) -> PolicyFile:
             "point_settings": dict(header["env"].get("point_settings", {})),
         }
         policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
-        return PolicyFile(tensors, policy_config, EnvSpec(**env))
+        return PolicyFile(path, tensors, policy_config, EnvSpec(**env))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
 
@@ -178,15 +194,37 @@ def load_into(policy: nn.Module, file: PolicyFile) -> None:
     """
     own = policy.state_dict()
     tensors = _adapt_exploration(own, file.tensors)
-    check_tensors(own, tensors, "the checkpoint")
+    check_tensors(own, tensors, str(file.path))
+    narrowed = {name: x.to(own[name].dtype) for name, x in tensors.items() if x.dtype != own[name].dtype}
+    check_finite(narrowed, f"{file.path}, in the policy's types,")
     policy.load_state_dict(tensors)
 
 
-def check_tensors(own: dict[str, Tensor], stored: dict[str, Tensor], source: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights with which every decision would be NaN.
+
+    Raises:
+        CheckpointError: A number is not finite; the message names the source and the tensors. An attention mask, which
+            holds 0 and -inf alone, is let through.
+    """
+    names = [name for name, x in tensors.items() if x.is_floating_point() and not _is_finite(x)]
+    if names:
+        rest = len(names) - MAX_REPORTED_TENSORS
+        more = f" and {rest} more" if rest > 0 else ""
+        raise CheckpointError(f"{source}: holds NaN or inf in {', '.join(names[:MAX_REPORTED_TENSORS])}{more}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    x = tensor if tensor.dtype in _CASTABLE else tensor.float()  # of eight bits, few functions are defined
+    return bool(x.isfinite().all() or (x.ndim > 1 and ((x == 0) | (x == -torch.inf)).all()))
+
+
+def check_tensors(own: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
     """Compare what a policy needs with what was stored.
 
     Raises:
-        CheckpointError: Names or shapes differ; the message names the source, the tensors and both shapes.
+        CheckpointError: Names or shapes differ, or types other than those of floating point, between which weights are
+            converted; the message names the source, the tensors and what differs.
     """
     problems = _find_mismatches(own, stored)
     if problems:
@@ -211,12 +249,20 @@ def _adapt_exploration(own: dict[str, Tensor], stored: dict[str, Tensor]) -> dic
     return tensors
 
 
-def _find_mismatches(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    return [
-        f"{name} {_shape(expected.get(name))} vs {_shape(found.get(name))}"
-        for name in sorted(expected.keys() | found.keys())
-        if _shape(expected.get(name)) != _shape(found.get(name))
-    ]
+def _find_mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for name in sorted(expected.keys() | found.keys()):
+        ours, its = expected.get(name), found.get(name)
+        if _shape(ours) != _shape(its):
+            problems.append(f"{name} {_shape(ours)} vs {_shape(its)}")
+        elif ours is not None and its is not None and not _is_castable(its.dtype, ours.dtype):
+            problems.append(f"{name} {ours.dtype} vs {its.dtype}")
+    return problems
+
+
+def _is_castable(source: torch.dtype, target: torch.dtype) -> bool:
+    """Tell whether weights of one type may be stored as another: those of eight bits would need their scale."""
+    return source == target or {source, target} <= _CASTABLE
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncflow"
 # A module may import from its own layer and from those below it. A folder stands for its modules.
 LAYERS = [
     {"errors", "exits", "files", "notices", "plugins", "signals"},
-    {"config", "policy_config"},
+    {"checksums", "config", "policy_config"},
     {
         "buffer", "camera_data", "console", "dataset", "demo_choice", "device", "envs", "examples", "experts", "finite",
         "flags", "gae",

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import struct
 
@@ -8,11 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from asyncflow import policy_file
+from asyncflow.checksums import describe_folder
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError
 from asyncflow.policies import Policy, make_policy
 from asyncflow.policy_file import (
+    check_finite,
     load_into,
     load_policy_file,
     resolve_checkpoint,
@@ -208,3 +211,83 @@ def test_a_file_carries_the_cameras_it_was_made_for(tmp_path):
         tmp_path / "policy.safetensors", make_policy(PolicyConfig(), {"state": (4,)}, 2, 0), PolicyConfig(), spec
     )
     assert load_policy_file(tmp_path / "policy.safetensors").env_spec == spec
+
+
+def rewrite(path, change):
+    """Write a policy file again with changed tensors."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(change(load_file(path)), path, metadata)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, number):
+    def spoil(tensors):
+        tensors["critic.0.bias"][3] = number
+        return tensors
+
+    rewrite(saved, spoil)
+    assert refusal_of(saved) == f"{saved}: holds NaN or inf in critic.0.bias"
+
+
+def test_an_attention_mask_may_hold_minus_infinity():
+    check_finite({"mask": torch.full((2, 2), -math.inf).triu(1)}, "file")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.int64])
+def test_weights_of_another_kind_are_refused_instead_of_cast(saved, dtype):
+    rewrite(saved, lambda tensors: tensors | {"critic.0.weight": tensors["critic.0.weight"].to(dtype)})
+    with pytest.raises(CheckpointError, match=rf"critic\.0\.weight torch\.float32 vs {dtype}"):
+        load_into(make(), load_policy_file(saved))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_converted(saved, dtype):
+    rewrite(saved, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    policy = make(seed=1)
+    load_into(policy, load_policy_file(saved))
+    assert torch.equal(policy.critic[0].weight, make().critic[0].weight.to(dtype).float())
+
+
+def test_weights_that_overflow_when_they_are_converted_are_refused(saved):
+    rewrite(saved, lambda tensors: tensors | {"critic.0.weight": torch.full((8, 4), 1e300, dtype=torch.float64)})
+    with pytest.raises(CheckpointError, match=r"holds NaN or inf in critic\.0\.weight"):
+        load_into(make(), load_policy_file(saved))
+
+
+@pytest.fixture
+def in_checkpoint(saved):
+    """A policy file in a checkpoint's folder, with an exported one."""
+    (saved.parent / "exported").mkdir()
+    (saved.parent / "exported" / "model.bin").write_bytes(b"whole")
+    (saved.parent / "training.safetensors").write_bytes(b"not read by an evaluation")
+    (saved.parent / "checksums.json").write_bytes(describe_folder(saved.parent))
+    return saved
+
+
+def test_a_policy_file_of_a_checkpoint_is_checked_by_whatever_name_it_is_reached(in_checkpoint, tmp_path):
+    load_policy_file(in_checkpoint)
+    content = bytearray(in_checkpoint.read_bytes())
+    content[-400:] = bytes(byte ^ 1 for byte in content[-400:])
+    in_checkpoint.write_bytes(content)
+    (tmp_path / "link").symlink_to(in_checkpoint)
+    for path in (in_checkpoint, tmp_path / "link"):
+        assert refusal_of(path) == f"{in_checkpoint}: damaged: its checksum differs"
+
+
+def test_what_lies_beside_a_policy_file_in_folders_is_checked_and_nothing_else(in_checkpoint):
+    (in_checkpoint.parent / "training.safetensors").write_bytes(b"")
+    load_policy_file(in_checkpoint)
+    (in_checkpoint.parent / "exported" / "model.bin").write_bytes(b"torn")
+    assert "exported/model.bin: damaged" in refusal_of(in_checkpoint)
+    (in_checkpoint.parent / "exported" / "model.bin").unlink()
+    assert "exported/model.bin: missing" in refusal_of(in_checkpoint)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"policy.safetensors": 3}', '{"../x": ""}', '{"/dev/zero": ""}', "[" * 9999, '{"a\\u0000/b": ""}'],
+)
+def test_damaged_checksums_are_told(in_checkpoint, content):
+    (in_checkpoint.parent / "checksums.json").write_text(content)
+    assert str(in_checkpoint.parent) in refusal_of(in_checkpoint)
