@@ -31,7 +31,14 @@ from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy
 from asyncflow.policies.mapping import NameMapping, check_names
-from asyncflow.policy_file import PolicyFile, check_tensors, load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policy_file import (
+    PolicyFile,
+    check_saving,
+    check_tensors,
+    load_into,
+    load_policy_file,
+    resolve_checkpoint,
+)
 from asyncflow.ppo import PPO
 from asyncflow.progress import Progress
 from asyncflow.resources import check_memory
@@ -160,6 +167,7 @@ def build_parts(
             eval_env = _build_env(config, "evaluation", min(config.env.num_envs, config.trainer.eval_episodes))
             on_failure.callback(eval_env.close)
         policy = build_policy(config, env.simulator_spec, device, resumed)
+        check_saving(policy, config.policy, env.simulator_spec)
         channel = _build_channel(config, policy, env.spec, on_plan)
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
         progress = Progress()

@@ -5,6 +5,7 @@ Owns names, defaults, meanings and limits, as `config` does, which is where the 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from asyncflow.plugins import POLICIES, plugin_names
 
 POLICY_KINDS = ("flow", "gaussian", "vla", "lerobot")
+MAX_VALUES = 10_000  # of policy.vla.model_config; in YAML a value can hold itself
 CompileMode = Literal["none", "compile", "graph"]
 
 
@@ -47,6 +49,34 @@ class VLAConfig(Section):
     lora_targets: list[str] | None = Field(
         None, description="Layers of the backbone that get an adapter, as peft matches names; null: all linear ones."
     )
+
+    @model_validator(mode="after")
+    def _check_model_kwargs(self) -> VLAConfig:
+        """Refuse what a policy file would not give back: it keeps them as JSON."""
+        if problem := _find_other_than_json(self.model_kwargs, "policy.vla.model_config"):
+            raise ValueError(
+                f"{problem}: a checkpoint could not keep it; allowed are text, numbers, true, false, null, lists, and "
+                "mappings whose keys are text"
+            )
+        return self
+
+
+def _find_other_than_json(value: Any, place: str) -> str | None:
+    """Return the first place in `value` that is not JSON, and what is there."""
+    waiting = [(place, value)]
+    for _ in range(MAX_VALUES):
+        if not waiting:
+            return None
+        inside, each = waiting.pop()
+        if isinstance(each, dict):
+            if other := [key for key in each if not isinstance(key, str)]:
+                return f"{inside}: key {other[0]!r}"
+            waiting += [(f"{inside}.{key}", part) for key, part in each.items()]
+        elif isinstance(each, list):
+            waiting += [(f"{inside}[{index}]", part) for index, part in enumerate(each)]
+        elif not isinstance(each, str | int | float | None) or (isinstance(each, float) and not math.isfinite(each)):
+            return f"{inside} = {each!r}"
+    return f"{place}: more than {MAX_VALUES} values, or a value that holds itself"
 
 
 class StatePart(Section):
@@ -175,6 +205,13 @@ class PolicyConfig(Section):
     )
     vla: VLAConfig = Field(VLAConfig(), description="The model of kind vla.")
     mapping: MappingConfig = Field(MappingConfig(), description="From a simulator's names to a model's.")
+
+    @property
+    def source(self) -> str:
+        """The key that chose the policy's code, and its value, as an error message names it."""
+        if self.kind == "vla" and self.vla.model_class is not None:
+            return f"policy.vla.model_class = {self.vla.model_class}"
+        return f"policy.kind = {self.kind}"
 
     @property
     def instruction(self) -> str:

@@ -22,7 +22,7 @@ import asyncflow
 from asyncflow.checksums import check_file
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import CheckpointError
+from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import expand_user, follow, write_atomically
 from asyncflow.lerobot_folder import is_lerobot_folder, with_export
 from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
@@ -31,6 +31,7 @@ from asyncflow.robomimic_file import load_robomimic_file
 FORMAT = "asyncflow-policy"
 FORMAT_VERSION = 1
 FILE_NAME = "policy.safetensors"
+SHARED = "shared"  # of the header: name -> name under which the same tensor is stored; absent without tied weights
 ASSETS = Path(__file__).parent / "assets"
 MAX_REPORTED_TENSORS = 4
 # Exploration, which a configuration may change between pre-training and fine-tuning.
@@ -58,16 +59,78 @@ class PolicyFile:
 
 def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig, env_spec: EnvSpec) -> None:
     """Write a policy file, replacing an old one in a single step: a reader sees the old file or the new one."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
-    header = {
+    state = policy.state_dict()
+    shared = find_shared(state)
+    tensors = {name: _own_memory(tensor) for name, tensor in state.items() if name not in shared}
+    write_atomically(Path(path), save(tensors, metadata=_make_metadata(shared, policy_config, env_spec)))
+
+
+def _make_metadata(shared: dict[str, str], policy_config: PolicyConfig, env_spec: EnvSpec) -> dict[str, str]:
+    header: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "asyncflow": asyncflow.__version__,
         "policy": policy_config.model_dump(),
         "env": asdict(env_spec),
     }
+    if shared:
+        header[SHARED] = shared
     # One key: safetensors writes several in an order of its own, which differs between runs.
-    metadata = {FORMAT: json.dumps(header, sort_keys=True)}
-    write_atomically(Path(path), save(tensors, metadata=metadata))
+    return {FORMAT: json.dumps(header, sort_keys=True)}
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU that is the whole of its memory, which safetensors asks for; a view is copied."""
+    alone = tensor.detach().cpu().contiguous()
+    return alone if alone.untyped_storage().nbytes() == alone.nbytes else alone.clone()
+
+
+def find_shared(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return, for each tensor that an earlier name holds as well (tied weights), that name."""
+    first: dict[Any, str] = {}
+    shared = {}
+    for name, tensor in state.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        kept = first.setdefault(place, name)
+        if kept != name and tensor.numel():
+            shared[name] = kept
+    return shared
+
+
+def check_saving(policy: nn.Module, policy_config: PolicyConfig, env_spec: EnvSpec) -> None:
+    """Try, without their numbers, what `save_policy` will do: a run would learn only at its first checkpoint.
+
+    Raises:
+        ConfigError: A part of the policy or of the environment's description cannot be stored; names it.
+    """
+    state = policy.state_dict()
+    for name, tensor in state.items():
+        if problem := _find_problem(tensor):
+            raise ConfigError(f"{policy_config.source}: its state_dict holds {name}, {problem}")
+    check_finite(state, policy_config.source)  # as every reader of the file does
+    try:
+        _make_metadata({}, policy_config, env_spec)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"env.task = {env_spec.task}: its spec (EnvSpec) cannot be stored as JSON: {_one_line(error)}"
+        ) from error
+
+
+def _find_problem(tensor: Any) -> str | None:
+    """Return why a part of a state cannot be stored and loaded again."""
+    if not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
+        return f"a {kind} (get_extra_state); a policy file holds tensors alone: register a buffer instead"
+    if tensor.layout == torch.strided and _is_expanded(tensor):
+        return "whose numbers share memory (expand), so that none can be loaded into it; make it with clone()"
+    try:
+        save({"tensor": tensor.new_empty(0)})
+    except Exception as error:  # safetensors and torch have errors of their own, for sparse tensors and odd types
+        return f"a tensor of {tensor.dtype}, {tensor.layout}, which cannot be stored: {_one_line(error)}"
+    return None
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def load_policy_file(path: str | Path) -> PolicyFile:
@@ -89,7 +152,7 @@ def read_policy_file(path: Path) -> PolicyFile:
     """
     header = _read_header(path)
     try:
-        tensors = load_file(path)
+        tensors = _restore_shared(path, load_file(path), header)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {_one_line(error)}") from None
     check_finite(tensors, str(path))
@@ -105,6 +168,14 @@ def read_policy_file(path: Path) -> PolicyFile:
         return PolicyFile(path, tensors, policy_config, EnvSpec(**env))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
+
+
+def _restore_shared(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
+    """Return tensors under all of their names."""
+    try:
+        return tensors | {name: tensors[kept] for name, kept in header.get(SHARED, {}).items()}
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: asyncflow's metadata is damaged: {SHARED} must map names to tensors") from None
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from asyncflow.policies import Policy, make_policy
 from asyncflow.policies.base import Normalizer
 from asyncflow.policies.foreign import VELOCITY_METHODS
 from asyncflow.policies.velocity import VelocityPolicy
-from asyncflow.policy_file import save_policy
+from asyncflow.policy_file import check_saving, save_policy
 from asyncflow.seeding import derive_seed
 
 DIVERGED = 10.0  # times the loss of untrained weights
@@ -138,6 +138,7 @@ def pretrain(
     spec = _make_spec(demos).with_history(env_config.n_obs_steps)
     built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
     policy = _require_velocity(built, policy_config)
+    check_saving(policy, policy_config, spec)
     fit_normalizers(policy, demos)
     losses = train_flow(policy, examples, options, on_progress)
     tenth = max(1, len(losses) // 10)
@@ -164,11 +165,9 @@ def _require_velocity(policy: Policy, config: PolicyConfig) -> VelocityPolicy:
     """
     if isinstance(policy, VelocityPolicy):
         return policy
-    is_foreign = config.kind == "vla"
-    what = f"policy.vla.model_class = {config.vla.model_class}" if is_foreign else f"policy.kind = {config.kind}"
     raise ConfigError(
-        f"{what}: has no velocity field, which pre-training needs; `flow` and `vla` have one, and a model from "
-        f"elsewhere with the methods {', '.join(VELOCITY_METHODS)}"
+        f"{config.source}: has no velocity field, which pre-training needs; `flow` and `vla` have one, and a model "
+        f"from elsewhere with the methods {', '.join(VELOCITY_METHODS)}"
     )
 
 

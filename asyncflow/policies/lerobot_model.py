@@ -34,7 +34,7 @@ from asyncflow.files import write_atomically
 from asyncflow.lerobot_folder import CONFIG, WEIGHTS, LeRobotFolder
 from asyncflow.policies.image_encoder import Shapes
 from asyncflow.policies.vla_model import KeysValues
-from asyncflow.policy_file import check_tensors
+from asyncflow.policy_file import check_tensors, find_shared
 
 
 class LeRobotModel(nn.Module, ABC):
@@ -171,8 +171,13 @@ class LeRobotModel(nn.Module, ABC):
         """
         trained = {name for name, parameter in self.lerobot.named_parameters() if parameter.requires_grad}
         types = self.file_types | dict.fromkeys(trained, torch.float32)
-        state = self.lerobot.state_dict().items()
-        tensors = {name: tensor.detach().to("cpu", types[name]).contiguous() for name, tensor in state}
+        state = self.lerobot.state_dict()
+        shared = find_shared(state)  # written twice, as LeRobot reads them
+        types |= {name: types[kept] for name, kept in shared.items()}
+        tensors = {
+            name: tensor.detach().to("cpu", types[name], copy=name in shared).contiguous()
+            for name, tensor in state.items()
+        }
         settings = self.settings | {"num_steps": num_steps} | self._execution_settings(n_action_steps)
         write_atomically(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
         write_atomically(folder / CONFIG, json.dumps(settings, indent=4).encode())
