@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.tasks import POINTS
@@ -29,7 +29,12 @@ _IMAGE = "observation.images."
 _EMPTY = "observation.images.empty_camera_"
 _STATE, _ACTION = "observation.state", "action"
 
+UNNAMED = "unnamed"  # of statistics that stand under no dataset's name
+# `normalize_inputs.buffer_action.mean`; of a model for several datasets `normalize_inputs.so100_buffer_action.mean`.
+_STATISTICS = re.compile(r"(?P<module>(un)?normalize_\w+)\.((?P<dataset>[^.]+)_)?buffer_(?P<rest>.+)")
+
 Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 class FolderType(NamedTuple):
@@ -64,6 +69,7 @@ class LeRobotFolder:
         action_dim: A.
         cameras: LeRobot's names of the pictures that the model needs, in its order.
         chunk_size: Actions that the model predicts.
+        statistics: Of which dataset the normalisation is, where the folder holds that of several.
     """
 
     path: Path
@@ -72,6 +78,7 @@ class LeRobotFolder:
     action_dim: int
     cameras: tuple[str, ...]
     chunk_size: int
+    statistics: str | None = None
 
 
 def is_lerobot_folder(path: Path) -> bool:
@@ -107,7 +114,8 @@ def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
 
     Raises:
         CheckpointError: It is no such folder, of another type or version, or its configuration lacks something.
-        ConfigError: There is none, or LeRobot or transformers is missing or of a version that cannot load it.
+        ConfigError: There is none, or LeRobot or transformers is missing or of a version that cannot load it, or
+            it holds statistics of several datasets and `policy.statistics` chooses none of them.
     """
     if config.checkpoint is None:
         raise ConfigError(f"policy.kind = {KIND}: needs policy.checkpoint, a LeRobot policy folder; it is null")
@@ -122,7 +130,56 @@ def open_lerobot(config: PolicyConfig) -> LeRobotFolder:
     version = _find_version("transformers", needed)
     if not lowest <= tuple(int(number) for number in re.findall(r"\d+", version)[:2]) <= _TRANSFORMERS:
         raise ConfigError(f"{needed}, {version} is installed: {INSTALL}")
-    return folder
+    statistics = choose_statistics(_read_names(folder.path / WEIGHTS), config.statistics, source)
+    return replace(folder, statistics=statistics)
+
+
+def _read_names(path: Path) -> list[str]:
+    """Return the names of a safetensors file's tensors; none where it is damaged, which its loading tells."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return list(json.loads(file.read(min(size, path.stat().st_size))))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return []
+
+
+def choose_statistics(names: Iterable[str], chosen: str | None, source: str) -> str | None:
+    """Return the dataset whose statistics are used; None where none is named.
+
+    LeRobot itself loads the alphabetically first of several, whatever robot it belongs to.
+
+    Args:
+        names: The tensors of the folder.
+        chosen: `policy.statistics`.
+        source: Names the folder in a refusal.
+
+    Raises:
+        CheckpointError: There are several and none is chosen, or none of that name.
+    """
+    found = sorted({match["dataset"] or UNNAMED for name in names if (match := _STATISTICS.match(name))})
+    if chosen is not None and chosen not in found:
+        raise CheckpointError(
+            f"policy.statistics = {chosen}: {source} without statistics of that name; allowed: "
+            f"{', '.join(found) or 'none'}"
+        )
+    if chosen is None and len(found) > 1:
+        raise CheckpointError(
+            f"{source} with the statistics of several datasets: {', '.join(found)}; choose one: policy.statistics=NAME"
+        )
+    return chosen or next(iter(found), None)
+
+
+def select_statistics(tensors: Mapping[str, T], dataset: str | None) -> dict[str, T]:
+    """Return a folder's tensors without the statistics of other datasets, and those of this one without its name."""
+    selected = {}
+    for name, tensor in tensors.items():
+        match = _STATISTICS.match(name)
+        if match is None:
+            selected[name] = tensor
+        elif (match["dataset"] or UNNAMED) == dataset:
+            selected[f"{match['module']}.buffer_{match['rest']}"] = tensor
+    return selected
 
 
 def _find_version(package: str, needed: str) -> str:
@@ -263,5 +320,5 @@ def with_export(config: PolicyConfig, folder: Path) -> PolicyConfig:
     So a run can be moved, and go on, without the folder that it began from.
     """
     if config.kind == KIND and (folder / EXPORT / CONFIG).is_file():
-        return config.model_copy(update={"checkpoint": str(folder / EXPORT)})
+        return config.model_copy(update={"checkpoint": str(folder / EXPORT), "statistics": None})
     return config

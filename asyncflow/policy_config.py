@@ -165,6 +165,9 @@ class PolicyConfig(Section):
         description="Weights to start from: a run, a checkpoint folder, a .safetensors file, `lift_flow`, or a policy "
         "folder of LeRobot, which sets kind to lerobot.",
     )
+    statistics: str | None = Field(
+        None, description="lerobot: whose statistics are used, where a folder holds those of several datasets."
+    )
     hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the actor.")
     critic_hidden_sizes: list[PositiveInt] = Field([256, 256], min_length=1, description="Hidden layers of the critic.")
     image_encoder: Literal["small", "resnet18"] = Field(

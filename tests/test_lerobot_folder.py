@@ -13,7 +13,14 @@ from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.launch import train
-from asyncflow.lerobot_folder import match_cameras, open_lerobot, read_lerobot_folder, with_export
+from asyncflow.lerobot_folder import (
+    choose_statistics,
+    match_cameras,
+    open_lerobot,
+    read_lerobot_folder,
+    select_statistics,
+    with_export,
+)
 from asyncflow.policies.mapping import NameMapping
 from asyncflow.policy_config import MappingConfig
 from asyncflow.policy_file import resolve_checkpoint
@@ -270,3 +277,54 @@ def test_a_policy_file_is_built_from_the_folder_beside_it(folder):
     folder.rename(folder.parent / "lerobot")
     assert with_export(config, folder.parent).checkpoint == str(folder.parent / "lerobot")
     assert with_export(PolicyConfig(checkpoint="elsewhere"), folder.parent).checkpoint == "elsewhere"
+
+
+def statistics(*datasets):
+    """Return a folder's tensors, of which each holds the name of its dataset."""
+    modules = ("normalize_inputs", "normalize_targets", "unnormalize_outputs")
+    prefixes = {f"{dataset}_" if dataset else "": dataset or "unnamed" for dataset in datasets}
+    named = {f"{module}.{prefix}buffer_action.mean": name for prefix, name in prefixes.items() for module in modules}
+    return named | {"model.a_buffer_b": "w"}
+
+
+@pytest.mark.parametrize(
+    ("datasets", "chosen", "taken"),
+    [
+        (("",), None, "unnamed"),
+        (("so100",), None, "so100"),
+        (("so100", "so100-red"), "so100-red", "so100-red"),
+        (("so100", ""), "unnamed", "unnamed"),
+    ],
+)
+def test_the_statistics_of_the_dataset_that_is_meant_are_taken_by_their_plain_name(datasets, chosen, taken):
+    assert choose_statistics(statistics(*datasets), chosen, "it") == taken
+    selected = select_statistics(statistics(*datasets), taken)
+    assert selected.pop("model.a_buffer_b") == "w"
+    assert selected == dict.fromkeys(statistics("").keys() - {"model.a_buffer_b"}, taken)
+
+
+def test_without_statistics_nothing_is_left_out():
+    assert select_statistics(statistics(), choose_statistics(statistics(), None, "it")) == statistics()
+
+
+@pytest.mark.parametrize(
+    ("datasets", "chosen", "message"),
+    [
+        (("so100-red", "so100", ""), None, "statistics of several datasets: so100, so100-red, unnamed; choose one"),
+        (("so100",), "so101", "policy.statistics = so101: it without statistics of that name; allowed: so100"),
+        ((), "so101", "allowed: none"),
+    ],
+)
+def test_statistics_that_nobody_chose_are_refused_by_name(datasets, chosen, message):
+    with pytest.raises(CheckpointError, match=message):
+        choose_statistics(statistics(*datasets), chosen, "it")
+
+
+def test_a_run_from_a_folder_for_several_datasets_is_refused_before_lerobot_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"lerobot": "0.3.3", "transformers": "4.53.3"}.get)
+    header = json.dumps({name: {} for name in statistics("so100", "so101")}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="policy with the statistics of several datasets: so100, so101; choose"):
+        open_lerobot(PolicyConfig(kind="lerobot", checkpoint=str(folder)))
+    chosen = open_lerobot(PolicyConfig(kind="lerobot", checkpoint=str(folder), statistics="so101"))
+    assert chosen.statistics == "so101"

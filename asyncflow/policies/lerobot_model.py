@@ -31,7 +31,7 @@ from transformers import dynamic_module_utils
 
 from asyncflow.errors import CheckpointError
 from asyncflow.files import write_atomically
-from asyncflow.lerobot_folder import CONFIG, WEIGHTS, LeRobotFolder
+from asyncflow.lerobot_folder import CONFIG, WEIGHTS, LeRobotFolder, select_statistics
 from asyncflow.policies.image_encoder import Shapes
 from asyncflow.policies.vla_model import KeysValues
 from asyncflow.policy_file import check_tensors, find_shared
@@ -216,7 +216,7 @@ class LeRobotModel(nn.Module, ABC):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{source}: {WEIGHTS} is truncated or damaged: {one_line(error)}") from None
         stored = {name.replace("model._orig_mod.", "model."): tensor for name, tensor in stored.items()}
-        stored = self._rename(stored)
+        stored = self._rename(select_statistics(stored, folder.statistics))
         check_tensors(own, stored, source)
         unset = [name for name, tensor in stored.items() if "normalize_" in name and not bool(tensor.isfinite().all())]
         if unset:
