@@ -1,7 +1,5 @@
 """RolloutBuffer: a preallocated ring of rollouts on the training device, and its hand-off between two threads.
 
-Owns memory, slot states and the books. It must not know about policies, simulators or losses.
-
 A slot goes FREE -> WRITING -> READY -> TRAINING -> FREE. Every wait is on one `Condition`; nothing polls. Writes go in
 place to (slot, t, environments). Always true, in decisions: `collected = trained + in_flight + dropped + invalid`.
 
@@ -75,16 +73,10 @@ class BufferPlan:
 
     def allocate(self, device: torch.device) -> TensorDict:
         """Return the ring: `data [S, T, N]`, `obs [S, T+1, N]`, `final_obs [S, max_truncations, N]`."""
-        leading = (self.num_slots, self.num_steps)
-        return TensorDict(
-            {
-                "data": _expand(self.fields, leading, device),
-                "obs": _expand(self.obs, (self.num_slots, self.num_steps + 1), device),
-                "final_obs": _expand(self.obs, (self.num_slots, self.max_truncations), device),
-            },
-            batch_size=[self.num_slots],
-            device=device,
-        )
+        num_rows = {"data": self.num_steps, "obs": self.num_steps + 1, "final_obs": self.max_truncations}
+        rows = {"data": self.fields, "obs": self.obs, "final_obs": self.obs}
+        ring = {name: _expand(rows[name], (self.num_slots, count), device) for name, count in num_rows.items()}
+        return TensorDict(ring, batch_size=[self.num_slots], device=device)
 
 
 def _expand(row: TensorDictBase, leading: tuple[int, ...], device: torch.device) -> TensorDict:
@@ -138,7 +130,7 @@ class Rollout:
         info: What is known of it besides the decisions.
         data: [T, N] view of the ring.
         obs: [T+1, N] view; the last row is the bootstrap.
-        final_obs: [max_truncations, N] view; `data["final_index"]` addresses its rows.
+        final_obs: [max_truncations or more, N] view; `data["final_index"]` addresses its rows.
     """
 
     index: int
@@ -159,6 +151,7 @@ class _Slot:
     state: SlotState = SlotState.FREE
     index: int = -1
     num_written: int = 0
+    num_finals: int = 0  # rows of the side table that were written
     event: torch.cuda.Event | None = None
     info: RolloutInfo = RolloutInfo(-1)
 
@@ -180,7 +173,7 @@ class RolloutBuffer:
         self._ring = plan.allocate(device)
         self._data = dict(_leaves(self._ring["data"]))
         self._obs = dict(_leaves(self._ring["obs"]))
-        self._final_obs = dict(_leaves(self._ring["final_obs"]))
+        self._final_obs = list(self._ring["final_obs"].unbind(0))  # of each slot: [max_truncations or more, N]
         self._slots = [_Slot(event=record_event(device)) for _ in range(plan.num_slots)]
         self._changed = threading.Condition()
         self._is_closed = False
@@ -236,9 +229,17 @@ class RolloutBuffer:
             self._obs[name][slot, t, rows] = value
 
     def write_final_obs(self, slot: int, row: int, env_id: int, obs: TensorDictBase) -> None:
-        """Copy the true final observation, [], of a truncated episode into the side table. Called by the collector."""
+        """Copy the true final observation, [], of a truncated episode into the side table. Called by the collector.
+
+        It grows where environments cut more episodes than their horizon does.
+        """
+        old = table = self._final_obs[slot]
+        if row == len(table):
+            table = self._final_obs[slot] = _expand(self.plan.obs, (min(2 * row, self.plan.num_steps),), self.device)
+            table[:row] = old
+        self._slots[slot].num_finals = max(self._slots[slot].num_finals, row + 1)
         for name, value in _leaves(obs):
-            self._final_obs[name][slot, row, env_id] = value
+            table.get(name)[row, env_id] = value
 
     def invalidate(self, slot: int, steps: range, env_id: int) -> None:
         """Mark written decisions as not to be trained on. Called by the collector; never waits."""
@@ -293,7 +294,8 @@ class RolloutBuffer:
             slot.state = SlotState.TRAINING
         wait_event(slot.event, self.device)
         views = self._ring[position]
-        return Rollout(slot.index, position, slot.info, views["data"], views["obs"], views["final_obs"])
+        final_obs = self._final_obs[position][: max(slot.num_finals, self.plan.max_truncations)]
+        return Rollout(slot.index, position, slot.info, views["data"], views["obs"], final_obs)
 
     def release(self, rollout: Rollout) -> None:
         """Give a trained rollout's slot back: TRAINING -> FREE. Called by the trainer; wakes `begin_rollout`."""

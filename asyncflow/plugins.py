@@ -7,10 +7,14 @@ those of installed packages, and a class is imported only if it is asyncflow's o
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
+from asyncflow.contracts import broken, check_callable
 from asyncflow.errors import ConfigError
+
+Built = TypeVar("Built")
 
 POLICIES, ENVS = "asyncflow.policies", "asyncflow.envs"
 TRUST_FLAG = "--trust-class"
@@ -43,8 +47,34 @@ def load_plugin(group: str, name: str) -> Any:
     point: EntryPoint = next(iter(entry_points(group=group, name=name)))
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"entry point {name} of {group} ({point.value}): {_one_line(error)}") from error
+    except Exception as error:  # whatever a module raises that is imported
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise ConfigError(f"entry point {name} of {group} ({point.value}): {reason}") from error
+
+
+def build_plugin(group: str, name: str, arguments: tuple[Any, ...], kind: type[Built]) -> Built:
+    """Build what a package registered under a name; the process stays in its folder.
+
+    Args:
+        group: Of entry points.
+        name: Of the entry point.
+        arguments: What it is called with; they are its own from now on.
+        kind: What it must return.
+
+    Raises:
+        ConfigError: It cannot be imported.
+        ContractError: It cannot be called so, or returns something else.
+    """
+    build, folder = load_plugin(group, name), os.getcwd()
+    label = f"entry point {name} of {group} ({next(iter(entry_points(group=group, name=name))).value})"
+    check_callable(build, label, arguments)
+    try:
+        built = build(*arguments)
+    finally:
+        os.chdir(folder)
+    if not isinstance(built, kind):
+        raise broken(label, "returned", built, f"{kind.__module__}.{kind.__name__}")
+    return built
 
 
 def import_class(path: str, key: str, base: str) -> type[Any]:

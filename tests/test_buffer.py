@@ -223,3 +223,17 @@ def test_nested_observations_keep_their_names_dtypes_and_bytes():
     assert rollout.final_obs["images", "front"][0, :, 2, 1, 4].tolist() == [0, 0, 9, 0]
     per_obs, rows = NUM_ENVS * (2 * 4 + 3 * 2 * 5), NUM_STEPS + 1 + 1
     assert plan.num_bytes == 2 * (NUM_STEPS * NUM_ENVS + rows * per_obs) == buffer._ring.bytes()
+
+
+def test_the_side_table_holds_what_environments_cut_beyond_their_horizon():
+    """gymnasium's environments may truncate at any step."""
+    buffer = make_buffer(num_slots=1)
+    for num_cut in (NUM_STEPS, 1):  # more than the plan foresees, then as many
+        _, slot = buffer.begin_rollout()
+        for row in range(num_cut):
+            buffer.write_final_obs(slot, row, 2, TensorDict({"state": torch.full((2,), float(row))}, []))
+        buffer.count(slot, NUM_STEPS * NUM_ENVS)
+        buffer.finish_rollout(slot, RolloutInfo(0))
+        rollout = buffer.take()
+        assert rollout.final_obs["state"][:, 2, 0].tolist() == list(range(num_cut))
+        buffer.release(rollout)

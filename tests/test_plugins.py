@@ -1,35 +1,61 @@
 """Entry points of other packages."""
 
+from pathlib import Path
+
 import pytest
-from silent import TOY, Silent
+import torch
+from silent import TOY, Silent, record
 
 from asyncflow.build import check_start
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.envs import make_vec_env, task_names
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import ToyVecEnv
-from asyncflow.errors import ConfigError
+from asyncflow.errors import ConfigError, ContractError
 from asyncflow.launch import train
 from asyncflow.policies import GaussianPolicy, make_policy
 from asyncflow.policy_file import save_policy
 from asyncflow.presets import load_config
 
 PACKAGE = """
+import os
+from dataclasses import replace
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.policies import make_policy
+
+class Hasty(ToyVecEnv):
+    # It cuts episodes long before its horizon, as gymnasium's environments may.
+    def step_wait(self, env_ids):
+        result = super().step_wait(env_ids)
+        cut = ~result.terminated & (result.obs["state"][:, 0] > 0)
+        return replace(result, truncated=cut | result.truncated)
 
 def build_policy(config, obs_shapes, action_dim, image_shapes):
     return make_policy(config.model_copy(update={"kind": "gaussian"}), obs_shapes, action_dim, 0, image_shapes)
 
 def build_env(config, chunk_length, num_envs, seed):
+    os.chdir("/")
     return ToyVecEnv(num_envs, chunk_length, config.horizon)
+
+def build_hasty(config, chunk_length, num_envs, seed):
+    return Hasty(num_envs, chunk_length, config.horizon)
+
+def build_nothing(*arguments):
+    return None
+
+def build_from_nothing():
+    return None
 """
 ENTRY_POINTS = """
 [asyncflow.policies]
 mine = added_package:build_policy
 broken = added_package:missing
+nothing = added_package:build_nothing
 
 [asyncflow.envs]
+Hasty = added_package:build_hasty
+Nothing = added_package:build_nothing
+FromNothing = added_package:build_from_nothing
 MyTask = added_package:build_env
 """
 
@@ -51,7 +77,7 @@ def test_a_registered_policy_and_environment_are_trained_by_name(tmp_path):
     done = train(load_config("toy", TOY | changes), reporter)
     assert reporter.rows[-1]["updates"] == 6
     assert isinstance(done.parts.policy, GaussianPolicy)
-    assert isinstance(done.parts.env, ToyVecEnv)
+    assert isinstance(done.parts.env.env, ToyVecEnv)
 
 
 def test_a_policy_that_was_trained_in_a_registered_environment_starts_there_again(tmp_path):
@@ -70,6 +96,37 @@ def test_wrong_observations_are_found_whatever_the_policy_is(tmp_path):
         check_start(load_config(None, changes))
 
 
+def test_the_process_stays_in_its_folder_whatever_building_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_vec_env(EnvConfig(task="MyTask"), 2, 3, 0)
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [
+        ("Nothing", "returned None; expected asyncflow.envs.base.VecEnv"),
+        ("FromNothing", r"cannot be called with 4 argument\(s\)"),
+    ],
+)
+def test_an_entry_point_that_builds_no_environment_is_named(task, named):
+    with pytest.raises(ContractError, match=rf"entry point {task} of asyncflow.envs \(added_package:.*{named}"):
+        make_vec_env(EnvConfig(task=task), 2, 3, 0)
+
+
+def test_an_entry_point_that_builds_no_policy_is_named():
+    with pytest.raises(ContractError, match=r"entry point nothing .* returned None; expected asyncflow\.policies"):
+        make_policy(PolicyConfig(kind="nothing", log_prob="joint_sum"), {"state": (4,)}, 2, seed=0)
+
+
+def test_episodes_that_are_cut_before_the_horizon_are_trained_alike_in_both_modes(tmp_path):
+    changes = TOY | {"env.task": "Hasty", "buffer.max_policy_lag": 1, "trainer.total_updates": 4}
+    runs = [record(tmp_path / mode, "toy", changes | {"trainer.buffer_type": mode}) for mode in ("vla", "standard")]
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+    assert max(len(batch["truncated"].nonzero()) for batch in runs[0][1]) > 4  # of four environments, by the horizon
+    assert runs[0][2] == runs[1][2]
+
+
 def test_a_registered_environment_is_a_task_like_others():
     assert "MyTask" in task_names()
     assert make_vec_env(EnvConfig(task="MyTask", horizon=7), 2, 3, 0).spec.horizon == 7
@@ -82,7 +139,6 @@ def test_a_policy_that_cannot_be_imported_is_named():
 
 
 def test_an_unknown_policy_is_refused_with_those_that_exist():
-    with pytest.raises(
-        ConfigError, match=r"policy.kind = 'mime': not known; allowed: flow, gaussian, vla, lerobot, broken, mine"
-    ):
+    allowed = "flow, gaussian, vla, lerobot, broken, mine, nothing"
+    with pytest.raises(ConfigError, match=rf"policy.kind = 'mime': not known; allowed: {allowed}"):
         load_config("toy", {"policy.kind": "mime"})

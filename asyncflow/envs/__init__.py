@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncflow.envs.tasks import TOY_IMAGES, TOY_POINTS, TOYS, resolve_task, task_names
-from asyncflow.plugins import ENVS, load_plugin, plugin_names
+from asyncflow.plugins import ENVS, plugin_names
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
@@ -38,8 +38,9 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
         sees_images, sees_points = config.task == TOY_IMAGES, config.task == TOY_POINTS
         return ToyVecEnv(num_envs, chunk_length, config.horizon, sees_images, sees_points)
     if config.env_meta is None and config.task in plugin_names(ENVS):
-        vec_env: VecEnv = load_plugin(ENVS, config.task)(config, chunk_length, num_envs, seed)
-        return vec_env
+        from asyncflow.envs.checked_env import build_registered  # noqa: PLC0415
+
+        return build_registered(config, chunk_length, num_envs, seed)
     settings = resolve_task(config)
 
     from asyncflow.envs.robomimic import RobomimicEnv  # noqa: PLC0415

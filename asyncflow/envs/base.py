@@ -41,7 +41,7 @@ class EnvSpec:
             With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first. A dotted key is a camera's point
             cloud: `points.agentview`, `(num_points, 6)`, is `obs["points", "agentview"]`.
         action_dim: A. A simulator's actions are in [-1, 1].
-        horizon: Env steps until an episode is truncated.
+        horizon: Env steps until an episode is truncated, at the latest.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
         obs_widths: How many numbers each of them has; empty where that is not said.
@@ -140,11 +140,11 @@ class ChunkResult:
         obs: [n] observation to decide on next; of the new episode where one ended.
         final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended. The end of a success,
             from which nothing bootstraps, is not rendered: images and point clouds are those of `obs`.
-        rewards: [n, H] reward of each executed env step, zero after the episode's end.
+        rewards: [n, H] float32, reward of each executed env step, zero after the episode's end.
         executed: [n] int64, env steps executed, 1 to H; 0 where `broken`.
         terminated: [n] bool, the task was solved.
-        truncated: [n] bool, the horizon was reached without success; never true where `terminated` is.
-        episode_return: [n] undiscounted return of the episode that ended; zero elsewhere.
+        truncated: [n] bool, the episode was cut at the horizon or sooner; never true where `terminated` is.
+        episode_return: [n] float32, undiscounted return of the episode that ended; zero elsewhere.
         episode_length: [n] int64, env steps of the episode that ended; zero elsewhere.
         broken: [n] bool, the episode that the chunk belonged to was lost with its simulator, or had to be given up.
         faults: What was survived since the last result, whichever environments it befell.

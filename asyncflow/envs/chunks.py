@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asyncflow.contracts import name_of
 from asyncflow.envs.base import RENDERED, EnvSpec, Fault
-from asyncflow.envs.contract import CheckedSimulator, name_of
+from asyncflow.envs.contract import CheckedSimulator
 from asyncflow.errors import ContractError, EnvError
 from asyncflow.resources import check_shared_memory
 from asyncflow.seeding import derive_seed

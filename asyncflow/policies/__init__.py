@@ -9,7 +9,7 @@ from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot
-from asyncflow.plugins import POLICIES, load_plugin
+from asyncflow.plugins import POLICIES, build_plugin, load_plugin
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.foreign import find_model_class
@@ -73,8 +73,8 @@ def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shap
         return build_vla(config, obs_shapes, action_dim, image_shapes)
     if config.kind == LEROBOT:
         return _build_lerobot(config, obs_shapes, action_dim, image_shapes)
-    policy: Policy = load_plugin(POLICIES, config.kind)(config, obs_shapes, action_dim, image_shapes)
-    return policy
+    arguments = (config.model_copy(deep=True), dict(obs_shapes), action_dim, dict(image_shapes))
+    return build_plugin(POLICIES, config.kind, arguments, Policy)  # type: ignore[type-abstract]
 
 
 def _build_lerobot(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
