@@ -20,6 +20,7 @@ from torch import Tensor
 
 from asyncflow.envs.base import Fault, as_slice
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.episodes import Episode
 from asyncflow.errors import AsyncflowError
 from asyncflow.streams import record_event, wait_event
 
@@ -92,29 +93,20 @@ def _leaves(fields: Any) -> Iterator[tuple[Any, Tensor]]:
     return iter(fields.items(include_nested=True, leaves_only=True))
 
 
-@dataclass
-class EpisodeStats:
-    """Episodes that ended within a rollout, in the order of their decisions."""
-
-    returns: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    successes: list[bool] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class RolloutInfo:
     """What is known of a rollout besides its decisions.
 
     Attributes:
         policy_version: Updates that the policy that acted had seen.
-        episodes: Episodes that ended within it.
+        episodes: Episodes that ended within it, in the order of their decisions.
         seconds: What collecting it took, by stage.
         faults: What was survived while it was collected, and in rollouts that were dropped before it.
         journal: What rebuilds the episodes that are open at its end, so that the next rollout can be collected again.
     """
 
     policy_version: int
-    episodes: EpisodeStats = field(default_factory=EpisodeStats)
+    episodes: tuple[Episode, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
     journal: EpisodeJournal | None = None

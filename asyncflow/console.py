@@ -27,13 +27,15 @@ from asyncflow.metrics import GLOSSARY
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
 _BLOCK = {
-    "rollout": ("rollout/success_rate", "rollout/episode_return", "rollout/episode_length"),
+    "rollout": ("rollout/success_rate", "rollout/num_episodes"),
+    "episode": ("rollout/episode_return", "rollout/episode_length"),
     "async": ("async/collector_busy", "async/trainer_busy", "staleness/policy_lag_mean"),
     "train": ("train/approx_kl", "train/clip_fraction", "train/explained_variance"),
     "speed": ("throughput/env_steps_per_s", "time/collect_s", "time/update_s"),
 }
 _LINE = (
     "rollout/success_rate",
+    "rollout/num_episodes",
     "rollout/episode_length",
     "async/collector_busy",
     "async/trainer_busy",
@@ -109,8 +111,8 @@ class ConsoleReporter:
             return
         self._show(Text("  ".join(self._progress(row)), style="bold"))
         for label, names in _BLOCK.items():
-            first, second, third = (_named(name, row) for name in names)
-            self._print(f"  {label:<8}{first:<21} {second:<20} {third}")
+            words = [f"{_named(name, row):<21}" for name in names]
+            self._print(f"  {label:<8}{' '.join(words).rstrip()}")
 
     def evaluation(self, updates: int, result: Evaluation) -> None:
         """Show an evaluation made after `updates` updates."""

@@ -25,7 +25,7 @@ class Metric(NamedTuple):
     when: str = "always"
 
 
-_EPISODE = "an episode ended in the rollout"
+_EPISODE = "num_episodes is not 0"
 _EVALUATION = "an evaluation followed the update"
 
 GLOSSARY: dict[str, Metric] = {
@@ -35,7 +35,12 @@ GLOSSARY: dict[str, Metric] = {
     "wall_s": Metric(
         "s", "Time since the run was built, evaluations left out, but not the time of rollouts collected meanwhile."
     ),
-    "rollout/success_rate": Metric("fraction", "Episodes ended in the rollout that solved the task.", _EPISODE),
+    "rollout/num_episodes": Metric(
+        "count",
+        "Episodes that began a horizon or more before the rollout's end, each counted once. All of them are over, so "
+        "that those that end soon do not count more.",
+    ),
+    "rollout/success_rate": Metric("fraction", "Those of them that solved the task.", _EPISODE),
     "rollout/episode_return": Metric("return", "Mean undiscounted return of those episodes.", _EPISODE),
     "rollout/episode_length": Metric("env steps", "Mean length of those episodes.", _EPISODE),
     "train/policy_loss": Metric("1", "Clipped policy objective, negated; mean over minibatches."),

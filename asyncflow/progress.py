@@ -6,12 +6,14 @@ Owns the three clocks and what is counted beside them. It must not know how a ru
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from asyncflow.checkpoint import Checkpoint
 from asyncflow.config import TrainerConfig
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.episodes import Episode, episode_metrics, split_by_start
 
 _PLAIN = ("env_steps", "decisions", "updates", "next_rollout", "best_success", "best_update")
 
@@ -28,6 +30,7 @@ class Progress:
         faults: How many of each kind were survived.
         best_success: Of the best evaluation after an update that was saved; -1 before the first.
         best_update: That update; 0 before the first.
+        episodes: Those that ended and are not counted in a row yet: others that began with them may be open still.
         journal: What rebuilds the episodes that are open where the next rollout begins; None at the beginning.
     """
 
@@ -38,6 +41,7 @@ class Progress:
     faults: Counter[str] = field(default_factory=Counter)
     best_success: float = -1.0
     best_update: int = 0
+    episodes: list[Episode] = field(default_factory=list)
     journal: EpisodeJournal | None = None
 
     @classmethod
@@ -47,6 +51,7 @@ class Progress:
         return cls(
             **{name: state[name] for name in _PLAIN},
             faults=Counter(state["faults"]),
+            episodes=[Episode(*values) for values in state.get("episodes", [])],
             journal=EpisodeJournal.from_tensors(journal) if journal else None,
         )
 
@@ -58,6 +63,11 @@ class Progress:
     def clocks(self) -> dict[str, int]:
         """The three clocks by their metric names."""
         return {"env_steps": self.env_steps, "decisions": self.decisions, "updates": self.updates}
+
+    def take_episodes(self, ended: Iterable[Episode], end: int) -> dict[str, float]:
+        """Take over episodes that ended; count those that began before decision `end`, and return their metrics."""
+        counted, self.episodes = split_by_start([*self.episodes, *ended], end)
+        return episode_metrics(counted)
 
     def fault_metrics(self) -> dict[str, float]:
         """Return the `health/` counts of what was survived."""

@@ -1,4 +1,4 @@
-"""What a row of metrics says besides the update: rollout statistics, rates, busy shares and memory.
+"""What a row of metrics says besides the update: seconds, lag, rates, busy shares and memory.
 
 Owns the arithmetic from counters to rates. It must not know how rollouts are collected or trained.
 """
@@ -18,28 +18,16 @@ from asyncflow.timing import OverlapClock
 
 
 def rollout_metrics(rollout: Rollout, policy_lag: int, trainer_seconds: dict[str, float]) -> dict[str, float]:
-    """Return episode statistics, seconds by stage and the policy lag of one trained rollout.
+    """Return seconds by stage and the policy lag of one trained rollout.
 
     Args:
-        rollout: The rollout; a rollout in which no episode ended has no episode statistics.
+        rollout: The rollout.
         policy_lag: Version that trained minus version that acted.
         trainer_seconds: Seconds of the trainer's stages, by name.
     """
     seconds = {f"time/{name}": value for name, value in (rollout.info.seconds | trainer_seconds).items()}
     lag = {"staleness/policy_lag_mean": float(policy_lag), "staleness/policy_lag_max": float(policy_lag)}
-    episodes = rollout.info.episodes
-    num = len(episodes.returns)
-    if not num:
-        return seconds | lag
-    return (
-        seconds
-        | lag
-        | {
-            "rollout/success_rate": sum(episodes.successes) / num,
-            "rollout/episode_return": sum(episodes.returns) / num,
-            "rollout/episode_length": sum(episodes.lengths) / num,
-        }
-    )
+    return seconds | lag
 
 
 def memory_metrics() -> dict[str, float]:

@@ -10,6 +10,7 @@ Shapes: T decisions, N environments, n of them in a group, H executed actions.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from asyncflow.buffer import BufferPlan, EpisodeStats, RolloutBuffer, RolloutInfo
+from asyncflow.buffer import BufferPlan, RolloutBuffer, RolloutInfo
 from asyncflow.config import CompileMode
 from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv, as_slice
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.episodes import Episode
 from asyncflow.errors import EnvError
 from asyncflow.inference import make_sampler
 from asyncflow.latency import NO_LATENCY, EmulatedLatency, EmulatedSimulators
@@ -104,7 +106,7 @@ class RolloutWriter:
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
         self._simulators = EmulatedSimulators(settings.env_latency)
-        self._episodes = EpisodeStats()
+        self._episodes: list[Episode] = []
         self._faults: list[Fault] = []
         self._num_truncations = torch.zeros(env.num_envs, dtype=torch.int64)
         self._num_invalid = 0
@@ -142,7 +144,7 @@ class RolloutWriter:
             reason = self._faults[-1].message if self._faults else "every episode was given up"
             raise EnvError(f"rollout {index}: not one decision is valid; {reason}")
         faults, self._faults = tuple(self._faults), []
-        episodes, self._episodes = self._episodes, EpisodeStats()
+        episodes, self._episodes = tuple(self._episodes), []
         journal = self._env.journal()
         self._buffer.finish_rollout(slot, RolloutInfo(version, episodes, self._watch.take(), faults, journal))
 
@@ -223,12 +225,13 @@ class RolloutWriter:
         self._buffer.write(slot, t, group, self._staging[g].send("outcome", outcome))
         self._buffer.count(slot, len(group))
         self._faults += result.faults
-        self._follow_episodes(slot, t, group, result)
+        self._follow_episodes(index, slot, t, group, result)
         self._obs[g] = self._staging[g].send_rows("obs", result.obs)
         self._raw.add(g)
 
-    def _follow_episodes(self, slot: int, t: int, group: range, result: ChunkResult) -> None:
-        """Enter finished episodes into the statistics, and take back what the slot holds of broken ones."""
+    def _follow_episodes(self, index: int, slot: int, t: int, group: range, result: ChunkResult) -> None:
+        """Note the episodes that ended, and take back what the slot holds of broken ones."""
+        now = index * self._buffer.plan.num_steps + t
         for i in (result.terminated | result.truncated | result.broken).nonzero().flatten().tolist():
             env = group[i]
             if result.broken[i]:
@@ -236,9 +239,10 @@ class RolloutWriter:
                 self._buffer.invalidate(slot, broken, env)
                 self._num_invalid += len(broken)
             else:
-                self._episodes.returns.append(float(result.episode_return[i]))
-                self._episodes.lengths.append(int(result.episode_length[i]))
-                self._episodes.successes.append(bool(result.terminated[i]))
+                length = int(result.episode_length[i])
+                start = now + 1 - math.ceil(length / self._policy.n_action_steps)  # its last chunk alone may be short
+                episode_return, is_success = float(result.episode_return[i]), bool(result.terminated[i])
+                self._episodes.append(Episode(start, episode_return, length, is_success))
             self._episode_starts[env] = t + 1
 
     def _store_final_obs(self, slot: int, g: int, result: ChunkResult) -> Tensor:

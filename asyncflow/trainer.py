@@ -6,6 +6,7 @@ collected inline or in a thread; only `build` knows both kinds.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -154,6 +155,7 @@ class Trainer:
             with watch.measure("publish_s"):
                 parts.channel.publisher.publish(progress.updates)
             metrics |= rollout_metrics(rollout, lag, watch.take())
+            metrics |= progress.take_episodes(rollout.info.episodes, self._end_of_fair_starts(rollout))
             self._tell_clipped(rollout)
             parts.channel.buffer.release(rollout)
         self._tell(rollout.info.faults)
@@ -183,6 +185,11 @@ class Trainer:
             f"{share:.0%} of the numbers observed in a rollout lie more than {Normalizer.LIMIT:g} times outside the "
             f"demonstrations' range and are cut there, most often {worst}: the policy was made for other observations"
         )
+
+    def _end_of_fair_starts(self, rollout: Rollout) -> int:
+        """Return the decision from which on an episode may still have been open at the rollout's end."""
+        horizon = math.ceil(self.parts.env.spec.horizon / self.parts.policy.n_action_steps)
+        return (rollout.index + 1) * self.config.num_steps - horizon + 1
 
     def _tell(self, faults: Sequence[Fault]) -> None:
         for fault in faults:

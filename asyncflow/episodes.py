@@ -1,0 +1,46 @@
+"""Episodes as training meets them, and statistics of them without a bias towards those that end soon.
+
+The episodes that end within a rollout are no fair sample: successes end early, and failures, which last until the
+horizon, are missing at first and then come all at once. An episode is therefore counted by its start: a rollout reports
+the episodes that began a horizon or more before its end, each once. All of those are over, however they ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Episode(NamedTuple):
+    """An episode that ended.
+
+    Attributes:
+        start: Number of its first decision, counted in each environment from the beginning of the run.
+        episode_return: Undiscounted return.
+        length: Env steps.
+        is_success: Whether it solved the task.
+    """
+
+    start: int
+    episode_return: float
+    length: int
+    is_success: bool
+
+
+def split_by_start(episodes: Iterable[Episode], end: int) -> tuple[list[Episode], list[Episode]]:
+    """Return the episodes that began before decision `end`, and the others."""
+    episodes = list(episodes)
+    return [e for e in episodes if e.start < end], [e for e in episodes if e.start >= end]
+
+
+def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """Return the `rollout/` metrics; of no episode there is nothing but their number."""
+    num = len(episodes)
+    if not num:
+        return {"rollout/num_episodes": 0.0}
+    return {
+        "rollout/num_episodes": float(num),
+        "rollout/success_rate": sum(e.is_success for e in episodes) / num,
+        "rollout/episode_return": sum(e.episode_return for e in episodes) / num,
+        "rollout/episode_length": sum(e.length for e in episodes) / num,
+    }
