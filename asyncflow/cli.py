@@ -8,7 +8,6 @@ Everything slow (torch, simulators, pydantic) is imported inside the command tha
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from asyncflow.exits import complain, crash, explain_usage
 from asyncflow.files import check_output
 from asyncflow.flags import flag as _flag
 from asyncflow.flags import flags as _flags
+from asyncflow.shell import command
 from asyncflow.signals import EXIT_INTERRUPTED, interrupt_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
@@ -212,8 +212,8 @@ def demos(**flags: Any) -> int:
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
     )
     cameras = {"cameras": env_config.cameras, "point_clouds": env_config.point_clouds}
-    keys = "".join(f" 'env.{key}=[{','.join(names)}]'" for key, names in cameras.items() if names)
-    typer.echo(f"next: asyncflow pretrain --dataset {result.path}{keys}")
+    keys = [f"env.{key}=[{','.join(names)}]" for key, names in cameras.items() if names]
+    typer.echo(f"next: {command('pretrain', '--dataset', result.path, *keys)}")
     return 0
 
 
@@ -248,8 +248,8 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     with progress_bar("optimiser steps", options.num_steps) as show:
         result = pretrain(dataset, out, resolved, options, show)
     typer.echo("\n".join(result.describe()))
-    again = [*(["--config", config] if config else []), "--checkpoint", str(result.path), *(overrides or [])]
-    typer.echo(f"next: asyncflow train {shlex.join(again)}")
+    preset = ["--config", config] if config else []
+    typer.echo(f"next: {command('train', *preset, '--checkpoint', result.path, *(overrides or []))}")
     return 0
 
 

@@ -24,6 +24,8 @@ from rich.text import Text
 from asyncflow import __version__
 from asyncflow.config import Config, describe_keys, values_by_key
 from asyncflow.metrics import GLOSSARY
+from asyncflow.plugins import trusting_words
+from asyncflow.shell import command
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
 _BLOCK = {
@@ -128,10 +130,13 @@ class ConsoleReporter:
         if "eval/success_rate" in row:
             interval = (row["eval/success_low"], row["eval/success_high"])
             rows["evaluation"] = _describe_rate(row["eval/success_rate"], *interval)
-        rows |= {"checkpoint": str(checkpoint), "curves": f"tensorboard --logdir {run_dir}"}
+        rows |= {"checkpoint": str(checkpoint), "curves": command("--logdir", run_dir, program="tensorboard")}
         self._card("stopped, and saved" if is_stopped else "finished", rows)
-        command = f"train --resume {run_dir}" if is_stopped else f"eval {checkpoint} --num-episodes 200"
-        self._print(f"next: asyncflow {command}")  # outside the card, to be copied
+        words: list[str | Path] = ["train", "--resume", run_dir]
+        if not is_stopped:
+            words = ["eval", checkpoint, "--num-episodes", "200"]
+        words += trusting_words(self._config.policy.vla.model_class if self._config else None)
+        self._print(f"next: {command(*words)}")  # outside the card, to be copied
 
     def notice(self, text: str) -> None:
         """Show one line."""

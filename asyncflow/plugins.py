@@ -33,6 +33,11 @@ def trust_class(path: str) -> None:
     _trusted.add(path)
 
 
+def trusting_words(path: str | None) -> list[str]:
+    """Return what a command needs to trust the class that a run's files name; None stands for no such class."""
+    return [] if path is None or path.startswith(_OWN) else [TRUST_FLAG, path]
+
+
 def plugin_names(group: str) -> list[str]:
     """Return the names that installed packages registered in a group of entry points."""
     return sorted({point.name for point in entry_points(group=group)})

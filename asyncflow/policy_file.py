@@ -7,6 +7,7 @@ is trained, and never reads pickled code: a checkpoint of robomimic, a pickle, i
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -212,7 +213,7 @@ def _refuse_robomimic(path: Path) -> None:
         origin = f"algorithm {file.algo_name!r}, environment {file.env_meta.get('env_name')!r}"
         raise CheckpointError(
             f"{path}: a robomimic policy ({origin}), which asyncflow cannot run; "
-            f"it can take the environment: env.env_meta={path}"
+            f"it can take the environment: {shlex.quote(f'env.env_meta={path}')}"
         ) from None
 
 

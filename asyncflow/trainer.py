@@ -22,8 +22,10 @@ from asyncflow.errors import AsyncflowError, TrainingError
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.latency import EmulatedLatency
 from asyncflow.metrics import MetricLogger
+from asyncflow.plugins import trusting_words
 from asyncflow.policies.base import Normalizer, clipped_inputs
 from asyncflow.rates import RateMeter, memory_metrics, rollout_metrics
+from asyncflow.shell import command
 from asyncflow.timing import Stopwatch
 
 NOTICED_CLIPPED_SHARE = 0.1  # of a rollout's observed numbers
@@ -94,7 +96,9 @@ class Trainer:
             raise TrainingError(f"{error}; last good checkpoint: {self._newest or 'none'}") from error
         except Exception:
             if self._is_whole and self._save():
-                self.reporter.notice(f"saved {self._newest}; go on with: asyncflow train --resume {self.run_dir}")
+                words = trusting_words(self.config.policy.vla.model_class)
+                resume = command("train", "--resume", self.run_dir, *words)
+                self.reporter.notice(f"saved {self._newest}; go on with: {resume}")
             raise
         if not self._save():
             raise AsyncflowError(f"the run's end could not be saved; newest checkpoint: {self._newest or 'none'}")
