@@ -24,12 +24,12 @@ from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
-from asyncflow.errors import CheckpointError
+from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.latency import EmulatedLatency
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
-from asyncflow.policies.base import Policy
+from asyncflow.policies.base import Policy, is_scaled, scale_actions
 from asyncflow.policies.mapping import NameMapping, check_names
 from asyncflow.policy_file import (
     PolicyFile,
@@ -137,7 +137,14 @@ def _foresee_spec(config: Config) -> EnvSpec:
         sizes = settings.task.obs_sizes()
         widths = tuple(sizes[key] for key in settings.obs_keys)
         shapes = one_step.obs_shapes | {"state": (sum(widths),)}
-        one_step = replace(one_step, obs_shapes=shapes, obs_widths=widths, action_dim=settings.task.action_dim)
+        one_step = replace(
+            one_step,
+            obs_shapes=shapes,
+            obs_widths=widths,
+            action_dim=settings.task.action_dim,
+            action_low=(),
+            action_high=(),
+        )
     return one_step.with_history(config.env.n_obs_steps)
 
 
@@ -207,8 +214,21 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
     elif (file := _read_start(config)) is not None:
         _check_origin(config.policy, file, spec)
         load_into(policy, file)
+    else:
+        _scale_untrained(policy, seen, config.policy)
     policy.anneal(resumed.state["updates"] if resumed else 0)
     return policy.to(device)
+
+
+def _scale_untrained(policy: Policy, seen: EnvSpec, config: PolicyConfig) -> None:
+    """Scale the actions of a policy that no file scales; `seen` is in the model's names."""
+    scale_actions(policy, seen.action_limits)
+    is_unlimited = not all(bool(limit.isfinite().all()) for limit in seen.action_limits)
+    if is_unlimited and "policy.mapping.action" not in config.mapping.parts and is_scaled(policy):
+        raise ConfigError(
+            f"policy.checkpoint = {config.checkpoint}: the environment's controller takes absolute targets, whose "
+            "range only demonstrations tell; give a policy that `asyncflow pretrain` made of them"
+        )
 
 
 def _read_start(config: Config) -> PolicyFile | None:

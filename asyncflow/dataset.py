@@ -18,6 +18,7 @@ from torch import Tensor
 from asyncflow.camera_data import read_clouds, read_images, take_point_settings
 from asyncflow.config import EnvConfig
 from asyncflow.demo_choice import ALL, choose_demonstrations, find_failures
+from asyncflow.envs.controllers import Limits, find_action_limits, name_robots
 from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.finite import read_finite
@@ -33,7 +34,9 @@ class Demonstrations:
         horizon: Env steps until an episode of its task is truncated.
         obs_keys: The observations that `states` concatenates.
         states: One [L, D] float32 tensor a demonstration.
-        actions: One [L, A] float32 tensor a demonstration.
+        actions: One [L, A] float32 tensor a demonstration, within the controller's limits.
+        action_limits: As `EnvSpec.action_low` and `EnvSpec.action_high`.
+        notice: One line where actions had to be clipped to them; empty otherwise.
         images: Camera -> one [L, 3, height, width] uint8 tensor a demonstration.
         points: Camera -> one [L, Q, 6] float32 tensor a demonstration.
         point_settings: As `EnvSpec.point_settings`.
@@ -46,6 +49,8 @@ class Demonstrations:
     obs_keys: tuple[str, ...]
     states: list[Tensor]
     actions: list[Tensor]
+    action_limits: Limits = ((), ())
+    notice: str = ""
     images: dict[str, list[Tensor]] = field(default_factory=dict)
     points: dict[str, list[Tensor]] = field(default_factory=dict)
     point_settings: dict[str, Any] = field(default_factory=dict)
@@ -100,6 +105,8 @@ def _read_demonstrations(
     actions = [_read(group["actions"], source) for group in groups]
     if len({(row.shape[1], action.shape[1]) for row, action in zip(states, actions, strict=True)}) > 1:
         raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
+    action_limits = _find_limits(env_meta, actions)
+    actions, notice = _clip_actions(actions, action_limits)
     images, points = _read_cameras(groups, env_config, point_settings, f"--dataset {path}")
     return Demonstrations(
         env_meta=env_meta,
@@ -107,6 +114,8 @@ def _read_demonstrations(
         obs_keys=obs_keys,
         states=states,
         actions=actions,
+        action_limits=action_limits,
+        notice=notice,
         images=images,
         points=points,
         point_settings=point_settings,
@@ -126,6 +135,32 @@ def _keep_successes(groups: list[h5py.Group], failures: list[int] | None, source
     if len(failures) == len(groups):
         raise ConfigError(f"--only-successes: not one of {source}'s {len(groups)} demonstrations ever succeeds")
     return [group for place, group in enumerate(groups) if place not in failures]
+
+
+def _find_limits(env_meta: dict[str, Any], actions: list[Tensor]) -> Limits:
+    """Return the limits of the controller; where only its simulator knows them, those of recorded actions beyond 1."""
+    kwargs, size = env_meta["env_kwargs"], actions[0].shape[1]
+    limits = find_action_limits(kwargs.get("controller_configs"), name_robots(kwargs), size)
+    if limits is None:
+        highest = torch.cat(actions).abs().amax(0).clamp(min=1.0).tolist()
+        return tuple(-bound for bound in highest), tuple(highest)
+    return limits
+
+
+def _clip_actions(actions: list[Tensor], limits: Limits) -> tuple[list[Tensor], str]:
+    """Return actions as the controller executed them, and what the user should know of that."""
+    low, high = map(torch.tensor, limits)
+    executed = [part.clamp(low, high) for part in actions]
+    changed = torch.cat([(part != clipped).any(1) for part, clipped in zip(actions, executed, strict=True)])
+    if not bool(changed.any()):
+        return actions, ""
+    beyond = torch.cat(actions)[changed]
+    column = int((beyond - beyond.clamp(low, high)).abs().amax(0).argmax())
+    return executed, (
+        f"actions of {int(changed.sum())} of {len(changed)} steps are beyond the controller's limits, such as "
+        f"{beyond[:, column].abs().max():g} in dimension {column}, limits {low[column]:g} to {high[column]:g}: "
+        "clipped, as the controller executed them"
+    )
 
 
 def _read_cameras(

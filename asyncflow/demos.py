@@ -20,8 +20,9 @@ import numpy as np
 
 from asyncflow.camera_data import CLOUD_SUFFIX, IMAGE_SUFFIX, SETTINGS_KEY
 from asyncflow.config import EnvConfig
+from asyncflow.envs.controllers import find_action_limits, name_robots
 from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.envs.tasks import TASKS, load_env_meta, resolve_task
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.experts import EXPERTS, Array, Expert, Obs
 from asyncflow.files import check_output, publish_file, temporary_name
@@ -203,7 +204,17 @@ def _find_expert(env_config: EnvConfig) -> Callable[[float], Expert]:
     task = resolve_task(env_config).task.env_name if env_config.env_meta else env_config.task
     if task not in EXPERTS:
         raise ConfigError(f"env.task = {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
+    if env_config.env_meta:
+        _check_controller(load_env_meta(env_config.env_meta)["env_kwargs"], task, env_config.env_meta)
     return EXPERTS[task]
+
+
+def _check_controller(env_kwargs: dict[str, Any], task: str, path: str) -> None:
+    """Refuse a controller that executes an expert's actions otherwise than it means them."""
+    size = TASKS[task].action_dim
+    limits = find_action_limits(env_kwargs.get("controller_configs"), name_robots(env_kwargs), size)
+    if limits != ((-1.0,) * size, (1.0,) * size):
+        raise ConfigError(f"env.env_meta = {path}: the scripted expert needs a controller of deltas in [-1, 1]")
 
 
 def _collect(

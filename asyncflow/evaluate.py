@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.envs.base import ChunkResult, Fault, VecEnv
+from asyncflow.envs.base import ChunkResult, Fault, VecEnv, start_chunk
 from asyncflow.errors import EnvError
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import derive_seed, policy_noise
@@ -121,7 +121,7 @@ def evaluate(
         on_decision(num_episodes - int(remaining.sum()))
         busy = remaining.nonzero().flatten().tolist()
         noise = policy_noise(seed, busy, decision, policy.noise_size)
-        for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise, vec_env.spec.action_limit)):
+        for env_ids, result in _step(vec_env, busy, _decide(policy, obs[busy], noise)):
             rows = slice(env_ids.start, env_ids.stop)
             obs[rows] = result.obs
             remaining[rows] -= (result.terminated | result.truncated).long()
@@ -138,12 +138,12 @@ def episode_quotas(num_episodes: int, num_envs: int) -> Tensor:
     return quotas
 
 
-def _decide(policy: Policy, obs: TensorDict, noise: Tensor, limit: float) -> Tensor:
-    """Return the actions to execute, [n, H, A] on CPU, within `limit`."""
+def _decide(policy: Policy, obs: TensorDict, noise: Tensor) -> Tensor:
+    """Return the first H of the actions decided on, [n, H, A] on CPU."""
     device = next(policy.parameters()).device
     decided = policy.sample_actions(obs.to(device), "eval", noise.to(device))
     actions: Tensor = decided["actions"]
-    return actions[:, : policy.n_action_steps].clamp(-limit, limit).float().cpu()
+    return actions[:, : policy.n_action_steps].float().cpu()
 
 
 def _step(vec_env: VecEnv, env_ids: list[int], actions: Tensor) -> list[tuple[range, ChunkResult]]:
@@ -151,7 +151,7 @@ def _step(vec_env: VecEnv, env_ids: list[int], actions: Tensor) -> list[tuple[ra
     runs = contiguous_runs(env_ids)
     parts = actions.split([len(run) for run in runs])
     for run, part in zip(runs, parts, strict=True):
-        vec_env.step_async(part, run)
+        start_chunk(vec_env, part, run)
     return [(run, vec_env.step_wait(run)) for run in runs]
 
 

@@ -162,6 +162,7 @@ def read_policy_file(path: Path) -> PolicyFile:
             "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
             "image_shapes": {key: tuple(shape) for key, shape in header["env"].get("image_shapes", {}).items()},
             "obs_keys": tuple(header["env"]["obs_keys"]),
+            **_read_action_limits(header["env"]),
             "obs_widths": tuple(header["env"].get("obs_widths", ())),
             "point_settings": dict(header["env"].get("point_settings", {})),
         }
@@ -177,6 +178,14 @@ def _restore_shared(path: Path, tensors: dict[str, Tensor], header: dict[str, An
         return tensors | {name: tensors[kept] for name, kept in header.get(SHARED, {}).items()}
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: asyncflow's metadata is damaged: {SHARED} must map names to tensors") from None
+
+
+def _read_action_limits(env: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Return the limits of actions; older files have one number, or none, for all dimensions."""
+    limit = env.pop("action_limit", 1.0)
+    size = 0 if limit == 1 else env["action_dim"]  # 1 is what no numbers mean
+    old = {"action_low": [-limit] * size, "action_high": [limit] * size}
+    return {key: tuple(env.get(key, value)) for key, value in old.items()}
 
 
 def _read_header(path: Path) -> dict[str, Any]:

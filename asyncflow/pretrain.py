@@ -26,7 +26,7 @@ from asyncflow.examples import Examples, cut_chunks, cut_histories
 from asyncflow.files import check_output
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.policies import Policy, make_policy
-from asyncflow.policies.base import Normalizer
+from asyncflow.policies.base import Normalizer, scale_actions
 from asyncflow.policies.foreign import VELOCITY_METHODS
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policy_file import check_saving, save_policy
@@ -78,6 +78,7 @@ class PretrainResult:
         choice: In words, which of the dataset's they are.
         num_failures: How many of them never solve their task; None where the dataset does not tell.
         num_chunks: Chunks cut from them, one a step.
+        notice: What the user should know of the actions; empty if nothing.
         first_loss: Mean flow matching loss of the first tenth of the steps.
         final_loss: Mean loss of the last tenth.
         wall_s: Seconds it took.
@@ -88,6 +89,7 @@ class PretrainResult:
     choice: str
     num_failures: int | None
     num_chunks: int
+    notice: str
     first_loss: float
     final_loss: float
     wall_s: float
@@ -98,6 +100,8 @@ class PretrainResult:
         lines = [made + f"loss {self.first_loss:.4f} -> {self.final_loss:.4f}, {self.wall_s:.1f} s"]
         if self.num_failures:
             lines.append(f"of these demonstrations {self.num_failures} never succeed: --only-successes leaves them out")
+        if self.notice:
+            lines.append(self.notice)
         return lines
 
 
@@ -139,7 +143,7 @@ def pretrain(
     built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
     policy = _require_velocity(built, policy_config)
     check_saving(policy, policy_config, spec)
-    fit_normalizers(policy, demos)
+    fit_normalizers(policy, demos, spec)
     losses = train_flow(policy, examples, options, on_progress)
     tenth = max(1, len(losses) // 10)
     first_loss, final_loss = losses[:tenth].mean().item(), losses[-tenth:].mean().item()
@@ -151,6 +155,7 @@ def pretrain(
         choice=demos.choice,
         num_failures=demos.num_failures,
         num_chunks=len(examples),
+        notice=demos.notice,
         first_loss=first_loss,
         final_loss=final_loss,
         wall_s=time.perf_counter() - start,
@@ -190,6 +195,8 @@ def _make_spec(demos: Demonstrations) -> EnvSpec:
     return EnvSpec(
         obs_shapes={"state": (demos.states[0].shape[1],), **clouds},
         action_dim=demos.actions[0].shape[1],
+        action_low=demos.action_limits[0],
+        action_high=demos.action_limits[1],
         horizon=demos.horizon,
         env_meta=demos.env_meta,
         obs_keys=demos.obs_keys,
@@ -209,7 +216,7 @@ def make_examples(demos: Demonstrations, n_obs_steps: int, horizon: int) -> Exam
     )
 
 
-def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
+def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations, spec: EnvSpec) -> None:
     """Map the demonstrations' range of every dimension to [-1, 1].
 
     A model without asyncflow's `obs_normalizer` scales its inputs itself, and its actions are in the simulator's
@@ -218,12 +225,13 @@ def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
     obs_normalizer, encoder = getattr(policy, "obs_normalizer", None), getattr(policy, "point_encoder", None)
     if not isinstance(obs_normalizer, Normalizer):
         return
-    fitted = [(obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)]
+    fitted = [(obs_normalizer, demos.states)]
     if encoder is not None:
         fitted.append((encoder.normalizer, [part.flatten(0, 1) for part in chain(*demos.points.values())]))
     for normalizer, rows in fitted:
         values = torch.cat(rows)
         normalizer.set_range(values.amin(0), values.amax(0))
+    scale_actions(policy, spec.action_limits, torch.cat(demos.actions))
 
 
 def train_flow(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from asyncflow.buffer import BufferPlan, RolloutBuffer, RolloutInfo
 from asyncflow.config import CompileMode
-from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv, as_slice
+from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv, as_slice, start_chunk
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.episodes import Episode
 from asyncflow.errors import EnvError
@@ -185,7 +185,7 @@ class RolloutWriter:
             executed = decision["actions"][:, : self._policy.n_action_steps]
             actions = self._staging[g].fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
             self._settings.inference_latency.wait(index, len(group) / self._env.num_envs)  # beyond the device's work
-        self._env.step_async(actions, group)
+        start_chunk(self._env, actions, group)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
         self._buffer.write_obs(slot, t, group, obs)

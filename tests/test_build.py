@@ -1,13 +1,16 @@
 """What building a run refuses: a ring that does not fit, a checkpoint without the weights that rollouts act with."""
 
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 from silent import TOY, Silent, start
 
 from asyncflow import build, resources
-from asyncflow.build import build_parts
+from asyncflow.build import build_parts, build_policy
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.launch import train
 from asyncflow.ppo import PPO
@@ -59,6 +62,25 @@ def test_observations_that_do_not_fit_are_found_before_simulators_are_built(tmp_
 
 
 LAG_4 = TOY | {"buffer.max_policy_lag": 4, "trainer.buffer_type": "vla", "trainer.total_updates": 8}
+
+
+def scale_of_a_new_policy(**limits):
+    spec = EnvSpec({"state": (4,)}, 2, 10, **limits)
+    policy = build_policy(load_config("toy", TOY | {"policy.checkpoint": None}), spec, torch.device("cpu"))
+    return policy.action_normalizer
+
+
+def test_a_policy_without_data_decides_within_the_simulators_limits():
+    gains = scale_of_a_new_policy(action_low=(0.0, -0.02), action_high=(300.0, 0.02))
+    ends = gains.denormalize(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+    torch.testing.assert_close(ends, torch.tensor([[0.0, -0.02], [300.0, 0.02]]))
+    default = scale_of_a_new_policy()
+    assert (default.offset.tolist(), default.scale.tolist()) == ([0, 0], [1, 1])  # exactly, or runs would change
+
+
+def test_absolute_targets_need_a_policy_that_demonstrations_scaled():
+    with pytest.raises(ConfigError, match=r"policy.checkpoint = None: .*absolute targets.*asyncflow pretrain"):
+        scale_of_a_new_policy(action_low=(-math.inf, -1.0), action_high=(math.inf, 1.0))
 
 
 def checkpoint_with(folder, kept):

@@ -196,6 +196,13 @@ def test_task_without_expert_is_refused_with_those_that_have_one(tmp_path, task)
         collect_demos(EnvConfig(task=task), tmp_path / "demos.hdf5", DemoOptions())
 
 
+def test_a_controller_that_the_expert_was_not_written_for_is_refused(tmp_path):
+    kwargs = {"robots": ["Panda"], "controller_configs": {"type": "OSC_POSE", "control_delta": False}}
+    (tmp_path / "meta.json").write_text(json.dumps({"env_name": "Lift", "type": 1, "env_kwargs": kwargs}))
+    with pytest.raises(ConfigError, match=r"env_meta = .*: the scripted expert needs a controller of deltas"):
+        collect_demos(EnvConfig(env_meta=str(tmp_path / "meta.json")), tmp_path / "demos.hdf5", DemoOptions())
+
+
 def test_existing_file_is_refused(dataset):
     before = dataset.read_bytes()
     with pytest.raises(ConfigError, match="the file exists"):

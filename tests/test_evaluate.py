@@ -1,3 +1,6 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -110,6 +113,15 @@ def test_every_environment_runs_its_quota_and_no_more():
     vec_env = ScriptedVecEnv(4)
     evaluate(RecordingPolicy(), vec_env, 6, seed=0)
     assert vec_env.num_decisions.tolist() == [2 * 1, 2 * 2, 1 * 3, 1 * 4]
+
+
+def test_environments_get_actions_within_their_limits():
+    vec_env, seen = ScriptedVecEnv(1), []
+    vec_env.spec = replace(vec_env.spec, action_low=(-1.0, -math.inf), action_high=(0.25, math.inf))
+    step_async = vec_env.step_async
+    vec_env.step_async = lambda actions, ids: (seen.append(actions), step_async(actions.clamp(-1, 1), ids))
+    evaluate(RecordingPolicy(), vec_env, 1, seed=0)  # which decides 5 everywhere
+    assert seen[0].unique(dim=1).tolist() == [[[0.25, 5.0]]]
 
 
 def test_statistics_are_those_of_the_quotas():

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import struct
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -46,6 +47,23 @@ def test_file_gives_back_what_was_saved(saved):
     expected = make().state_dict()
     assert file.tensors.keys() == expected.keys()
     assert all(torch.equal(file.tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_limits_of_actions_are_kept_and_older_files_hold_one_number(tmp_path):
+    spec = replace(SPEC, action_low=(-math.inf, 0.0), action_high=(math.inf, 300.0))
+    save_policy(tmp_path / "new.safetensors", make(), CONFIG, spec)
+    assert load_policy_file(tmp_path / "new.safetensors").env_spec == spec
+    for limit, expected in ((1.0, SPEC), (0.5, replace(SPEC, action_low=(-0.5, -0.5), action_high=(0.5, 0.5)))):
+        env = {key: value for key, value in asdict(SPEC).items() if key not in ("action_low", "action_high")}
+        header = {"version": 1, "policy": CONFIG.model_dump(), "env": env | {"action_limit": limit}}
+        save_file(make().state_dict(), tmp_path / "old", metadata={"asyncflow-policy": json.dumps(header)})
+        assert load_policy_file(tmp_path / "old").env_spec == expected
+
+
+@pytest.mark.parametrize(("low", "high"), [((0.0,), (1.0,)), ((2.0, 0.0), (1.0, 1.0))])
+def test_limits_that_do_not_fit_the_action_are_refused(low, high):
+    with pytest.raises(ValueError, match="action_low"):
+        replace(SPEC, action_low=low, action_high=high)
 
 
 def test_loading_makes_another_policy_decide_alike(saved):

@@ -1,4 +1,6 @@
 import json
+import math
+import re
 
 import h5py
 import numpy as np
@@ -83,6 +85,46 @@ def test_the_dataset_and_an_older_file_are_not_replaced(dataset, tmp_path):
     (tmp_path / "older").write_bytes(b"")
     with pytest.raises(ConfigError, match="pass --overwrite"):
         pretrain(dataset, tmp_path / "older", Config(policy=CONFIG), OPTIONS)
+
+
+def edit_dataset(path, kwargs, actions):
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["env_args"] = json.dumps(META | {"env_kwargs": META["env_kwargs"] | kwargs})
+        for name in file["data"]:
+            file[f"data/{name}/actions"][...] *= actions
+    return path
+
+
+OSC = {"type": "OSC_POSE", "kp": 150}
+
+
+def test_actions_beyond_the_controllers_limits_are_clipped_as_it_executed_them_and_told(dataset, tmp_path):
+    result = run(edit_dataset(dataset, {"controller_configs": OSC}, 7.5), tmp_path / "policy.safetensors")
+    told = r"actions of 12 of 12 steps are beyond the controller's limits, such as 7.*, limits -1 to 1: clipped"
+    assert re.match(told, result.notice)
+    file = load_policy_file(tmp_path / "policy.safetensors")
+    assert file.tensors["action_normalizer.scale"].max() <= 1
+    assert file.env_spec.action_high == (1.0,) * 7
+
+
+def test_absolute_targets_are_scaled_by_the_data_and_never_clipped(dataset, tmp_path):
+    kwargs = {"controller_configs": OSC | {"control_delta": False}}
+    with h5py.File(edit_dataset(dataset, kwargs, np.array([7.5] * 6 + [1])), "r") as file:
+        recorded = np.concatenate([file[f"data/{name}/actions"] for name in file["data"]])
+    result = run(dataset, tmp_path / "policy.safetensors")
+    file = load_policy_file(tmp_path / "policy.safetensors")
+    assert result.notice == ""
+    assert file.env_spec.action_low == (-math.inf,) * 6 + (-1.0,)
+    expected = (recorded.max(0) - recorded.min(0)) / 2
+    np.testing.assert_allclose(file.tensors["action_normalizer.scale"], expected, rtol=1e-5)
+
+
+def test_actions_of_a_narrow_controller_keep_their_scale(dataset, tmp_path):
+    """The floor of a range is a share of the controller's: a metre's would drown actions of 2 cm in noise."""
+    kwargs = {"controller_configs": {"type": "IK_POSE", "ik_pos_limit": 0.02, "ik_ori_limit": 0.05}}
+    run(edit_dataset(dataset, kwargs, np.array([0.02] * 3 + [0.05] * 3 + [1])), tmp_path / "policy.safetensors")
+    scale = load_policy_file(tmp_path / "policy.safetensors").tensors["action_normalizer.scale"]
+    assert (scale[:3] <= 0.02).all()
 
 
 def test_loss_falls(dataset, tmp_path):

@@ -1,6 +1,7 @@
 """What the collector writes and which weights it uses; on environments that the test scripts."""
 
 import copy
+import math
 import time
 from collections import Counter
 from dataclasses import replace
@@ -212,6 +213,20 @@ def test_what_is_not_finite_never_reaches_the_ring(bad):
     assert seen[0][2].isnan().all()  # which makes the environment give up the episode
     assert all(x.isfinite().all() for x in channel.buffer._data.values())
     assert (~rollout.data["valid"]).nonzero().tolist() == [[0, 2]]
+
+
+def test_environments_get_actions_within_their_limits_and_the_ring_keeps_what_was_decided():
+    env, seen = CountingEnv(), []
+    env.spec = replace(env.spec, action_low=(-0.01, -math.inf), action_high=(0.02, math.inf))
+    step_async = env.step_async
+    env.step_async = lambda actions, env_ids: (seen.append(actions), step_async(actions, env_ids))
+    _, _, collector = build(env)
+    decided = collector.next_rollout().data["actions"][:, :, :CHUNK]
+    given = torch.stack(seen)
+    assert decided[..., 0].min() < -0.01
+    assert decided[..., 0].max() > 0.02
+    torch.testing.assert_close(given[..., 0], decided[..., 0].clamp(-0.01, 0.02))
+    assert torch.equal(given[..., 1], decided[..., 1])
 
 
 def test_a_trace_holds_the_collectors_stages_and_every_chunk(tmp_path):

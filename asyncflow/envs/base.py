@@ -40,14 +40,15 @@ class EnvSpec:
         obs_shapes: Observation key -> shape without the environment dimension, such as `{"state": (19,)}`; float32.
             With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first. A dotted key is a camera's point
             cloud: `points.agentview`, `(num_points, 6)`, is `obs["points", "agentview"]`.
-        action_dim: A. A simulator's actions are in [-1, 1].
+        action_dim: A.
         horizon: Env steps until an episode is truncated, at the latest.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
         obs_widths: How many numbers each of them has; empty where that is not said.
         image_shapes: Camera -> `(3, height, width)`, or `(n_obs_steps, 3, height, width)`; uint8, under `images`.
         task: Name of the task, where `env_meta` does not describe it.
-        action_limit: Actions are clipped to [-action_limit, action_limit]; infinite where they are not the simulator's.
+        action_low: The lowest action in each dimension, -1 everywhere if empty; -inf where there is no limit.
+        action_high: The highest; 1 everywhere if empty.
         point_settings: The keys of `env` with which point clouds are made; empty without any.
     """
 
@@ -59,8 +60,31 @@ class EnvSpec:
     image_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     task: str = ""
     obs_widths: tuple[int, ...] = ()
-    action_limit: float = 1.0
+    action_low: tuple[float, ...] = ()
+    action_high: tuple[float, ...] = ()
     point_settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the limits of actions.
+
+        Raises:
+            ValueError: They are not one for each dimension, or a low one is above its high one.
+        """
+        if {len(self.action_low), len(self.action_high)} - {0, self.action_dim}:
+            raise ValueError(
+                f"action_low has {len(self.action_low)} and action_high {len(self.action_high)} numbers "
+                f"for action_dim = {self.action_dim}"
+            )
+        if not all(low <= high for low, high in zip(self.action_low, self.action_high, strict=False)):
+            raise ValueError(f"action_low = {self.action_low} must not exceed action_high = {self.action_high}")
+
+    @property
+    def action_limits(self) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest action, [A] float32 each."""
+        ones = torch.ones(self.action_dim)
+        low = torch.tensor(self.action_low) if self.action_low else -ones
+        high = torch.tensor(self.action_high) if self.action_high else ones
+        return low, high
 
     @property
     def n_obs_steps(self) -> int:
@@ -193,7 +217,7 @@ class VecEnv(ABC):
 
     @abstractmethod
     def step_async(self, actions: Tensor, env_ids: range) -> None:
-        """Start one chunk, [n, H, A] in [-1, 1], in each of `env_ids`; returns at once."""
+        """Start one chunk, [n, H, A] within `spec.action_limits`, in each of `env_ids`; returns at once."""
 
     @abstractmethod
     def step_wait(self, env_ids: range) -> ChunkResult:
@@ -218,6 +242,16 @@ class VecEnv(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the simulators and free their memory; may be called twice, and while chunks are under way."""
+
+
+def start_chunk(env: VecEnv, actions: Tensor, env_ids: range) -> None:
+    """Start one chunk of what a policy decided, [n, H, A] on CPU, in each of `env_ids`; returns at once.
+
+    Collecting and evaluation both go through here, so that the same decision is the same action in both. Actions are
+    clipped to `spec.action_limits`; what the policy stored of its decision, and log-probs with it, stays unclipped.
+    """
+    low, high = env.spec.action_limits
+    env.step_async(actions.clamp(low, high), env_ids)
 
 
 def point_shapes(obs_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.cameras import Cameras, choose_gl
+from asyncflow.envs.controllers import convert_controllers, name_robots
 from asyncflow.envs.tasks import SimulatorSettings, Task
 from asyncflow.errors import EnvError
 
@@ -54,9 +55,13 @@ class RobomimicEnv:
             self._raw_obs: dict[str, Any] = self.env.env.reset()
             self._step = _find_step(self.env.env, settings.fast_step)
             self._cameras = Cameras(self.env.env.sim, settings) if settings.rendering_key else None
+        self._action_limits = _read_action_limits(self.env.env)
+        low, high = self._action_limits.tolist()
         self.spec = EnvSpec(
             obs_shapes={"state": self.observe().shape, **settings.point_obs_shapes},
             action_dim=self.env.action_dimension,
+            action_low=tuple(low),
+            action_high=tuple(high),
             horizon=settings.horizon,
             env_meta=env_meta,
             obs_keys=settings.obs_keys,
@@ -72,8 +77,8 @@ class RobomimicEnv:
         self._raw_obs = self.env.env.reset()
 
     def step(self, action: NDArray[Any]) -> tuple[float, bool]:
-        """Execute one action, [A] clipped to [-1, 1]; return its reward and whether the task is solved now."""
-        clipped = np.clip(np.asarray(action, np.float64), -1.0, 1.0)
+        """Execute one action, [A] clipped to the spec's limits; return its reward and whether the task is solved."""
+        clipped = np.clip(np.asarray(action, np.float64), *self._action_limits)
         self._raw_obs, reward, _, _ = self._step(clipped)
         return float(reward), bool(self.env.is_success()["task"])
 
@@ -147,12 +152,32 @@ def _create(env_meta: dict[str, Any], seed: int, obs_keys: tuple[str, ...]) -> A
     # Process-wide in robomimic: every simulator of a process has the same observations.
     obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": list(obs_keys), "rgb": []}})
     seeded = deepcopy(env_meta)
-    controller = seeded["env_kwargs"].get("controller_configs")
-    if isinstance(controller, dict) and "body_parts" not in controller:
-        seeded["env_kwargs"]["controller_configs"] = _convert_controller(controller)
+    kwargs = seeded["env_kwargs"]
+    if kwargs.get("controller_configs") is not None:
+        kwargs["controller_configs"] = convert_controllers(kwargs["controller_configs"], len(name_robots(kwargs)))
     # A soft reset takes 1 ms instead of 100 and still draws everything anew but the objects' sizes.
     seeded["env_kwargs"] |= {"seed": seed, "hard_reset": False}
     return env_utils.create_env_from_metadata(seeded)
+
+
+def _read_action_limits(env: Any) -> NDArray[np.float64]:
+    """Return the lowest and the highest action that a robosuite environment executes, [2, A].
+
+    `action_spec` gives absolute targets the limits of deltas, to which robosuite does not clip them.
+    """
+    limits: NDArray[np.float64] = np.array(env.action_spec, np.float64)
+    first = 0
+    for robot in env.robots:
+        is_whole_body = hasattr(
+            robot.composite_controller, "joint_action_policy"
+        )  # its inverse kinematics has no limit
+        for part, (_, end) in robot._action_split_indexes.items() if not is_whole_body else ():
+            controller = robot.part_controllers[part]
+            if getattr(controller, "input_type", "delta") == "absolute" and controller.name != "IK_POSE":
+                target = slice(first + end - len(controller.input_min), first + end)  # it comes after the gains
+                limits[:, target] = [[-np.inf], [np.inf]]
+        first += robot.action_dim
+    return limits
 
 
 def _find_step(env: Any, is_fast: bool) -> Any:
@@ -162,18 +187,6 @@ def _find_step(env: Any, is_fast: bool) -> Any:
     from asyncflow.envs.fast_step import FastStep  # noqa: PLC0415  imports robosuite
 
     return FastStep(env).step
-
-
-def _convert_controller(arm: dict[str, Any]) -> dict[str, Any]:
-    """Return the composite controller that equals an arm controller of robosuite 1.4, as older datasets hold it.
-
-    robosuite's own conversion drops the damping, whether actions are deltas, and the frame that they refer to.
-    """
-    renamed = {"damping": "damping_ratio", "damping_limits": "damping_ratio_limits"}
-    part = {renamed.get(key, key): value for key, value in arm.items() if key != "control_delta"}
-    part["input_type"] = "delta" if arm.get("control_delta", True) else "absolute"
-    part |= {"input_ref_frame": "world", "gripper": {"type": "GRIP"}}
-    return {"type": "BASIC", "body_parts": {"right": part}}
 
 
 def _register_mujoco_py() -> None:

@@ -116,7 +116,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         return journal
 
     def step_async(self, actions: Tensor, env_ids: range) -> None:
-        """Start one chunk, [n, H, A] in [-1, 1], in each of `env_ids`; returns at once.
+        """Start one chunk, [n, H, A] within `spec.action_limits`, in each of `env_ids`; returns at once.
 
         Raises:
             EnvError: Wrong shape, or a chunk is under way in one of `env_ids`.

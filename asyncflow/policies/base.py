@@ -45,11 +45,12 @@ class Normalizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.is_fitted = bool((self.offset != 0).any() or (self.scale != 1).any())
 
-    def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Fit the range, in the original units; half of it counts as `MIN_HALF_RANGE` at least."""
+    def set_range(self, low: Tensor, high: Tensor, unit: Tensor | None = None) -> None:
+        """Fit the range, in the original units; half of it counts as `MIN_HALF_RANGE` of a `unit`, 1, at least."""
         half = (high - low) / 2
+        unit = torch.ones_like(half) if unit is None else unit
         self.offset.copy_((high + low) / 2)
-        self.scale.copy_(half.clamp(min=self.MIN_HALF_RANGE))
+        self.scale.copy_(half.maximum(self.MIN_HALF_RANGE * unit))
         self.is_fitted = True
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class Policy(nn.Module, ABC):
             noise: [N, noise_size] standard normal numbers.
 
         Returns:
-            [N] `actions [N, P, A]`, within [-1, 1] only as far as the simulator clips them. In `train` also
+            [N] `actions [N, P, A]`; what is executed of them is clipped to the simulator's limits. In `train` also
             `log_probs` ([N], or [N, K] with `per_step`) of the first H actions, `values [N]`, and whatever
             `default_forward` needs to evaluate the same decision again.
         """
@@ -148,6 +149,33 @@ class Policy(nn.Module, ABC):
 
     def export(self, folder: Path) -> None:
         """Write into a checkpoint, beside the policy file, what other programs load; nothing by default."""
+
+
+def is_scaled(policy: nn.Module) -> bool:
+    """Tell whether asyncflow scales a policy's observations and actions; a model from elsewhere does so itself."""
+    return isinstance(getattr(policy, "obs_normalizer", None), Normalizer)
+
+
+def scale_actions(policy: nn.Module, limits: tuple[Tensor, Tensor], recorded: Tensor | None = None) -> None:
+    """Let a policy that asyncflow normalises put out [-1, 1] for the range of its actions.
+
+    That is the range of recorded actions, or else the simulator's; where it has none, the policy decides in the
+    simulator's units. A policy without asyncflow's `obs_normalizer` scales its actions itself, and is left as it is.
+
+    Args:
+        policy: Changed in place.
+        limits: `EnvSpec.action_limits`.
+        recorded: [L, A] actions of demonstrations.
+    """
+    if not is_scaled(policy):
+        return
+    is_limited = (limits[1] - limits[0]).isfinite()
+    low, high = (torch.where(is_limited, limit, one) for limit, one in zip(limits, (-1.0, 1.0), strict=True))
+    unit = ((high - low) / 2).clamp(min=torch.finfo(low.dtype).eps)
+    if recorded is not None:
+        low, high = recorded.amin(0), recorded.amax(0)
+    normalizer: Normalizer = policy.action_normalizer  # type: ignore[assignment]
+    normalizer.set_range(low, high, unit)
 
 
 def mlp(sizes: list[int], output_gain: float = 1.0) -> nn.Sequential:

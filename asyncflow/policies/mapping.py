@@ -51,6 +51,7 @@ class NameMapping:
         self._scale = None if action.scale is None else torch.tensor(action.scale)
         self._offset = None if action.offset is None else torch.tensor(action.offset)
         self._has_actions = action != ActionMapping()
+        self._limits = spec.action_limits
         self.spec = self._describe(spec, action.size or spec.action_dim)
 
     def map_obs(self, obs: TensorDict) -> TensorDict:
@@ -64,13 +65,13 @@ class NameMapping:
         return TensorDict(shown, batch_size=obs.batch_size)
 
     def map_actions(self, actions: Tensor) -> Tensor:
-        """Return the simulator's actions [n, H, A], within [-1, 1], of the model's, [n, H, M]."""
+        """Return the simulator's actions [n, H, A], within its limits, of the model's, [n, H, M]."""
         if not self._has_actions:
             return actions
         mapped = actions if self._select is None else actions.index_select(-1, self._select)
         mapped = mapped if self._scale is None else mapped * self._scale
         mapped = mapped if self._offset is None else mapped + self._offset
-        return mapped.clamp(-1.0, 1.0)
+        return mapped.clamp(*self._limits)
 
     def _describe(self, spec: EnvSpec, action_dim: int) -> EnvSpec:
         if self._cameras is not None:
@@ -79,7 +80,8 @@ class NameMapping:
             shape = (*spec.obs_shapes[STATE][:-1], len(self._columns))
             spec = replace(spec, obs_shapes=spec.obs_shapes | {STATE: shape}, obs_keys=(), obs_widths=())
         if self._has_actions:
-            spec = replace(spec, action_dim=action_dim, action_limit=math.inf)
+            low, high = (-math.inf,) * action_dim, (math.inf,) * action_dim  # clipped once they are the simulator's
+            spec = replace(spec, action_dim=action_dim, action_low=low, action_high=high)
         return spec
 
 

@@ -8,11 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
+from test_controllers import OSC
 from test_journal import assert_resumes_bit_for_bit, random_chunks
 
 from asyncflow.config import EnvConfig
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
+from asyncflow.envs.controllers import find_action_limits
 from asyncflow.envs.robomimic import RobomimicEnv
 from asyncflow.envs.tasks import TASKS, resolve_task
 from asyncflow.errors import EnvError
@@ -137,21 +140,61 @@ def test_construction_and_reset_print_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_dataset_of_robosuite_1_4_keeps_its_controller(tmp_path):
-    controller = {
-        "type": "OSC_POSE", "input_max": 1, "input_min": -1, "kp": 150, "damping": 0.7, "impedance_mode": "fixed",
-        "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5], "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
-        "kp_limits": [0, 300], "damping_limits": [0, 10], "position_limits": None, "orientation_limits": None,
-        "uncouple_pos_ori": True, "control_delta": False, "interpolation": None, "ramp_ratio": 0.2,
-    }  # fmt: skip
-    kwargs = {"robots": ["Panda"], "controller_configs": controller, "control_freq": 20, "reward_shaping": False}
+def build_described(tmp_path, controller, robots=("Panda",), env_name="Lift") -> RobomimicEnv:
+    kwargs = {"robots": list(robots), "controller_configs": controller, "control_freq": 20, "reward_shaping": False}
     path = tmp_path / "meta.json"
-    path.write_text(json.dumps({"env_name": "Lift", "env_version": "1.4.1", "type": 1, "env_kwargs": kwargs}))
-    env = build(env_meta=str(path))
+    path.write_text(json.dumps({"env_name": env_name, "env_version": "1.4.1", "type": 1, "env_kwargs": kwargs}))
+    return build(env_meta=str(path))
+
+
+def test_a_dataset_of_robosuite_1_4_keeps_its_controller(tmp_path):
+    env = build_described(tmp_path, OSC | {"damping_ratio": 0.7, "control_delta": False})
     part = env.env.env.robots[0].composite_controller.part_controllers["right"]
     assert env.spec.action_dim == 7
     assert (part.input_type, part.input_ref_frame) == ("absolute", "world")
     assert np.allclose(part.kd, 2 * np.sqrt(150) * 0.7)
+    env.close()
+
+
+def test_absolute_targets_are_executed_as_they_are(tmp_path):
+    env = build_described(tmp_path, OSC | {"control_delta": False})
+    env.reset(0)
+    arm = env.env.env.robots[0].part_controllers["right"]
+    arm.update(force=True)
+    place, turn = arm.ref_pos.copy(), arm.ref_ori_mat.copy()
+    for _ in range(20):
+        env.step(np.array([*place, *Rotation.from_matrix(turn).as_rotvec(), -1.0]))
+    arm.update(force=True)
+    np.testing.assert_allclose(arm.ref_pos, place, atol=1e-4)
+    np.testing.assert_allclose(arm.ref_ori_mat, turn, atol=1e-4)
+    env.close()
+
+
+PART = {key: value for key, value in OSC.items() if key != "control_delta"} | {"input_ref_frame": "base"}
+DESCRIBED = {
+    "wide input": OSC | {"input_max": 10, "input_min": -10},
+    "gains": OSC | {"impedance_mode": "variable", "damping_ratio_limits": [0, 10]},
+    "absolute part": {"type": "BASIC", "body_parts": {"right": PART | {"control_delta": False, "input_type": "delta"}}},
+    "absolute joints": {"type": "BASIC", "body_parts": {"right": {"type": "JOINT_POSITION", "input_type": "absolute"}}},
+    "inverse kinematics": {"type": "IK_POSE", "ik_pos_limit": 0.02, "ik_ori_limit": 0.05},
+}
+
+
+@pytest.mark.parametrize("controller", DESCRIBED.values(), ids=list(DESCRIBED))
+def test_actions_are_limited_and_executed_as_robosuite_does(controller, tmp_path):
+    env = build_described(tmp_path, controller)
+    low, high = np.array(env.spec.action_low), np.array(env.spec.action_high)
+    assert (env.spec.action_low, env.spec.action_high) == find_action_limits(controller, ["Panda"], env.spec.action_dim)
+    is_limited, excess = np.isfinite(low), 1.0 if controller["type"] == "IK_POSE" else 1.5  # it shortens, not clips
+    span = np.where(is_limited, excess * high, 0.5)
+    actions = np.random.default_rng(0).uniform(np.where(is_limited, low, -0.5), span, (5, len(low)))
+    states = []
+    for step in (env.step, env.env.env.step):
+        env.reset(4)
+        for action in actions:
+            step(action)
+        states.append(env.simulator_state())
+    assert np.array_equal(*states)
     env.close()
 
 

@@ -106,13 +106,13 @@ def test_actions_are_selected_scaled_offset_and_clipped():
     mapped = name_mapping(action=action)
     actions = torch.tensor([[[0.25, 9.0, 9.0, 9.0, 0.5]]])
     assert mapped.map_actions(actions).tolist() == [[[0.5, 0.5, 1.0]]]
-    assert (mapped.spec.action_dim, mapped.spec.action_limit) == (5, math.inf)
+    assert (mapped.spec.action_dim, mapped.spec.action_high) == (5, (math.inf,) * 5)
 
 
 def test_actions_that_are_not_mapped_are_not_touched():
     mapped, actions = name_mapping({"state": PARTS}), torch.full((1, 1, 3), 7.0)
     assert mapped.map_actions(actions) is actions
-    assert (mapped.spec.action_dim, mapped.spec.action_limit) == (3, 1.0)
+    assert (mapped.spec.action_dim, mapped.spec.action_high) == (3, ())
 
 
 def test_an_action_that_is_not_a_number_stays_so():
