@@ -29,7 +29,9 @@ from asyncflow.seeding import derive_seed
 def evaluate_checkpoint(
     checkpoint: str, config: Config, num_episodes: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> EvalResult:
-    """Run exactly `num_episodes` episodes; the same ones as the evaluations of a run with this seed.
+    """Run exactly `num_episodes` episodes, none of which a run evaluates itself on.
+
+    A run chooses its best checkpoint by its own evaluations, so on the same episodes it would look better than it is.
 
     Args:
         checkpoint: A run, a checkpoint folder, a policy file or shipped weights.
@@ -51,16 +53,17 @@ def evaluate_checkpoint(
     )
     load_into(policy, file)
     num_envs = min(config.env.num_envs, num_episodes)
-    env = map_names(_rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs), mapping)
+    seed = derive_seed(config.trainer.seed, "report")
+    env = map_names(_rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs, seed), mapping)
     try:
-        return evaluate(policy.to(device), env, num_episodes, config.trainer.seed, on_progress)
+        return evaluate(policy.to(device), env, num_episodes, seed, on_progress)
     finally:
         env.close()
 
 
-def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int) -> VecEnv:
+def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int, seed: int) -> VecEnv:
     """Build the environment that a policy file describes, with its own controller, observations and horizon."""
-    seed = derive_seed(config.trainer.seed, "evaluation")
+    seed = derive_seed(seed, "evaluation")
     if not spec.env_meta:
         return make_vec_env(EnvConfig(task=spec.task or TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
     with tempfile.TemporaryDirectory() as folder:

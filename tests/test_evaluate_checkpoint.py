@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from silent import TOY
+from silent import TOY, start
 
 from asyncflow import evaluate_checkpoint as module
 from asyncflow.config import PolicyConfig
@@ -59,12 +59,26 @@ def built(monkeypatch):
     return asked
 
 
-def test_the_episodes_are_those_of_an_evaluation_of_a_run_with_this_seed(uncut):
-    changes = TOY | {"trainer.eval_interval": 6, "trainer.eval_episodes": 6}
-    run = uncut(changes)
+EVALUATED = TOY | {"trainer.eval_interval": 6, "trainer.eval_episodes": 6}
+
+
+def test_the_file_is_evaluated_as_its_run_evaluates(uncut, monkeypatch):
+    """Were the purposes one, the numbers were the same: policy, environment and noise are."""
+    run = uncut(EVALUATED)
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    found = evaluate_checkpoint(str(run), load_config("toy", changes), 6)
+    monkeypatch.setattr(module, "derive_seed", lambda seed, what: seed if what == "report" else derive_seed(seed, what))
+    found = evaluate_checkpoint(str(run), load_config("toy", EVALUATED), 6)
     assert found.as_metrics() == {name: row[name] for name in row if name.startswith("eval/")}
+
+
+def test_no_episode_is_one_by_which_a_run_chooses_its_best_checkpoint(tmp_path, monkeypatch):
+    reset, seeds = ToyVecEnv.reset, []
+    monkeypatch.setattr(ToyVecEnv, "reset", lambda env, seed, *rest: (seeds.append(seed), reset(env, seed, *rest))[1])
+    start(tmp_path / "run", "toy", EVALUATED)
+    of_the_run = set(seeds)
+    assert len(of_the_run) == 2  # training and evaluation
+    evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", EVALUATED), 6)
+    assert seeds[-1] not in of_the_run
 
 
 def test_the_policy_has_the_files_weights(policy_file, built, monkeypatch):
@@ -100,9 +114,10 @@ def test_no_more_environments_are_built_than_episodes_are_run(policy_file, built
     assert built["num_envs"] == num_envs
 
 
-def test_simulators_are_constructed_as_those_of_a_runs_evaluations(policy_file, built):
+def test_simulators_are_not_constructed_as_those_of_a_run(policy_file, built):
+    """A cube's size is kept for good, by the seed."""
     evaluate_checkpoint(policy_file(TOY_SPEC), config(**{"trainer.seed": 5}), 2)
-    assert built["seed"] == derive_seed(5, "evaluation")
+    assert built["seed"] not in (derive_seed(5, "evaluation"), derive_seed(5, "train"))
 
 
 def test_the_description_is_needed_by_nobody_once_the_simulators_are_built(policy_file, built):
