@@ -106,7 +106,9 @@ class AlgorithmConfig(Section):
     num_minibatches: int = Field(4, ge=1, description="Minibatches per pass.")
     learning_rate: float = Field(1e-4, gt=0, description="Adam step size of the actor.")
     critic_learning_rate: float = Field(1e-3, gt=0, description="Adam step size of the critic.")
-    lr_schedule: Literal["constant", "linear"] = Field("constant", description="linear: to zero over total_updates.")
+    lr_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: to zero over total_updates; a larger limit on resuming raises it again."
+    )
     critic_warmup_updates: int = Field(1, ge=0, description="First updates, in which only the critic is trained.")
     clip_coef: float = Field(0.01, gt=0, description="PPO's clip of the ratio.")
     dual_clip: float | None = Field(3.0, gt=1, description="Bound of the ratio for negative advantages; null: none.")

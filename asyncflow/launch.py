@@ -5,6 +5,7 @@ Owns the order in which a run's folder, parts and trainer come to be and are clo
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -86,6 +87,8 @@ def resume(
             reporter.notice(f"since this run began, {change}: it may differ from an uncut one")
         device = str(resolve_device(config.trainer.device))
         parts = build_parts(config, lambda num_bytes: reporter.start(config, folder, num_bytes, device), checkpoint)
+        if checkpoint is not None:
+            _tell_risen_step_size(config, checkpoint, parts, reporter)
         return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter, checkpoint), on_built)
 
 
@@ -103,6 +106,17 @@ def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
     if best.exists():  # the process may have been killed before the link was moved
         point_at(folder, "best", best)
     return checkpoint
+
+
+def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, parts: Parts, reporter: Reporter) -> None:
+    """Say that a linear schedule begins again higher: it falls over more updates than it did."""
+    key, updates = "train/learning_rate", parts.progress.updates
+    before, now = checkpoint.state["row"].get(key, math.inf), parts.ppo.learning_rates(updates)[key]
+    if now > before:
+        reporter.notice(
+            f"algorithm.lr_schedule = linear falls over trainer.total_updates = {config.trainer.total_updates}, more "
+            f"than the run had: the step size rises from {before:.3g} in update {updates} to {now:.3g} in the next"
+        )
 
 
 def _check_unfinished(config: Config, checkpoint: Checkpoint | None) -> None:

@@ -69,6 +69,11 @@ GLOSSARY: dict[str, Metric] = {
     ),
     "train/grad_norm": Metric("1", "Gradient norm of the actor before clipping, mean over minibatches."),
     "train/critic_grad_norm": Metric("1", "Gradient norm of the critic before clipping, mean over minibatches."),
+    "train/learning_rate": Metric(
+        "1",
+        "Adam step size of the actor in the update, by lr_schedule; in the critic's warm-up the actor takes no step.",
+    ),
+    "train/critic_learning_rate": Metric("1", "Adam step size of the critic in the update, likewise."),
     "train/num_epochs": Metric("count", "Passes over the rollout; fewer than update_epochs if target_kl ended it."),
     "train/nonfinite_decisions": Metric(
         "count",

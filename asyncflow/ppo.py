@@ -110,12 +110,14 @@ class PPO:
             TrainingError: More minibatches of the run were skipped than `algorithm.max_nonfinite_steps`.
         """
         with self._undone_on_error():
-            self._set_learning_rates(version)
+            rates = self.learning_rates(version)
+            for group, rate in zip(self.optimizer.param_groups, rates.values(), strict=True):
+                group["lr"] = rate
             batch = self._prepare(rollout, version)
             table, num_epochs = self._run_epochs(batch, version, on_minibatch)
             metrics = self._summarise(table, batch, num_epochs)
             self._count_skipped(int(metrics["train/nonfinite_skipped"]))
-        return metrics
+        return metrics | rates
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
@@ -181,14 +183,13 @@ class PPO:
         kl = self._tabulate(steps, minibatches)[:, _METRICS.index("prox_kl")].nanmean()  # NaN if all were skipped
         return bool(kl > self.config.target_kl)  # sync: once per epoch, only with target_kl
 
-    def _set_learning_rates(self, version: int) -> None:
+    def learning_rates(self, version: int) -> dict[str, float]:
+        """Return the step sizes of actor and critic in the update of a version, by their metric names."""
         config, fraction = self.config, 1.0
         if config.lr_schedule == "linear" and self._total_updates:
             fraction = 1 - version / self._total_updates
-        for group, rate in zip(
-            self.optimizer.param_groups, (config.learning_rate, config.critic_learning_rate), strict=True
-        ):
-            group["lr"] = rate * fraction
+        rates = {"learning_rate": config.learning_rate, "critic_learning_rate": config.critic_learning_rate}
+        return {f"train/{name}": rate * fraction for name, rate in rates.items()}
 
     def _prepare(self, rollout: Rollout, version: int) -> TensorDict:
         """Return the flat batch [T*N] with proximal log-probs, behavior weights, advantages and returns."""

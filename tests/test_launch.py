@@ -58,6 +58,21 @@ def test_a_run_cut_twice_equals_the_uncut_one(tmp_path, uncut):
     assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
 
 
+def test_a_step_size_that_a_larger_limit_raises_is_told_and_logged(tmp_path):
+    changes = TOY | {"algorithm.lr_schedule": "linear", "algorithm.learning_rate": 0.001, "trainer.total_updates": 4}
+    rows = start(tmp_path / "run", "toy", changes, stop_at=2).rows
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx([0.001, 0.00075])
+    assert [row["train/critic_learning_rate"] for row in rows] == pytest.approx([0.001, 0.00075])
+    as_planned = go_on(tmp_path / "run")
+    assert [row["train/learning_rate"] for row in as_planned.rows] == pytest.approx([0.0005, 0.00025])
+    assert not any("step size" in notice for notice in as_planned.notices)
+    longer = go_on(tmp_path / "run", **{"trainer.total_updates": 8})
+    assert longer.rows[0]["train/learning_rate"] == pytest.approx(0.0005)
+    [told] = [notice for notice in longer.notices if "step size" in notice]
+    assert "trainer.total_updates = 8" in told
+    assert "from 0.00025 in update 4 to 0.0005 in the next" in told
+
+
 @pytest.mark.sim
 def test_a_cut_and_resumed_run_equals_the_uncut_one_on_lift(tmp_path, lift_vla):
     """As a killed process leaves it; episodes are open at the cut: their horizon is no multiple of a rollout."""
