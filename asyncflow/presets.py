@@ -14,6 +14,7 @@ from asyncflow.config import Config, validate
 from asyncflow.envs.tasks import TASKS, Task, find_task, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import adopt_lerobot
+from asyncflow.plain_values import load_yaml
 from asyncflow.plugins import trust_class
 
 # YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
@@ -119,7 +120,7 @@ def read_sections(path: Path) -> dict[str, Any]:
         ValueError: It is not YAML, or no mapping; the message is one line that does not name the file.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except _YAML_ERRORS as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -146,7 +147,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    value = load_yaml(text)
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
             return float(value)

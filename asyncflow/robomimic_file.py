@@ -3,7 +3,8 @@
 Owns the reading of torch's pickled files, in the zip format and in the one before it. It must not know policies or
 simulators. A pickle is a program, a stranger's is a hostile one: here it may build tensors, numpy arrays and plain
 containers, and call nothing else. `torch.load(weights_only=True)` executes it under that rule, `ALLOWED` narrows the
-rule further, and numpy's functions are replaced by ones that know numbers and text only.
+rule further, and numpy's functions are replaced by ones that know numbers and text only. Before that, a dry run checks
+every size that the pickle claims.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import pickletools
-import re
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -23,20 +23,21 @@ import numpy as np
 import torch
 
 from asyncflow.errors import CheckpointError
+from asyncflow.pickle_sizes import ELEMENT_BYTES, NUMPY_MODULES, SizeCheck, check_dtype
+from asyncflow.plain_values import is_deep
 
 SUFFIXES = (".pth", ".pt")
 MAX_NAMED = 8
 MAX_META_CHARACTERS = 1 << 22  # a few thousand in practice; containers that repeat each other grow without limit
 NUM_LEGACY_PICKLES = 5  # of the format before zip: magic number, version, system, content, keys of storages
 ZIP_START = b"PK\x03\x04"
-_NUMBERS = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_NUMPY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")  # of numpy 1 and 2
+MAX_DTYPE_BYTES = 1 << 20  # of one number or text; a file's own size was checked before
 # Every name that the pickle of a checkpoint may hold. Python 2 called its builtins `__builtin__`, as torch still does.
 ALLOWED = {
     "collections.OrderedDict", "torch.Size", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
     "_codecs.encode", "__builtin__.set", "__builtin__.bytes", "numpy.ndarray", "numpy.dtype",
-    *(f"torch.{number}Storage" for number in _NUMBERS),
-    *(f"{module}.{name}" for module in _NUMPY_MODULES for name in ("_reconstruct", "scalar")),
+    *(f"torch.{number}Storage" for number in ELEMENT_BYTES),
+    *(f"{module}.{name}" for module in NUMPY_MODULES for name in ("_reconstruct", "scalar")),
 }  # fmt: skip
 
 
@@ -78,9 +79,12 @@ def _to_plain(value: Any, path: Path) -> Any:
             if num_characters > MAX_META_CHARACTERS:
                 raise ValueError
             pieces.append(piece)
-        return json.loads("".join(pieces))
+        plain = json.loads("".join(pieces))
     except (TypeError, ValueError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: env_metadata is no mapping of plain values, or a huge one") from None
+    if is_deep(plain):
+        raise CheckpointError(f"{path}: env_metadata is deeply nested")
+    return plain
 
 
 def _list_of(value: Any) -> Any:
@@ -100,6 +104,7 @@ def load_restricted(path: Path) -> Any:
         refused = sorted(set(_find_globals(path)) - ALLOWED)
         if refused:
             raise CheckpointError(f"refused, as it holds more than tensors, arrays and containers: {_say(refused)}")
+        _check_sizes(path)
         return _load(path)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -118,8 +123,8 @@ def _say(names: list[str]) -> str:
 
 def _load(path: Path) -> Any:
     builders: list[Any] = [(_Array, "numpy.ndarray"), (_DType, "numpy.dtype"), (_build_bytes, "builtins.bytes")]
-    builders += [(_Array, f"{module}._reconstruct") for module in _NUMPY_MODULES]
-    builders += [(_build_scalar, f"{module}.scalar") for module in _NUMPY_MODULES]
+    builders += [(_Array, f"{module}._reconstruct") for module in NUMPY_MODULES]
+    builders += [(_build_scalar, f"{module}.scalar") for module in NUMPY_MODULES]
     with warnings.catch_warnings(), torch.serialization.safe_globals(builders):
         warnings.simplefilter("ignore")  # about pickle protocols that it then refuses
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -137,6 +142,25 @@ def _find_globals(path: Path) -> Iterator[str]:
                 yield from _find_in_pickle(file)
         except ValueError:  # no pickle, or its end: torch says what is wrong, by the same rules
             return
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a file that claims to hold more than it does, before torch allocates what is claimed."""
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(len(ZIP_START)) == ZIP_START:
+            sizes = _record_sizes(path)
+            SizeCheck(io.BytesIO(_read_zipped_pickle(path)), num_bytes, lambda key: sizes[f"data/{key}"]).load()
+            return
+        file.seek(0)
+        for _ in range(NUM_LEGACY_PICKLES):
+            SizeCheck(file, num_bytes, None).load()
+
+
+def _record_sizes(path: Path) -> dict[str, int]:
+    """Return the sizes of a zip file's records, by their names below the folder that holds them all."""
+    with zipfile.ZipFile(path) as archive:
+        return {record.filename.partition("/")[2]: record.file_size for record in archive.infolist()}
 
 
 def _read_zipped_pickle(path: Path) -> bytes:
@@ -165,8 +189,7 @@ class _DType:
     """Stands in for `numpy.dtype`, whose own unpickling trusts the file: numbers and text, no objects or records."""
 
     def __init__(self, name: str, *_: object) -> None:
-        if not re.fullmatch(r"[biufcSU]\d{1,9}", name):
-            raise CheckpointError(f"refused a numpy array of dtype {_say([name])}: only numbers and text")
+        check_dtype(name, MAX_DTYPE_BYTES)
         self.value: np.dtype[Any] = np.dtype(name)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.core import multiarray
 
 from asyncflow import robomimic_file
 from asyncflow.envs.robomimic import _register_mujoco_py, quiet
@@ -235,6 +236,83 @@ def test_a_description_within_itself_is_refused(tmp_path):
 )
 def test_another_content_is_not_robomimics(tmp_path, content, reason):
     assert reason in refusal(save(tmp_path / "model.pth", content))
+
+
+class Call:
+    """Its pickle calls a function, and gives the result a state."""
+
+    def __init__(self, function: Any, *arguments: Any, state: Any = None) -> None:
+        self.content = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self) -> Any:
+        return self.content
+
+
+def array(shape: tuple[int, ...], dtype: str, data: bytes) -> Call:
+    return Call(multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, shape, np.dtype(dtype), False, data))
+
+
+def tensor(size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> Call:
+    arguments = (torch.arange(8.0)._typed_storage(), offset, size, stride, False, OrderedDict())
+    return Call(torch._utils._rebuild_tensor_v2, *arguments)
+
+
+def nested(depth: int) -> Any:
+    """Return a tuple whose hash takes 2 ** depth steps; in a pickle it is small."""
+    value: Any = ()
+    for _ in range(depth):
+        value = (value, value)
+    return value
+
+
+BYTES, PAIRS, NUMBERS = b"x" * 3000, [(i, 0) for i in range(999)], list(range(999))
+LIES = {
+    "array of a huge dtype": array((), "U999999999", b""),
+    "array of huge text": array((1,), "U90000", b""),
+    "array without its data": array((10**9,), "f8", b""),
+    "array of many empty ones": array((10**9, 0), "f8", b""),
+    "array of a product beyond 64 bits": array((2**33, 2**33), "f8", b""),
+    "number of a huge dtype": Call(multiarray.scalar, np.dtype("S900000000"), b"1"),
+    "number without its data": Call(multiarray.scalar, np.dtype("f8"), b""),
+    "one text as many arrays": [array((3000,), "u1", BYTES) for _ in range(99)],
+    "one list as many mappings": [Call(OrderedDict, PAIRS) for _ in range(99)],
+    "one list as many sets": [Call(set, NUMBERS) for _ in range(999)],
+    "expanded tensor": tensor((10**9,), (0,)),
+    "tensor beyond its storage": tensor((8,), (1,), offset=1),
+    "tensor of large steps": tensor((2,), (10**15,)),
+    "key that takes years to hash": Call(OrderedDict, [(nested(60), 0)]),
+    "member that takes years to hash": Call(set, [nested(60)]),
+    "integers of one hash": {1 + 5 * (2**61 - 1): 0},
+}
+
+
+@FORMATS
+@pytest.mark.parametrize("name", LIES)
+def test_a_size_that_the_file_only_claims_is_refused_before_anything_is_allocated(tmp_path, name, is_zip):
+    path = save(tmp_path / "model.pth", checkpoint(config=LIES[name]), is_zip)
+    assert refusal(path).startswith("refused")
+
+
+def test_a_storage_longer_than_its_record_is_refused(tmp_path):
+    source = save(tmp_path / "model.pth", checkpoint(config=torch.zeros(200)))
+    with zipfile.ZipFile(source) as archive:
+        data = archive.read("model/data.pkl").replace(b"K\xc8", b"J\x00\x00\x00\x7f")
+    assert refusal(rewrite_zip(source, tmp_path / "other.pth", data=data)).startswith(
+        "refused: a storage of 2130706432"
+    )
+
+
+def test_a_storage_longer_than_a_legacy_file_is_refused(tmp_path):
+    path = save(tmp_path / "model.pth", checkpoint(config=torch.zeros(200)), is_zip=False)
+    path.write_bytes(path.read_bytes().replace(b"K\xc8", b"J\x00\x00\x00\x7f"))
+    assert refusal(path).startswith("refused: a storage of 2130706432")
+
+
+def test_a_description_nested_without_end_is_refused(tmp_path):
+    meta: Any = "Lift"
+    for _ in range(200):
+        meta = {"env_name": meta}
+    assert "deeply nested" in refusal(save(tmp_path / "model.pth", checkpoint(env_metadata=meta)))
 
 
 def test_a_scripted_module_is_refused(tmp_path):

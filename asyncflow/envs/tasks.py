@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.plain_values import MAX_DEPTH, is_deep
 from asyncflow.plugins import ENVS, plugin_names
 
 if TYPE_CHECKING:
@@ -296,6 +297,8 @@ def check_env_meta(env_meta: Any, source: str) -> dict[str, Any]:
     """
     if not isinstance(env_meta, dict) or not {"env_name", "type", "env_kwargs"} <= env_meta.keys():
         raise ConfigError(f"{source}: expected a mapping with env_name, type and env_kwargs")
+    if is_deep(env_meta):
+        raise ConfigError(f"{source}: nested more than {MAX_DEPTH} deep")
     kind = env_meta["type"]
     if kind != ROBOSUITE:
         other = f" ({_OTHER_SIMULATORS[kind]})" if kind in list(_OTHER_SIMULATORS) else ""
