@@ -21,6 +21,7 @@ from asyncflow import __version__
 from asyncflow.errors import ConfigError
 from asyncflow.exits import complain, crash, explain_usage
 from asyncflow.files import check_output
+from asyncflow.flags import Checkpoint, Overrides, Preset, split
 from asyncflow.flags import flag as _flag
 from asyncflow.flags import flags as _flags
 from asyncflow.shell import command
@@ -52,15 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Preset = Annotated[
-    str | None, typer.Option("--config", metavar="NAME|FILE", help="Preset or YAML file; the task's own by default.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Any key of `asyncflow config`, such as algorithm.clip_coef=0.02."),
-]
-Checkpoint = Annotated[str, typer.Argument(help="Run folder, checkpoint folder, .safetensors file or shipped weights.")]
-
 _TRUST_CLASS = _flag(
     "Model's class that the checkpoint or run may have imported, which runs its code; may be repeated.",
     list[str],
@@ -88,9 +80,9 @@ def _options(
     device=_flag("Where to train and infer.", metavar="auto|cpu|cuda|cuda:N"),
     seed=_flag("Seed of the whole run.", int),
     num_envs=_flag("Environments collected from.", int),
-    checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", metavar="PATH|NAME"),
-    resume=_flag("Run to go on with, from its newest whole checkpoint.", metavar="FOLDER"),
-    out=_flag("Run folder; must not hold a run.", metavar="FOLDER"),
+    checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", Path, metavar="PATH|NAME"),
+    resume=_flag("Run to go on with, from its newest whole checkpoint.", Path, metavar="FOLDER"),
+    out=_flag("Run folder; must not hold a run.", Path, metavar="FOLDER"),
     logger=_flag("Curves beside metrics.jsonl.", metavar="tensorboard|none"),
     trace=_flag("Write trace.json, who did what when, for Perfetto or chrome://tracing.", bool),
     trust_class=_TRUST_CLASS,
@@ -126,7 +118,7 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
     seed=_flag("Seed of every run.", int),
     num_envs=_flag("Environments collected from.", int),
     num_workers=_flag("Simulator processes; one per core if not given.", int),
-    checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", metavar="PATH|NAME"),
+    checkpoint=_flag("Weights to start from: a run, checkpoint, file or shipped name.", Path, metavar="PATH|NAME"),
     inference_latency_s=_flag("Emulated: seconds that a rollout takes longer in the policy.", float, 0.0),
     env_latency_s=_flag("Emulated: seconds that a rollout takes longer in the simulators.", float, 0.0),
     update_latency_s=_flag("Emulated: seconds that an update takes longer.", float, 0.0),
@@ -134,7 +126,7 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
     sweep=_flag("Vary the update's latency: training takes 0.1 to 4 times as long as collecting.", bool, False),
     num_repeats=_flag("Times standard, vla, vla, standard; 3 if not given, of a sweep 1.", int),
     num_updates=_flag("Measured updates of a run; some seconds of them if not given.", int),
-    out=_flag("Folder to write to; must not hold a profile.", metavar="FOLDER"),
+    out=_flag("Folder to write to; must not hold a profile.", Path, metavar="FOLDER"),
 )
 def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Measure both buffer types in turns: throughput, its ceilings, and what limits it."""
@@ -184,7 +176,7 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
 @app.command()
 @_flags(
     task=_flag("Task with a scripted expert.", str, "Lift", "NAME"),
-    out=_flag("HDF5 file to write; demos/TASK.hdf5 by default.", metavar="FILE"),
+    out=_flag("HDF5 file to write; demos/TASK.hdf5 by default.", Path, metavar="FILE"),
     num_demos=_flag("Successful demonstrations.", int, 10),
     seed=_flag("Seed of start states and noise.", int, 0),
     action_noise=_flag("Standard deviation of the noise on actions.", float, 0.15),
@@ -198,12 +190,13 @@ def demos(**flags: Any) -> int:
     """Write scripted, noised demonstrations in robomimic's layout."""
     task, out = flags.pop("task"), flags.pop("out")
     from asyncflow.console import progress_bar
+    from asyncflow.overrides import write_value
     from asyncflow.presets import load_config
 
     with _quiet_imports():
         from asyncflow.demos import DemoOptions, collect_demos
 
-    seen = {name: _split(flags.pop(name)) for name in ("cameras", "camera_size", "point_clouds")}
+    seen = {name: split(flags.pop(name)) for name in ("cameras", "camera_size", "point_clouds")}
     env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in seen.items() if v}).env
     with progress_bar("demonstrations", flags["num_demos"]) as show:
         result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags), on_progress=show)
@@ -212,15 +205,15 @@ def demos(**flags: Any) -> int:
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
     )
     cameras = {"cameras": env_config.cameras, "point_clouds": env_config.point_clouds}
-    keys = [f"env.{key}=[{','.join(names)}]" for key, names in cameras.items() if names]
+    keys = [f"env.{key}={write_value(list(names))}" for key, names in cameras.items() if names]
     typer.echo(f"next: {command('pretrain', '--dataset', result.path, *keys)}")
     return 0
 
 
 @app.command()
 @_flags(
-    dataset=_flag("robomimic HDF5 file, such as `asyncflow demos` writes.", metavar="FILE"),
-    out=_flag("Policy file to write; DATASET.safetensors by default.", metavar="FILE"),
+    dataset=_flag("robomimic HDF5 file, such as `asyncflow demos` writes.", Path, metavar="FILE"),
+    out=_flag("Policy file to write; DATASET.safetensors by default.", Path, metavar="FILE"),
     num_steps=_flag("Optimiser steps.", int, 1000),
     batch_size=_flag("Chunks in a batch.", int, 256),
     learning_rate=_flag("Adam step size.", float, 1e-3),
@@ -272,10 +265,11 @@ def config(overrides: Overrides = None, config: Preset = None) -> int:
     """Show every key: its value in a run, its default and its meaning."""
     resolved = _load(config, overrides, {})
     from asyncflow.config import describe_keys, values_by_key
-    from asyncflow.console import ConsoleReporter, plain
+    from asyncflow.console import ConsoleReporter
+    from asyncflow.overrides import write_value
 
     values = values_by_key(resolved)
-    rows = [[key, plain(values[key]), plain(default), meaning] for key, default, meaning in describe_keys()]
+    rows = [[key, write_value(values[key]), write_value(default), meaning] for key, default, meaning in describe_keys()]
     ConsoleReporter().table(["key", "value", "default", "meaning"], rows)
     return 0
 
@@ -285,12 +279,6 @@ def _trust(paths: list[str] | None) -> None:
 
     for path in paths or []:
         trust_class(path)
-
-
-def _split(text: str | None) -> list[Any]:
-    """Return the parts of a comma-separated flag, numbers as numbers."""
-    parts = (part.strip() for part in (text or "").split(","))
-    return [int(part) if part.isdigit() else part for part in parts if part]
 
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:

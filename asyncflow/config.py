@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
-from asyncflow.policy_config import POLICY_KINDS, CompileMode, PolicyConfig, Section, VLAConfig
+from asyncflow.policy_config import POLICY_KINDS, CompileMode, PathText, PolicyConfig, Section, VLAConfig
 
 __all__ = [
     "POLICY_KINDS",
@@ -43,7 +43,7 @@ class EnvConfig(Section):
     """What is simulated, and in how many processes."""
 
     task: str = Field("Lift", description="Task name (`asyncflow tasks` lists them); `Toy` needs no simulator.")
-    env_meta: str | None = Field(
+    env_meta: PathText | None = Field(
         None, description="JSON file, robomimic dataset or checkpoint (.pth) whose `env_meta` replaces the task's own."
     )
     num_envs: int = Field(16, ge=1, description="Environments collected from, N.")
@@ -186,7 +186,9 @@ class TrainerConfig(Section):
 class LoggingConfig(Section):
     """Where a run's files go."""
 
-    out: str | None = Field(None, description="Run folder; null means runs/<task>_<buffer type>_seed<seed>_<time>.")
+    out: PathText | None = Field(
+        None, description="Run folder; null means runs/<task>_<buffer type>_seed<seed>_<time>."
+    )
     logger: Literal["tensorboard", "none"] = Field("tensorboard", description="Curves beside metrics.jsonl.")
     trace: bool = Field(False, description="Write trace.json: who did what when, for Perfetto or chrome://tracing.")
 

@@ -24,6 +24,7 @@ from rich.text import Text
 from asyncflow import __version__
 from asyncflow.config import Config, describe_keys, values_by_key
 from asyncflow.metrics import GLOSSARY
+from asyncflow.overrides import write_override
 from asyncflow.plugins import trusting_words
 from asyncflow.shell import command
 
@@ -103,7 +104,7 @@ class ConsoleReporter:
             "ring": f"{format_bytes(ring_bytes)} for {config.buffer.buffer_size} decisions a rollout",
             "length": _describe_length(config),
         }
-        changed = [f"{key}={plain(value)}" for key, value, default in differences(config) if value != default]
+        changed = [write_override(key, value) for key, value, default in differences(config) if value != default]
         self._card(f"asyncflow {__version__}", rows | {"not default": " ".join(changed) or "nothing"})
 
     def update(self, row: Mapping[str, float]) -> None:
@@ -292,11 +293,6 @@ def _named(name: str, row: Mapping[str, float]) -> str:
 
 def _short(name: str) -> str:
     return name.rpartition("/")[2]
-
-
-def plain(value: Any) -> str:
-    """Return a value as an override on the command line takes it."""
-    return str("null" if value is None else value).replace(" ", "")
 
 
 def _describe_mode(config: Config) -> str:

@@ -8,15 +8,37 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from os.path import expanduser
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="NAME|FILE",
+        parser=expanduser,
+        help="Preset or YAML file; the task's own by default.",
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Any key of `asyncflow config`, such as algorithm.clip_coef=0.02."),
+]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(parser=expanduser, help="Run folder, checkpoint folder, .safetensors file or shipped weights."),
+]
+
 
 def flag(meaning: str, kind: Any = str, default: Any = None, metavar: str | None = None) -> inspect.Parameter:
-    """Return a flag, which is None unless it is given or has a default."""
-    parser = _number_parser(kind) if kind in (int, float) else None
-    option = typer.Option(help=meaning, metavar=metavar or ("NUMBER" if parser else None), parser=parser)
+    """Return a flag, which is None unless it is given or has a default; of kind `Path` it is a text all the same."""
+    is_number = kind in (int, float)
+    parser = _number_parser(kind) if is_number else expanduser if kind is Path else None
+    option = typer.Option(help=meaning, metavar=metavar or ("NUMBER" if is_number else None), parser=parser)
+    kind = str if kind is Path else kind
     annotation = Annotated[kind if default is not None else kind | None, option]  # type: ignore[valid-type]
     return inspect.Parameter("flag", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
@@ -45,3 +67,9 @@ def flags(**declared: inspect.Parameter) -> Callable[[Callable[..., int]], Calla
         return command
 
     return decorate
+
+
+def split(text: str | None) -> list[Any]:
+    """Return the parts of a comma-separated flag, numbers as numbers."""
+    parts = (part.strip() for part in (text or "").split(","))
+    return [int(part) if part.isdecimal() else part for part in parts if part]

@@ -6,9 +6,21 @@ Owns names, defaults, meanings and limits, as `config` does, which is where the 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+import os
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from asyncflow.plugins import POLICIES, plugin_names
 
@@ -17,10 +29,30 @@ MAX_VALUES = 10_000  # of policy.vla.model_config; in YAML a value can hold itse
 CompileMode = Literal["none", "compile", "graph"]
 
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of what a shell leaves as it is, such as out=~/run
+
+
 class Section(BaseModel):
     """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        for text in _texts(value):
+            if "\0" in text or (not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text)):
+                raise PydanticCustomError("unwritable", "Must be text in UTF-8 without the character 0")
+        return value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value, those in lists and mappings included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _texts(each)
 
 
 class VLAConfig(Section):
@@ -31,7 +63,9 @@ class VLAConfig(Section):
     model_class: str | None = Field(
         None, description="Import path of a model from elsewhere, package.module.Class; null: asyncflow's own."
     )
-    model_path: str | None = Field(None, description="Weights of model_class: a state dict, or for from_pretrained.")
+    model_path: PathText | None = Field(
+        None, description="Weights of model_class: a state dict, or for from_pretrained."
+    )
     model_kwargs: dict[str, Any] = Field(
         {}, alias="model_config", description="Arguments with which model_class is built."
     )
@@ -160,7 +194,7 @@ class PolicyConfig(Section):
     kind: str = Field(
         "flow", description="flow, gaussian, vla, lerobot, or a name that an installed package registered."
     )
-    checkpoint: str | None = Field(
+    checkpoint: PathText | None = Field(
         None,
         description="Weights to start from: a run, a checkpoint folder, a .safetensors file, `lift_flow`, or a policy "
         "folder of LeRobot, which sets kind to lerobot.",

@@ -7,7 +7,6 @@ is trained, and never reads pickled code: a checkpoint of robomimic, a pickle, i
 from __future__ import annotations
 
 import json
-import shlex
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import expand_user, follow, write_atomically
 from asyncflow.lerobot_folder import is_lerobot_folder, with_export
+from asyncflow.overrides import write_override
 from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.robomimic_file import load_robomimic_file
 
@@ -222,7 +222,7 @@ def _refuse_robomimic(path: Path) -> None:
         origin = f"algorithm {file.algo_name!r}, environment {file.env_meta.get('env_name')!r}"
         raise CheckpointError(
             f"{path}: a robomimic policy ({origin}), which asyncflow cannot run; "
-            f"it can take the environment: {shlex.quote(f'env.env_meta={path}')}"
+            f"it can take the environment: {write_override('env.env_meta', str(path))}"
         ) from None
 
 

@@ -14,6 +14,7 @@ from asyncflow.config import Config, validate
 from asyncflow.envs.tasks import TASKS, Task, find_task, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import adopt_lerobot
+from asyncflow.overrides import read_value
 from asyncflow.plain_values import load_yaml
 from asyncflow.plugins import trust_class
 
@@ -129,10 +130,10 @@ def read_sections(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """Parse `key.sub=value` arguments; values are YAML.
+    """Parse `key.sub=value` arguments, each value by the type of its key.
 
     Raises:
-        ConfigError: An argument without `=`, or a value that is not YAML.
+        ConfigError: An argument without `=`, or a list or mapping that is not YAML.
     """
     parsed = {}
     for argument in arguments:
@@ -140,20 +141,10 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"{argument!r} is not an override; write section.key=value")
         try:
-            parsed[key] = _parse_value(text)
+            parsed[key] = read_value(key, text)
         except _YAML_ERRORS:
             raise ConfigError(f"{key}: cannot read the value {text!r}") from None
     return parsed
-
-
-def _parse_value(text: str) -> Any:
-    value = load_yaml(text)
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import subprocess
 import time
 from copy import deepcopy
@@ -24,6 +23,7 @@ from asyncflow.config import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import lock_file, make_new_folder, write_atomically
 from asyncflow.presets import apply_overrides, read_sections, trust_named_class
+from asyncflow.shell import command
 
 # What may differ in a resumed run: none of it changes what a finished update was.
 CHANGEABLE = (
@@ -55,7 +55,7 @@ def _refuse_run(folder: Path) -> None:
         if (folder / "config.yaml").exists():
             raise ConfigError(
                 f"logging.out = {folder}: already holds a run; choose another folder, or go on with it: "
-                f"--resume {shlex.quote(str(folder))}"
+                f"{command('train', '--resume', folder)}"
             )
         found = [name for name in _WRITTEN if (folder / name).exists()]
         found += [f"checkpoints/{path.name}" for path in (folder / "checkpoints").glob("*")]
@@ -136,7 +136,8 @@ def _refuse_changes(run: Config, overrides: dict[str, Any]) -> None:
     """Refuse another value than the run's, where that must stay; what is no key is left to the validation."""
     own = values_by_key(run)
     for key, value in overrides.items():
-        if key in own and key not in CHANGEABLE and value != own[key]:
+        is_same = key in own and own[key] in (value, os.path.expanduser(value) if isinstance(value, str) else value)
+        if key in own and key not in CHANGEABLE and not is_same:
             raise ConfigError(
                 f"{key} = {value!r}: cannot change with --resume, the run has {own[key]!r}; "
                 f"may change: {', '.join(CHANGEABLE)}"

@@ -238,7 +238,7 @@ def test_an_override_that_is_no_plain_yaml_is_one_line_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"env\.task: cannot read the value") as caught:
-        parse_overrides([f"env.task={value}"])
+    with pytest.raises(ConfigError, match=r"model_config: cannot read the value") as caught:
+        parse_overrides([f"policy.vla.model_config={value}"])
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ LAYERS = [
     {
         "buffer", "camera_data", "console", "dataset", "demo_choice", "device", "envs", "episodes", "examples",
         "experts", "finite", "flags", "gae", "inference", "latency", "lerobot_folder", "losses", "metric_files",
-        "metrics", "optimizer", "pickle_sizes", "plain_values", "policies", "policy_file", "presets",
+        "metrics", "optimizer", "overrides", "pickle_sizes", "plain_values", "policies", "policy_file", "presets",
         "profile_legs", "profile_model", "profile_plot", "rates", "resources", "robomimic_file", "seeding",
         "staging", "streams", "timing", "tracing", "weights",
     },
