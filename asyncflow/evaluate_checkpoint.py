@@ -18,11 +18,12 @@ from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapped import map_names
-from asyncflow.envs.tasks import TOY
+from asyncflow.envs.tasks import TOYS
+from asyncflow.errors import CheckpointError
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.policies import make_policy
 from asyncflow.policies.mapping import NameMapping
-from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.seeding import derive_seed
 
 
@@ -54,24 +55,55 @@ def evaluate_checkpoint(
     load_into(policy, file)
     num_envs = min(config.env.num_envs, num_episodes)
     seed = derive_seed(config.trainer.seed, "report")
-    env = map_names(_rebuild_env(file.env_spec, config, file.policy_config.n_action_steps, num_envs, seed), mapping)
+    built = _rebuild_env(file, config, num_envs, derive_seed(seed, "evaluation"))
     try:
+        _check_same(built, file)
+        env = map_names(built, mapping)
         return evaluate(policy.to(device), env, num_episodes, seed, on_progress)
     finally:
-        env.close()
+        built.close()
 
 
-def _rebuild_env(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int, seed: int) -> VecEnv:
-    """Build the environment that a policy file describes, with its own controller, observations and horizon."""
-    seed = derive_seed(seed, "evaluation")
-    if not spec.env_meta:
-        return make_vec_env(EnvConfig(task=spec.task or TOY, horizon=spec.horizon), chunk_length, num_envs, seed)
+def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> VecEnv:
+    """Build the environment that a policy file describes, with its own controller, observations and horizon.
+
+    Raises:
+        CheckpointError: The file does not say which environment that is, or the one of its name has become another.
+    """
+    spec, chunk_length = file.env_spec, file.policy_config.n_action_steps
+    if spec.task in TOYS:
+        return make_vec_env(EnvConfig(task=spec.task, horizon=spec.horizon), chunk_length, num_envs, seed)
+    if not spec.task and not spec.env_meta:
+        raise CheckpointError(
+            f"{file.path}: names no environment to evaluate it in: neither a task (EnvSpec.task, the name that a "
+            "package registered) nor an env_meta"
+        )
+    changes: dict[str, Any] = {"horizon": spec.horizon, "obs_keys": list(spec.obs_keys) or None}
+    changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
+    changes |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
+    for shape in spec.image_shapes.values():
+        changes["camera_size"] = list(shape[-2:])
+    if spec.task:
+        changes |= {"task": spec.task, "env_meta": None}
+        return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "env_meta.json"
         path.write_text(json.dumps(spec.env_meta))
-        changes: dict[str, Any] = {"env_meta": str(path), "horizon": spec.horizon, "obs_keys": list(spec.obs_keys)}
-        changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
-        changes |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
-        for shape in spec.image_shapes.values():
-            changes["camera_size"] = list(shape[-2:])
+        changes |= {"task": EnvConfig().task, "env_meta": str(path)}  # the default, in whose place env_meta stands
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
+
+
+def _check_same(env: VecEnv, file: PolicyFile) -> None:
+    """Refuse another environment than the policy was made for, such as that of a newer version of a package.
+
+    Raises:
+        CheckpointError: Observations or actions have other sizes.
+    """
+    made_for, built = (_describe_sizes(spec) for spec in (file.env_spec, env.simulator_spec))
+    if made_for != built:
+        raise CheckpointError(f"{file.path}: made for an environment of {made_for}; what it names has {built}")
+
+
+def _describe_sizes(spec: EnvSpec) -> str:
+    shapes = {name: list(shape) for name, shape in sorted((spec.obs_shapes | spec.image_shapes).items())}
+    return f"observations {shapes} and actions of {spec.action_dim}"

@@ -47,9 +47,12 @@ def load_plugin(group: str, name: str) -> Any:
     """Import what a package registered under a name.
 
     Raises:
-        ConfigError: It cannot be imported.
+        ConfigError: It cannot be imported, or several packages registered something under the name.
     """
-    point: EntryPoint = next(iter(entry_points(group=group, name=name)))
+    points = {point.value: point for point in entry_points(group=group, name=name)}
+    if len(points) > 1:
+        raise ConfigError(f"entry point {name} of {group}: several are installed ({_list(points)}); keep one of them")
+    (point,) = points.values()
     try:
         return point.load()
     except Exception as error:  # whatever a module raises that is imported
@@ -80,6 +83,24 @@ def build_plugin(group: str, name: str, arguments: tuple[Any, ...], kind: type[B
     if not isinstance(built, kind):
         raise broken(label, "returned", built, f"{kind.__module__}.{kind.__name__}")
     return built
+
+
+def refuse_taken_name(group: str, name: str, key: str) -> None:
+    """Refuse a name of asyncflow's own under which a package registered something else.
+
+    Raises:
+        ConfigError: There is such a package; the message names what it registered.
+    """
+    points = {point.value: point for point in entry_points(group=group, name=name)}
+    if points:
+        raise ConfigError(
+            f"{key} = {name}: asyncflow's own, and also an installed package's (entry point of {group}: "
+            f"{_list(points)}); uninstall it, or let it register another name"
+        )
+
+
+def _list(points: dict[str, EntryPoint]) -> str:
+    return ", ".join(f"{value} of {point.dist.name if point.dist else 'unknown'}" for value, point in points.items())
 
 
 def import_class(path: str, key: str, base: str) -> type[Any]:

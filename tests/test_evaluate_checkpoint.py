@@ -19,7 +19,7 @@ from asyncflow.presets import load_config
 from asyncflow.seeding import derive_seed
 
 POLICY = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8], horizon=4, n_action_steps=3)
-TOY_SPEC = EnvSpec({"state": (4,)}, 2, horizon=7)
+TOY_SPEC = EnvSpec({"state": (4,)}, 2, horizon=7, task="Toy")
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
 LIFT_SPEC = EnvSpec({"state": (4,)}, 2, horizon=33, env_meta=META, obs_keys=("object",))
 
@@ -147,3 +147,24 @@ def test_a_missing_device_is_refused_before_anything_is_built(policy_file, built
     with pytest.raises(ConfigError, match="cuda:77"):
         evaluate_checkpoint(policy_file(TOY_SPEC), config(**{"trainer.device": "cuda:77"}), 2)
     assert built == {"num_closed": 0}
+
+
+def test_a_file_that_names_no_environment_is_refused_and_not_evaluated_on_the_toy(policy_file, built):
+    with pytest.raises(ConfigError, match=r"policy.safetensors: names no environment to evaluate it in") as caught:
+        evaluate_checkpoint(policy_file(EnvSpec({"state": (4,)}, 2, horizon=7)), config(), 2)
+    assert "\n" not in str(caught.value)
+    assert built == {"num_closed": 0}
+
+
+def test_another_environment_under_the_same_name_is_refused(policy_file, built):
+    other = EnvSpec({"state": (4,)}, 3, horizon=7, task="Mine")
+    said = r"made for an environment of observations {'state': \[4\]} and actions of 3; what it names has .* of 2"
+    with pytest.raises(ConfigError, match=said):
+        evaluate_checkpoint(policy_file(other), config(), 2)
+    assert built["num_closed"] == 1
+
+
+def test_a_task_of_another_package_is_built_by_its_name_whatever_it_is_made_of(policy_file, built):
+    spec = EnvSpec({"state": (4,)}, 2, horizon=7, task="Mine", env_meta=META, obs_keys=("own",))
+    evaluate_checkpoint(policy_file(spec), config(), 2)
+    assert (built["config"].task, built["config"].env_meta, built["config"].obs_keys) == ("Mine", None, ["own"])

@@ -10,8 +10,10 @@ from asyncflow.build import check_start
 from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.envs import make_vec_env, task_names
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.checked_env import CheckedVecEnv
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError, ContractError
+from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.launch import train
 from asyncflow.policies import GaussianPolicy, make_policy
 from asyncflow.policy_file import save_policy
@@ -45,6 +47,10 @@ def build_nothing(*arguments):
 
 def build_from_nothing():
     return None
+def build_unnamed(config, chunk_length, num_envs, seed):
+    env = ToyVecEnv(num_envs, chunk_length, config.horizon)
+    env.spec = replace(env.spec, task="")
+    return env
 """
 ENTRY_POINTS = """
 [asyncflow.policies]
@@ -57,6 +63,7 @@ Hasty = added_package:build_hasty
 Nothing = added_package:build_nothing
 FromNothing = added_package:build_from_nothing
 MyTask = added_package:build_env
+Unnamed = added_package:build_unnamed
 """
 
 
@@ -69,6 +76,15 @@ def _installed(tmp_path, monkeypatch):
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: added-package\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def install(folder, monkeypatch, entry_points):
+    """Another package, whose entry points are these."""
+    metadata = folder / "other_package-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-package\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(entry_points)
+    monkeypatch.syspath_prepend(str(folder))
 
 
 def test_a_registered_policy_and_environment_are_trained_by_name(tmp_path):
@@ -142,3 +158,46 @@ def test_an_unknown_policy_is_refused_with_those_that_exist():
     allowed = "flow, gaussian, vla, lerobot, broken, mine, nothing"
     with pytest.raises(ConfigError, match=rf"policy.kind = 'mime': not known; allowed: {allowed}"):
         load_config("toy", {"policy.kind": "mime"})
+
+
+@pytest.mark.parametrize("task", ["Lift", "Toy", "ToyImages"])
+def test_a_package_cannot_take_the_place_of_asyncflows_own_task(tmp_path, monkeypatch, task):
+    install(tmp_path / "other", monkeypatch, f"[asyncflow.envs]\n{task} = added_package:build_env\n")
+    said = f"env.task = {task}: asyncflow's own, and also an installed package's .*added_package:build_env of other-"
+    with pytest.raises(ConfigError, match=said):
+        check_start(load_config("toy", {"env.task": task, "logging.out": str(tmp_path / "run")}))
+    with pytest.raises(ConfigError, match=said):
+        make_vec_env(EnvConfig(task=task), 2, 3, 0)
+
+
+def test_a_package_cannot_take_the_place_of_asyncflows_own_policy(tmp_path, monkeypatch):
+    install(tmp_path / "other", monkeypatch, "[asyncflow.policies]\nflow = added_package:build_policy\n")
+    with pytest.raises(ConfigError, match=r"policy.kind = flow: asyncflow's own, and also an installed package's"):
+        check_start(load_config("toy", {"policy.kind": "flow", "logging.out": str(tmp_path / "run")}))
+
+
+def test_one_name_of_two_packages_is_refused(tmp_path, monkeypatch):
+    install(tmp_path / "other", monkeypatch, "[asyncflow.envs]\nMyTask = added_package:build_unnamed\n")
+    with pytest.raises(ConfigError, match=r"entry point MyTask of asyncflow.envs: several are installed \(.*build_env"):
+        make_vec_env(EnvConfig(task="MyTask"), 2, 3, 0)
+
+
+@pytest.mark.parametrize("task", ["MyTask", "Toy"])
+def test_a_task_and_a_description_of_another_environment_are_refused(tmp_path, task):
+    (tmp_path / "meta.json").write_text("{}")
+    config = EnvConfig(task=task, env_meta=str(tmp_path / "meta.json"))
+    with pytest.raises(ConfigError, match=f"describes another environment than env.task = {task}"):
+        make_vec_env(config, 2, 3, 0)
+
+
+@pytest.mark.parametrize("task", ["MyTask", "Unnamed"])
+def test_a_checkpoint_is_evaluated_in_the_registered_environment(tmp_path, task, monkeypatch):
+    """Whatever the package's own environment says of its name, the toy's for one."""
+    config = load_config(
+        "toy", TOY | {"env.task": task, "trainer.total_updates": 1, "logging.out": str(tmp_path / "run")}
+    )
+    train(config, Silent())
+    built = []
+    monkeypatch.setattr(CheckedVecEnv, "close", lambda env: built.append(env.simulator_spec.task))
+    evaluate_checkpoint(str(tmp_path / "run"), config, 2)
+    assert built == [task]

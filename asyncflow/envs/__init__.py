@@ -9,8 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from asyncflow.envs.tasks import TOY_IMAGES, TOY_POINTS, TOYS, resolve_task, task_names
-from asyncflow.plugins import ENVS, plugin_names
+from asyncflow.envs.tasks import TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
@@ -32,15 +31,15 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
         ConfigError: An unknown task, or an `env.env_meta` that cannot be used; the message is one line.
         EnvError: A simulator could not be constructed.
     """
+    if is_plugin(config):
+        from asyncflow.envs.checked_env import build_registered  # noqa: PLC0415
+
+        return build_registered(config, chunk_length, num_envs, seed)
     if config.task in TOYS:
         from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
 
         sees_images, sees_points = config.task == TOY_IMAGES, config.task == TOY_POINTS
         return ToyVecEnv(num_envs, chunk_length, config.horizon, sees_images, sees_points)
-    if config.env_meta is None and config.task in plugin_names(ENVS):
-        from asyncflow.envs.checked_env import build_registered  # noqa: PLC0415
-
-        return build_registered(config, chunk_length, num_envs, seed)
     settings = resolve_task(config)
 
     from asyncflow.envs.robomimic import RobomimicEnv  # noqa: PLC0415

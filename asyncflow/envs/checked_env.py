@@ -7,6 +7,7 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ _NUMBERS = ("rewards", "episode_return")
 class CheckedVecEnv(VecEnv):
     """Others' environments; see `VecEnv` for what the methods do."""
 
-    def __init__(self, env: VecEnv, chunk_length: int, num_envs: int) -> None:
+    def __init__(self, env: VecEnv, chunk_length: int, num_envs: int, task: str) -> None:
         """Take over environments, which nobody else uses from now on.
 
         Args:
             env: The environments.
             chunk_length: H, as it was asked for.
             num_envs: N, as it was asked for.
+            task: The name under which they are registered.
 
         Raises:
             ContractError: Their spec or their number is not what it must be.
@@ -45,7 +47,8 @@ class CheckedVecEnv(VecEnv):
         if getattr(env, "num_envs", None) != num_envs:
             raise broken(f"{self._name}.num_envs", "is", getattr(env, "num_envs", None), f"{num_envs}, as asked for")
         self.spec = check_spec(getattr(env, "spec", None), self._name)
-        self._simulator_spec = check_spec(env.simulator_spec, self._name)
+        # Its checkpoints name what builds it again, whatever it is made of.
+        self._simulator_spec = replace(check_spec(env.simulator_spec, self._name), task=task)
 
     @property
     def simulator_spec(self) -> EnvSpec:
@@ -150,7 +153,7 @@ def build_registered(config: EnvConfig, chunk_length: int, num_envs: int, seed: 
     arguments = (config.model_copy(deep=True), chunk_length, num_envs, seed)
     env = build_plugin(ENVS, config.task, arguments, VecEnv)  # type: ignore[type-abstract]
     try:
-        return CheckedVecEnv(env, chunk_length, num_envs)
+        return CheckedVecEnv(env, chunk_length, num_envs, config.task)
     except ContractError:
         env.close()
         raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.plain_values import MAX_DEPTH, is_deep
-from asyncflow.plugins import ENVS, plugin_names
+from asyncflow.plugins import ENVS, plugin_names, refuse_taken_name
 
 if TYPE_CHECKING:
     from asyncflow.config import EnvConfig
@@ -176,8 +176,31 @@ def find_task(name: str) -> Task:
 
 
 def is_described(config: EnvConfig) -> bool:
-    """Tell whether `resolve_task` knows what is simulated; it does not know the toys, nor tasks of other packages."""
-    return config.task not in TOYS and (config.env_meta is not None or config.task not in plugin_names(ENVS))
+    """Tell whether `resolve_task` knows what is simulated; it does not know the toys, nor tasks of other packages.
+
+    Raises:
+        ConfigError: As `is_plugin`.
+    """
+    return not is_plugin(config) and config.task not in TOYS
+
+
+def is_plugin(config: EnvConfig) -> bool:
+    """Tell whether an installed package builds the environments.
+
+    Raises:
+        ConfigError: It is not clear what is meant: the package took a name of asyncflow's own, or there is also an
+            `env.env_meta`, which describes something else.
+    """
+    is_own = config.task in TOYS or config.task in TASKS
+    if config.env_meta is None and is_own:
+        refuse_taken_name(ENVS, config.task, "env.task")
+    is_other = not is_own and config.task in plugin_names(ENVS)
+    if config.env_meta is not None and (is_other or config.task in TOYS):
+        raise ConfigError(
+            f"env.env_meta = {config.env_meta}: describes another environment than env.task = {config.task}; leave one "
+            "of them out"
+        )
+    return is_other
 
 
 def resolve_task(config: EnvConfig) -> SimulatorSettings:

@@ -9,7 +9,7 @@ from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot
-from asyncflow.plugins import POLICIES, build_plugin, load_plugin
+from asyncflow.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
 from asyncflow.policies.base import Policy
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.foreign import find_model_class
@@ -51,11 +51,13 @@ def find_policy_code(config: PolicyConfig) -> bool:
     """Import what the policy is made of, and tell whether that is asyncflow's own, which fits any observation.
 
     Raises:
-        ConfigError: It cannot be imported, or is a folder of LeRobot that cannot be read.
+        ConfigError: It cannot be imported, is a folder of LeRobot that cannot be read, or another package registered
+            asyncflow's own name too.
     """
     if config.kind not in POLICY_KINDS:
         load_plugin(POLICIES, config.kind)
         return False
+    refuse_taken_name(POLICIES, config.kind, "policy.kind")
     if config.kind == LEROBOT:
         open_lerobot(config)
         return False

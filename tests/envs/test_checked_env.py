@@ -30,7 +30,7 @@ class Registered(ToyVecEnv):
 
 
 def check(env) -> CheckedVecEnv:
-    return CheckedVecEnv(env, H, N)
+    return CheckedVecEnv(env, H, N, "Mine")
 
 
 def step(env, env_ids=range(N), actions=None):
@@ -113,7 +113,7 @@ def test_a_spec_or_a_number_of_environments_that_cannot_be_is_refused():
     with pytest.raises(ContractError, match=r"Registered\.spec\.horizon has 0; expected a whole number"):
         check(Registered(horizon=0))
     with pytest.raises(ContractError, match=r"Registered\.num_envs is 3; expected 4, as asked for"):
-        CheckedVecEnv(Registered(), H, N + 1)
+        CheckedVecEnv(Registered(), H, N + 1, "Mine")
 
 
 class Careless(Registered):
