@@ -310,6 +310,7 @@ def _build_collector(config: Config, env: VecEnv, policy: Policy, channel: Chann
     settings = CollectorSettings(
         seed=config.trainer.seed,
         gamma=config.algorithm.gamma,
+        is_success_continued=config.algorithm.success_value == "continue",
         num_env_groups=config.collector.num_env_groups,
         max_policy_lag=_fixed_lag(config),
         inference_latency=EmulatedLatency.from_config(config.trainer, "inference", config.policy.emulated_latency_s),

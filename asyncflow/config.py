@@ -98,6 +98,9 @@ class AlgorithmConfig(Section):
     """PPO."""
 
     gamma: float = Field(0.995, gt=0, le=1, description="Discount per env step.")
+    success_value: Literal["zero", "continue"] = Field(
+        "zero", description="What follows a success: zero: nothing; continue: its last reward for ever, discounted."
+    )
     gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's lambda, per decision.")
     advantage: Literal["gae", "monte_carlo", "n_step"] = Field("gae", description="Advantage estimator.")
     n_step: int = Field(8, ge=1, description="n_step: decisions before the bootstrap.")
@@ -239,6 +242,10 @@ class Config(Section):
         low, high = self.policy.noise_range
         if not 0 < low < high:
             raise ValueError(f"policy.noise_range = {[low, high]} must be two positive, rising numbers")
+        if self.algorithm.success_value == "continue" and self.algorithm.gamma == 1:
+            raise ValueError(
+                "algorithm.success_value = continue needs algorithm.gamma below 1: a reward for ever has no other value"
+            )
         if self.buffer.on_full == "overwrite" and self.buffer.lag_mode == "fixed":
             raise ValueError("buffer.on_full = overwrite needs buffer.lag_mode = bounded: fixed lag loses no rollout")
         if self.algorithm.lr_schedule == "linear" and self.trainer.total_updates is None:

@@ -13,7 +13,7 @@ from typing import Any
 from asyncflow.checkpoint import Checkpoint
 from asyncflow.config import TrainerConfig
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.episodes import Episode, episode_metrics, split_by_start
+from asyncflow.episodes import Episode, split_by_start
 
 _PLAIN = ("env_steps", "decisions", "updates", "next_rollout", "best_success", "best_update")
 
@@ -64,10 +64,10 @@ class Progress:
         """The three clocks by their metric names."""
         return {"env_steps": self.env_steps, "decisions": self.decisions, "updates": self.updates}
 
-    def take_episodes(self, ended: Iterable[Episode], end: int) -> dict[str, float]:
-        """Take over episodes that ended; count those that began before decision `end`, and return their metrics."""
+    def take_episodes(self, ended: Iterable[Episode], end: int) -> list[Episode]:
+        """Take over episodes that ended, and return those that began before decision `end`, which count now."""
         counted, self.episodes = split_by_start([*self.episodes, *ended], end)
-        return episode_metrics(counted)
+        return counted
 
     def fault_metrics(self) -> dict[str, float]:
         """Return the `health/` counts of what was survived."""

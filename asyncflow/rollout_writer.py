@@ -31,6 +31,7 @@ from asyncflow.policies.base import Policy
 from asyncflow.seeding import policy_noise
 from asyncflow.staging import Staging
 from asyncflow.streams import record_event, wait_event
+from asyncflow.success_value import rewards_after_success
 from asyncflow.timing import OverlapClock, Stopwatch
 from asyncflow.tracing import Tracer
 from asyncflow.weights import WeightPublisher, changing_tensors, make_acting_copy
@@ -43,6 +44,7 @@ class CollectorSettings:
     Attributes:
         seed: The run's seed.
         gamma: Discount per env step.
+        is_success_continued: Whether the last reward of a success goes on.
         num_env_groups: G.
         max_policy_lag: L; None acts with the newest version instead of exactly `max(0, n - L)`.
         inference_latency: Emulated, of a decision of all environments.
@@ -52,6 +54,7 @@ class CollectorSettings:
 
     seed: int
     gamma: float
+    is_success_continued: bool = False
     num_env_groups: int = 1
     max_policy_lag: int | None = 0
     inference_latency: EmulatedLatency = NO_LATENCY
@@ -222,6 +225,8 @@ class RolloutWriter:
         group = self._groups[g]
         result = self._wait_for_chunk(index, t, g)
         outcome = outcome_fields(result, self._settings.gamma, self._store_final_obs(slot, g, result))
+        if self._settings.is_success_continued:
+            outcome["rewards"] += rewards_after_success(result, self._settings.gamma)
         self._buffer.write(slot, t, group, self._staging[g].send("outcome", outcome))
         self._buffer.count(slot, len(group))
         self._faults += result.faults

@@ -18,6 +18,7 @@ from asyncflow.build import Parts, name_snapshots
 from asyncflow.checkpoint import Checkpoint, PolicyToSave, point_at, prune_checkpoints, save_checkpoint
 from asyncflow.config import Config
 from asyncflow.envs.base import EnvInterrupted, Fault
+from asyncflow.episodes import episode_metrics
 from asyncflow.errors import AsyncflowError, TrainingError
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.latency import EmulatedLatency
@@ -26,6 +27,7 @@ from asyncflow.plugins import trusting_words
 from asyncflow.policies.base import Normalizer, clipped_inputs
 from asyncflow.rates import RateMeter, memory_metrics, rollout_metrics
 from asyncflow.shell import command
+from asyncflow.success_value import warn_of_returns, warn_of_shaped_reward
 from asyncflow.timing import Stopwatch
 
 NOTICED_CLIPPED_SHARE = 0.1  # of a rollout's observed numbers
@@ -67,6 +69,7 @@ class Trainer:
         self.is_stopping = False
         self._stop_deadline = float("inf")
         self._has_told_clipped = False
+        self._has_told_of_rewards = config.algorithm.success_value == "continue"
         self._row: dict[str, float] = resumed.state["row"] if resumed else {}
         self._is_evaluation_owed = resumed.state["is_evaluation_owed"] if resumed else True
         self._newest = resumed.path if resumed else None
@@ -135,6 +138,7 @@ class Trainer:
 
     def _run_updates(self) -> None:
         """The loop, the same for both buffer types."""
+        self._tell_of_rewards(warn_of_shaped_reward(self.parts.env.simulator_spec.env_meta))
         if self._is_evaluation_owed:
             self._finish_update()
         self.parts.collector.start()
@@ -159,10 +163,12 @@ class Trainer:
             with watch.measure("publish_s"):
                 parts.channel.publisher.publish(progress.updates)
             metrics |= rollout_metrics(rollout, lag, watch.take())
-            metrics |= progress.take_episodes(rollout.info.episodes, self._end_of_fair_starts(rollout))
+            episodes = progress.take_episodes(rollout.info.episodes, self._end_of_fair_starts(rollout))
+            metrics |= episode_metrics(episodes)
             self._tell_clipped(rollout)
             parts.channel.buffer.release(rollout)
         self._tell(rollout.info.faults)
+        self._tell_of_rewards(warn_of_returns(episodes))
         metrics |= {f"buffer/{name}": float(count) for name, count in parts.channel.buffer.books().items()}
         metrics |= memory_metrics() | progress.fault_metrics() | progress.clocks
         collect_s = rollout.info.seconds["collect_s"]
@@ -189,6 +195,12 @@ class Trainer:
             f"{share:.0%} of the numbers observed in a rollout lie more than {Normalizer.LIMIT:g} times outside the "
             f"demonstrations' range and are cut there, most often {worst}: the policy was made for other observations"
         )
+
+    def _tell_of_rewards(self, warning: str | None) -> None:
+        """Say once that a success pays less than going on, unless the configuration sees to that."""
+        if warning is not None and not self._has_told_of_rewards:
+            self._has_told_of_rewards = True
+            self.reporter.notice(warning)
 
     def _end_of_fair_starts(self, rollout: Rollout) -> int:
         """Return the decision from which on an episode may still have been open at the rollout's end."""

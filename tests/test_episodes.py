@@ -11,6 +11,11 @@ from asyncflow.progress import Progress
 NUM_ENVS, NUM_STEPS, HORIZON = 400, 60, 100  # decisions; a failure lasts until the horizon
 
 
+def fair_end(index):
+    """Return the first decision of which an episode may be open at a rollout's end."""
+    return NUM_STEPS * (index + 1) - HORIZON + 1
+
+
 def simulate(num_rollouts, success=0.59):
     """Return the episodes that end in each rollout of a policy that solves the task early, or not at all."""
     rng, rollouts = random.Random(0), [[] for _ in range(num_rollouts)]
@@ -29,9 +34,7 @@ def simulate(num_rollouts, success=0.59):
 def test_success_is_not_that_of_whoever_ends_first():
     progress, rollouts = Progress(), simulate(10)
     assert all(episode.is_success for episode in rollouts[0])  # nobody fails before the horizon
-    rows = [
-        progress.take_episodes(ended, NUM_STEPS * (index + 1) - HORIZON + 1) for index, ended in enumerate(rollouts)
-    ]
+    rows = [episode_metrics(progress.take_episodes(ended, fair_end(n))) for n, ended in enumerate(rollouts)]
     assert rows[0] == {"rollout/num_episodes": 0.0}
     for row in rows[1:]:
         assert row["rollout/num_episodes"] > 300
@@ -41,12 +44,9 @@ def test_success_is_not_that_of_whoever_ends_first():
 
 def test_every_episode_is_counted_once_when_all_that_began_with_it_are_over():
     progress, rollouts = Progress(), simulate(6)
-    total = sum(
-        progress.take_episodes(ended, NUM_STEPS * (index + 1) - HORIZON + 1)["rollout/num_episodes"]
-        for index, ended in enumerate(rollouts)
-    )
+    total = sum(len(progress.take_episodes(ended, fair_end(n))) for n, ended in enumerate(rollouts))
     assert total + len(progress.episodes) == sum(map(len, rollouts))
-    assert all(episode.start >= NUM_STEPS * 6 - HORIZON + 1 for episode in progress.episodes)
+    assert all(episode.start >= fair_end(5) for episode in progress.episodes)
 
 
 def test_success_is_what_the_environment_said_not_a_positive_return():

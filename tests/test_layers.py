@@ -20,7 +20,7 @@ LAYERS = [
         "experts", "finite", "flags", "gae", "inference", "latency", "lerobot_folder", "losses", "metric_files",
         "metrics", "optimizer", "overrides", "pickle_sizes", "plain_values", "policies", "policy_file", "presets",
         "profile_legs", "profile_model", "profile_plot", "rates", "resources", "robomimic_file", "seeding",
-        "staging", "streams", "timing", "tracing", "weights",
+        "staging", "streams", "success_value", "timing", "tracing", "weights",
     },
     {"checkpoint", "collector", "ppo", "rollout_writer", "run_folder"},
     {"build", "progress"},
