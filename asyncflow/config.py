@@ -115,7 +115,11 @@ class AlgorithmConfig(Section):
     critic_warmup_updates: int = Field(1, ge=0, description="First updates, in which only the critic is trained.")
     clip_coef: float = Field(0.01, gt=0, description="PPO's clip of the ratio.")
     dual_clip: float | None = Field(3.0, gt=1, description="Bound of the ratio for negative advantages; null: none.")
-    clip_value_loss: bool = Field(False, description="Clip the value's change by clip_coef.")
+    clip_value_loss: bool = Field(
+        False,
+        description="Take the worse of the value's error and that after a change clipped by clip_coef "
+        "(stable-baselines3 takes the latter alone).",
+    )
     vf_coef: float = Field(0.5, ge=0, description="Weight of the value loss.")
     ent_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit, of actor and critic separately.")

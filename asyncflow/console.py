@@ -92,6 +92,7 @@ class ConsoleReporter:
         self._is_terminal = self._file.isatty()
         self._console = Console(file=self._file, highlight=False)
         self._config: Config | None = None
+        self._evaluation_s = 0.0  # what the last one took
 
     def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
         """Show what is about to run and what differs from the defaults."""
@@ -119,6 +120,7 @@ class ConsoleReporter:
 
     def evaluation(self, updates: int, result: Evaluation) -> None:
         """Show an evaluation made after `updates` updates."""
+        self._evaluation_s = result.wall_s
         if not self._is_terminal:
             self._print(f"evaluation after update {updates}: {describe_evaluation(result)}")
             return
@@ -162,9 +164,15 @@ class ConsoleReporter:
         words = [f"update {updates}" + (f"/{limit}" if limit else ""), f"env_steps {env_steps}"]
         share = progress_share(self._config, updates, env_steps) if self._config else 0.0
         if share and "wall_s" in row:
-            eta_s = row["wall_s"] * max(0.0, 1 - share) / share
+            eta_s = row["wall_s"] * (1 - share) / share + self._evaluations_left(updates, share) * self._evaluation_s
             words += [f"wall_s {row['wall_s']:.0f}", f"eta {format_duration(eta_s)}"]
         return words
+
+    def _evaluations_left(self, updates: int, share: float) -> int:
+        """Return how many evaluations follow: one an interval and one at the end."""
+        assert self._config is not None  # it gave the share
+        interval, total = self._config.trainer.eval_interval, round(updates / share)
+        return -(-total // interval) - updates // interval if interval else 0
 
     def _card(self, title: str, rows: Mapping[str, str]) -> None:
         if not self._is_terminal:

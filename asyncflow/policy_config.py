@@ -222,7 +222,10 @@ class PolicyConfig(Section):
     anneal_updates: int = Field(0, ge=0, description="Updates over which noise_level is annealed linearly.")
     learn_noise: bool = Field(True, description="flow_noise: learn a std per action dimension within noise_range.")
     noise_range: list[float] = Field(
-        [0.08, 0.16], min_length=2, max_length=2, description="flow_noise: bounds of the learned std."
+        [0.08, 0.16],
+        min_length=2,
+        max_length=2,
+        description="flow_noise: bounds of the learned std of one step; tuned at K = 4.",
     )
     log_prob: Literal["joint_sum", "joint_mean", "per_step", "single_step"] = Field(
         "joint_mean",

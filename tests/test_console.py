@@ -180,6 +180,18 @@ def test_output_that_cannot_be_written_ends_no_run(number: int, is_terminal: boo
     assert show(Unwritable(number, is_terminal)) == ""
 
 
+@pytest.mark.parametrize(("interval", "left"), [(0, 0), (10, 2), (3, 6), (7, 3)])
+def test_eta_includes_the_evaluations_to_come(interval: int, left: int) -> None:
+    """`wall_s` leaves them out; at least the last update is evaluated."""
+    file = io.StringIO()
+    reporter = ConsoleReporter(file)
+    config = load_config("lift", {"trainer.total_updates": 20, "trainer.eval_interval": interval})
+    reporter.start(config, RUN, 0, "cpu")
+    reporter.evaluation(0, SimpleNamespace(**(vars(RESULT) | {"wall_s": 60.0})))
+    reporter.update(ROW)
+    assert f"eta {1 + left}:30" in file.getvalue()
+
+
 def test_eta_extrapolates_the_time_so_far() -> None:
     assert "update 5/20 env_steps 19200 wall_s 30 eta 1:30" in show(io.StringIO())
 

@@ -163,7 +163,8 @@ class ChunkResult:
     Attributes:
         obs: [n] observation to decide on next; of the new episode where one ended.
         final_obs: [n] last observation of the chunk's own episode; equals `obs` where none ended. The end of a success,
-            from which nothing bootstraps, is not rendered: images and point clouds are those of `obs`.
+            from which nothing bootstraps, is not rendered: images and point clouds are those of `obs`. With a history
+            it may lack env steps of the chunk before the last one.
         rewards: [n, H] float32, reward of each executed env step, zero after the episode's end.
         executed: [n] int64, env steps executed, 1 to H; 0 where `broken`.
         terminated: [n] bool, the task was solved.
