@@ -1,9 +1,15 @@
 """Operational space control of one arm, without what stays the same within an environment step.
 
-Owns the torques that robosuite's `OperationalSpaceController` computes at every substep but the first, in robosuite's
+Computes the torques of robosuite's `OperationalSpaceController` at every substep but the first, in robosuite's
 arithmetic and order, so that they are equal bit for bit. What is left out yields nothing: looking up names, Jacobians
-computed four times, the velocity of a base that cannot move, goals transformed again, limits read again. It must not
-know about environments, observables or actions: robosuite itself takes the first substep and sets the goals.
+computed four times, the velocity of a base that cannot move, goals transformed again, limits read again. robosuite
+itself takes the first substep and sets the goals.
+
+How a matrix product rounds can depend on where its operands lie: OpenBLAS's kernels for processors with SSE3 alone,
+which numpy 1.26 also runs on newer ones that it does not know, sum in another order when a matrix does not begin at a
+multiple of 16 bytes. robosuite's matrices are arrays of their own, which the allocator aligns to 16 bytes and no more.
+So here, too, every matrix begins there, in robosuite's memory order: equal on every processor on which robosuite
+itself is repeatable.
 
 The law is that of Khatib, "A unified approach for motion and force control of robot manipulators" (1987).
 
@@ -24,7 +30,13 @@ from robosuite.utils.numba import jit_decorator
 Array = NDArray[np.float64]
 
 
-def _operational_space_law(task: Array, joints: Array, mass: Array, jacobian: Array, wrench: Array) -> None:
+# Where the parts of `wrench` begin: force, torque, transposed inertias. Even numbers of float64 keep matrices aligned.
+_FORCE, _TORQUE, _INERTIA_POS, _INERTIA_ORI, _WRENCH_SIZE = 0, 4, 8, 18, 28
+
+
+def _operational_space_law(
+    task: Array, joints: Array, mass: Array, jacobian: Array, jacobian_pos: Array, jacobian_ori: Array, wrench: Array
+) -> None:
     """Compute the operational-space wrench and the null-space torques, but for the products that need numpy.
 
     Compiled products go through SciPy's BLAS, numpy's through its own, and the two may round differently: here are
@@ -36,12 +48,15 @@ def _operational_space_law(task: Array, joints: Array, mass: Array, jacobian: Ar
         joints: [4, J] initial position, position, velocity; its last row receives the null-space torques.
         mass: [J, J] inertia of the joints.
         jacobian: [6, J] of the site: position, then orientation.
-        wrench: [8, 3] receives force (1 row), torque (1) and the transposed inertias that they belong to (3 each).
+        jacobian_pos: [3, J] its upper half, again, so that it is aligned.
+        jacobian_ori: [3, J] its lower half, likewise.
+        wrench: [28] receives force, torque and the transposed inertias that they belong to.
     """
-    wrench[0] = (task[0] - task[4]) * task[10] + (-task[8]) * task[12]
-    wrench[1] = orientation_error(task[1:4], task[5:8]) * task[11] + (-task[9]) * task[13]
-    _, inertia_pos, inertia_ori, nullspace = opspace_matrices(mass, jacobian, jacobian[:3], jacobian[3:])
-    wrench[2:5], wrench[5:8] = inertia_pos.T, inertia_ori.T
+    wrench[_FORCE : _FORCE + 3] = (task[0] - task[4]) * task[10] + (-task[8]) * task[12]
+    wrench[_TORQUE : _TORQUE + 3] = orientation_error(task[1:4], task[5:8]) * task[11] + (-task[9]) * task[13]
+    _, inertia_pos, inertia_ori, nullspace = opspace_matrices(mass, jacobian, jacobian_pos, jacobian_ori)
+    wrench[_INERTIA_POS : _INERTIA_POS + 9].reshape(3, 3)[:] = inertia_pos.T
+    wrench[_INERTIA_ORI : _INERTIA_ORI + 9].reshape(3, 3)[:] = inertia_ori.T
     joints[3] = nullspace_torques(mass, nullspace, joints[0], joints[1], joints[2])
 
 
@@ -68,29 +83,34 @@ class ArmControl:
         self._view_state(_as_slice(part.qpos_index), dofs)
 
     def _allocate_law(self, num_joints: int) -> None:
-        """Allocate the law's arguments and what its results are multiplied to."""
-        self._task, self._joints, self._wrench = np.zeros((14, 3)), np.zeros((4, num_joints)), np.zeros((8, 3))
+        """Allocate the law's arguments and what its results are multiplied to, each matrix aligned to 16 bytes."""
+        self._task, self._joints, wrench = np.zeros((14, 3)), np.zeros((4, num_joints)), np.zeros(_WRENCH_SIZE)
         # Columns first, as robosuite's indexing leaves it: BLAS is told the order, and rounds by it.
         self._mass = np.zeros((num_joints, num_joints), order="F")
         self._jacobian, self._decoupled = np.zeros((6, num_joints)), np.zeros(6)
-        self._law = (self._task, self._joints, self._mass, self._jacobian, self._wrench)
+        self._halves = (np.zeros((3, num_joints)), np.zeros((3, num_joints)))
+        self._law = (self._task, self._joints, self._mass, self._jacobian, *self._halves, wrench)
+        inertia_pos, inertia_ori = (wrench[start : start + 9].reshape(3, 3).T for start in (_INERTIA_POS, _INERTIA_ORI))
         self._decoupling = (
-            (self._wrench[2:5].T, self._wrench[0], self._decoupled[:3]),
-            (self._wrench[5:8].T, self._wrench[1], self._decoupled[3:]),
+            (inertia_pos, wrench[_FORCE : _FORCE + 3], self._decoupled[:3]),
+            (inertia_ori, wrench[_TORQUE : _TORQUE + 3], self._decoupled[3:]),
         )
 
     def _view_state(self, qpos: slice, dofs: slice) -> None:
         """Pair what MuJoCo computes, whose arrays stay where they are, with the rows that it is copied to."""
         data, task, joints, num_dofs = self._data, self._task, self._joints, self._model.nv
-        self._full_mass, full_jacobian = np.zeros((num_dofs, num_dofs)), np.zeros((6, num_dofs))
-        self._jacobians = (full_jacobian[:3], full_jacobian[3:])
-        self._velocities = ((full_jacobian[:3], data.qvel, task[8]), (full_jacobian[3:], data.qvel, task[9]))
+        self._full_mass = np.zeros((num_dofs, num_dofs))
+        self._full_jacobians = position, orientation = np.zeros((3, num_dofs)), np.zeros((3, num_dofs))
+        self._velocities = ((position, data.qvel, task[8]), (orientation, data.qvel, task[9]))
         self._copies: tuple[tuple[Array, Any], ...] = (
             (task[4], data.site_xpos[self._site]),
             (task[5:8], data.site_xmat[self._site].reshape(3, 3)),
             (joints[1], data.qpos[qpos]),
             (joints[2], data.qvel[dofs]),
-            (self._jacobian, full_jacobian[:, dofs]),
+            (self._halves[0], position[:, dofs]),
+            (self._halves[1], orientation[:, dofs]),
+            (self._jacobian[:3], position[:, dofs]),
+            (self._jacobian[3:], orientation[:, dofs]),
             (self._mass, self._full_mass[dofs, dofs]),
         )
 
@@ -118,7 +138,7 @@ class ArmControl:
 
     def _observe(self) -> None:
         """Read pose, velocity, Jacobian and inertia of the arm as they are now."""
-        mujoco.mj_jacSite(self._model, self._data, *self._jacobians, self._site)
+        mujoco.mj_jacSite(self._model, self._data, *self._full_jacobians, self._site)
         mujoco.mj_fullM(self._model, self._full_mass, self._data.qM)
         for product in self._velocities:
             np.dot(*product)
