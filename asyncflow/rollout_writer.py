@@ -111,6 +111,7 @@ class RolloutWriter:
         self._simulators = EmulatedSimulators(settings.env_latency)
         self._episodes: list[Episode] = []
         self._faults: list[Fault] = []
+        self._states = torch.zeros(0)  # [N, ..., D] what every environment was last observed in, on the CPU
         self._num_truncations = torch.zeros(env.num_envs, dtype=torch.int64)
         self._num_invalid = 0
         self._episode_starts = [0] * env.num_envs  # first decision of the open episode within the slot being written
@@ -149,6 +150,7 @@ class RolloutWriter:
         faults, self._faults = tuple(self._faults), []
         episodes, self._episodes = tuple(self._episodes), []
         journal = self._env.journal()
+        journal.note_states(self._states)
         self._buffer.finish_rollout(slot, RolloutInfo(version, episodes, self._watch.take(), faults, journal))
 
     def _load_weights(self, rollout_index: int) -> int:
@@ -163,6 +165,8 @@ class RolloutWriter:
         """Interleave the groups: each waits for its chunk, decides, and starts the next one."""
         if not self._obs:
             first = self._env.reset(self._settings.seed, self._journal)
+            self._states = first["state"].clone()
+            self._check_replay()
             pairs = zip(self._staging, self._groups, strict=True)
             self._obs = [staging.send_rows("obs", first[as_slice(group)]) for staging, group in pairs]
             self._raw = set(range(len(self._groups)))
@@ -178,6 +182,14 @@ class RolloutWriter:
         for g, group in enumerate(self._groups):
             self._receive(index, slot, num_steps - 1, g)
             self._buffer.write_obs(slot, num_steps, group, self._encoded_obs(g))
+
+    def _check_replay(self) -> None:
+        """Tell if a resumed run does not stand where it was cut."""
+        if self._journal is not None and (differing := self._journal.find_differing(self._states)):
+            which = ", ".join(str(env) for env in differing)
+            cause = "this processor or a changed package rounds differently, or the simulator does not repeat itself"
+            message = f"environments {which}: replayed to another state than the run was cut in ({cause}); going on there"
+            self._faults.append(Fault("replayed", message))
 
     def _decide(self, index: int, slot: int, t: int, g: int) -> None:
         """Infer for group `g`, start its chunk, and write the decision while the simulators run."""
@@ -231,6 +243,7 @@ class RolloutWriter:
         self._buffer.count(slot, len(group))
         self._faults += result.faults
         self._follow_episodes(index, slot, t, group, result)
+        self._states[as_slice(group)] = result.obs["state"]
         self._obs[g] = self._staging[g].send_rows("obs", result.obs)
         self._raw.add(g)
 

@@ -34,6 +34,7 @@ CHANGEABLE = (
     "env.emulated_latency_s", "trainer.emulated_spread", "trainer.emulated_variation", "logging.trace",
 )  # fmt: skip
 _WRITTEN = ("metrics.jsonl", "versions.json", "trace.json")  # by a new run, besides config.yaml and checkpoints
+_KERNEL_VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 _PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
 
 
@@ -160,8 +161,8 @@ def lock_run_folder(folder: Path) -> int:
 
 
 def describe_versions() -> dict[str, str]:
-    """Return what a result depends on besides its configuration: package versions, Python, git commit."""
-    versions = {"python": platform.python_version(), "git_commit": _git_commit()}
+    """Return what a result depends on besides its configuration: package versions, Python, git commit, processor."""
+    versions = {"python": platform.python_version(), "git_commit": _git_commit(), "processor": _processor()}
     return versions | {package: _version(package) for package in _PACKAGES}
 
 
@@ -172,7 +173,8 @@ def changed_versions(folder: Path) -> list[str]:
     except (OSError, ValueError):
         return ["versions.json is missing or damaged"]
     now = describe_versions()
-    return [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    # Older runs did not note their processor.
+    return [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
 
 
 def _version(package: str) -> str:
@@ -180,6 +182,17 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _processor() -> str:
+    """Return what decides how matrix products round: the processor, and the variables that choose kernels for it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    chosen = [f"{name}={os.environ[name]}" for name in _KERNEL_VARIABLES if os.environ.get(name)]
+    return ", ".join([name, *chosen])
 
 
 def _git_commit() -> str:

@@ -98,6 +98,18 @@ def test_an_environment_that_is_cut_twice_in_a_rollout_keeps_both_final_observat
     assert rollout.final_obs["state"][rows, 1, 1].tolist() == [104.0, 106.0]
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.01])
+def test_a_resumed_run_that_does_not_stand_where_it_was_cut_is_told(shift):
+    _, _, cut = build(ToyVecEnv(NUM_ENVS, CHUNK))
+    journal = cut.next_rollout().info.journal
+    env = journal.chunks.index(max(journal.chunks, key=len))
+    journal.chunks[env][0] = journal.chunks[env][0] + shift
+    _, _, resumed = build(ToyVecEnv(NUM_ENVS, CHUNK), journal=journal)
+    faults = [fault.message for fault in resumed.next_rollout().info.faults]
+    assert len(faults) == bool(shift)
+    assert all(message.startswith(f"environments {env}: replayed to another state") for message in faults)
+
+
 def test_rewards_and_discounts_of_a_chunk():
     obs = TensorDict({}, [2])
     flags = torch.zeros(2, dtype=torch.bool)

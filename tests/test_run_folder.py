@@ -1,6 +1,7 @@
 """A run's folder: one run, one writer, and what may change when it is resumed."""
 
 import errno
+import json
 import os
 import time
 
@@ -43,7 +44,23 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 def test_versions_name_what_a_result_depends_on():
     versions = describe_versions()
-    assert {"python", "git_commit", "torch", "mujoco", "robosuite"} <= set(versions)
+    assert {"python", "git_commit", "torch", "mujoco", "robosuite", "processor"} <= set(versions)
+
+
+def test_another_processor_or_other_kernels_are_named(folder, monkeypatch):
+    before = describe_versions()["processor"]
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Nehalem")
+    assert [each for each in changed_versions(folder) if "processor" in each] == [
+        f"processor was {before}, is {describe_versions()['processor']}"
+    ]
+    assert describe_versions()["processor"].endswith("OPENBLAS_CORETYPE=Nehalem")
+
+
+def test_a_run_from_before_processors_were_noted_has_nothing_to_tell_of_them(folder):
+    versions = describe_versions()
+    del versions["processor"]
+    (folder / "versions.json").write_text(json.dumps(versions))
+    assert changed_versions(folder) == []
 
 
 def test_a_resumed_run_keeps_its_configuration_but_for_what_may_change(folder):

@@ -109,6 +109,7 @@ def describe_software() -> dict[str, str]:
     measured = ["git", "-C", str(REPOSITORY), "diff", "--quiet", "HEAD", "--", "asyncflow", "configs", "tools"]
     versions = describe_versions()
     commit = versions.pop("git_commit").removesuffix("-dirty")
+    del versions["processor"]  # which `describe_machine` names
     is_dirty = subprocess.run(measured, check=False).returncode != 0
     return {"commit": f"{commit}-dirty" if is_dirty else commit, **versions}
 

@@ -146,6 +146,7 @@ def _describe_software(commit: str | None) -> dict[str, str]:
         return describe_software()
     versions = describe_versions()
     found = versions.pop("git_commit")
+    del versions["processor"]
     return {"commit": commit or found, **versions}
 
 

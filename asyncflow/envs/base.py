@@ -137,11 +137,12 @@ class Fault:
     """Something that broke episodes and was survived.
 
     Attributes:
-        kind: The worker died, its simulator raised, it was silent for too long, or a number was not finite.
+        kind: The worker died, its simulator raised, it was silent for too long, or a number was not finite; or the
+            replay of a resumed run led to another state.
         message: One line for the user: which environments, which episode and step, and why.
     """
 
-    kind: Literal["died", "raised", "timeout", "nonfinite"]
+    kind: Literal["died", "raised", "timeout", "nonfinite", "replayed"]
     message: str
 
 

@@ -151,7 +151,6 @@ def is_covered_arm(robot: Any, arm: str) -> bool:
     part = robot.part_controllers[arm]
     return (
         type(part) is OperationalSpaceController
-        and part.lite_physics
         and part.uncoupling
         and part.interpolator_pos is part.interpolator_ori is None
         and part.num_ref_sites == 1

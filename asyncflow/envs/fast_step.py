@@ -68,21 +68,25 @@ class FastStep:
 
     def _run_substeps(self, action: NDArray[Any], num_substeps: int) -> None:
         model, data = self._env.sim.model._model, self._env.sim.data._data
-        for substep in range(num_substeps):
+        self._run_first_substep(action, model, data)
+        for _ in range(num_substeps - 1):
+            # Without lite physics robosuite calls mj_forward twice, then mj_step. Nothing of that reads more than
+            # mj_step1 computes, and no call of mj_forward leaves a trace in the next.
             mujoco.mj_step1(model, data)
-            if substep == 0:
-                self._set_goals(action)
-            else:
-                for arm in self._arms:
-                    arm.actuate()
+            for arm in self._arms:
+                arm.actuate()
             mujoco.mj_step2(model, data)
             self._clock.tick()
 
-    def _set_goals(self, action: NDArray[Any]) -> None:
-        # Grippers' commands last until the next action, so that they need no attention afterwards.
+    def _run_first_substep(self, action: NDArray[Any], model: Any, data: Any) -> None:
+        """Let robosuite set goals and grippers, whose commands last until the next action."""
+        begin, end = (mujoco.mj_step1, mujoco.mj_step2) if self._env.lite_physics else (mujoco.mj_forward, mujoco.mj_step)
+        begin(model, data)
         self._env._pre_action(action, True)
         for arm in self._arms:
             arm.hold_goal()
+        end(model, data)
+        self._clock.tick()
 
 
 def is_covered(env: Any) -> bool:
@@ -93,7 +97,6 @@ def is_covered(env: Any) -> bool:
         and kind.step is MujocoEnv.step
         and kind._pre_action is RobotEnv._pre_action
         and kind._update_observables is MujocoEnv._update_observables
-        and env.lite_physics
         and not env.has_renderer
         and env.viewer is None
         and has_covered_observables(env)

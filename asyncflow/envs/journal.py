@@ -3,13 +3,15 @@
 Owns what rebuilds open episodes. An episode is a function of the environment's construction, its seed and its actions,
 so replaying them gives the same simulator bit for bit; the simulator's own state would not be enough.
 
-Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size.
+Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
+`state` observation.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +25,13 @@ class EpisodeJournal:
         episodes: Number of the open episode of each environment.
         chunks: [H, A] actions of each chunk executed in it; tensors are shared between copies and never written again.
         is_lost: Whether the episode before it was lost, which the next result of the environment has yet to say.
+        checksums: Of the `state` that each environment is in, by which a replay is checked; empty in older checkpoints.
     """
 
     episodes: list[int]
     chunks: list[list[Tensor]]
     is_lost: list[bool]
+    checksums: list[int] = field(default_factory=list)
 
     @classmethod
     def start(cls, num_envs: int) -> EpisodeJournal:
@@ -55,7 +59,21 @@ class EpisodeJournal:
 
     def copy(self) -> EpisodeJournal:
         """Return a copy that later records do not change."""
-        return EpisodeJournal(list(self.episodes), [list(chunks) for chunks in self.chunks], list(self.is_lost))
+        chunks = [list(chunks) for chunks in self.chunks]
+        return EpisodeJournal(list(self.episodes), chunks, list(self.is_lost), list(self.checksums))
+
+    def note_states(self, states: Tensor) -> None:
+        """Keep the checksums of the states that the journal leads to, [N, ..., D] float32."""
+        self.checksums = [zlib.crc32(state.numpy().tobytes()) for state in states]
+
+    def find_differing(self, states: Tensor) -> list[int]:
+        """Return the environments that a replay led to other states, [N, ..., D], than `note_states` was given.
+
+        An environment whose episode was lost begins another one, and is left out.
+        """
+        found = [zlib.crc32(state.numpy().tobytes()) for state in states]
+        pairs = zip(self.checksums, found, strict=False)
+        return [env for env, (before, now) in enumerate(pairs) if before != now and not self.is_lost[env]]
 
     def actions(self, env: int) -> Tensor | None:
         """Return [steps, A] what was executed in the open episode; None if nothing was."""
@@ -69,6 +87,7 @@ class EpisodeJournal:
             "num_chunks": torch.tensor([len(chunks) for chunks in self.chunks]),
             "chunks": torch.stack(chunks) if chunks else torch.zeros(0),
             "is_lost": torch.tensor(self.is_lost),
+            "checksums": torch.tensor(self.checksums, dtype=torch.int64),
         }
 
     @classmethod
@@ -76,4 +95,5 @@ class EpisodeJournal:
         """Return what `to_tensors` described."""
         pieces = tensors["chunks"].split(tensors["num_chunks"].tolist()) if len(tensors["chunks"]) else []
         chunks = [list(piece.unbind()) for piece in pieces] or [[] for _ in tensors["episodes"]]
-        return cls(tensors["episodes"].tolist(), chunks, tensors["is_lost"].tolist())
+        checksums = tensors["checksums"].tolist() if "checksums" in tensors else []
+        return cls(tensors["episodes"].tolist(), chunks, tensors["is_lost"].tolist(), checksums)

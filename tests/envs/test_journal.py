@@ -53,6 +53,22 @@ def test_tensors_hold_all_of_it(journal, num_more):
         assert again.actions(env) is None or torch.equal(again.actions(env), journal.actions(env))
 
 
+def test_a_replay_that_leads_elsewhere_is_found_but_for_lost_episodes(journal):
+    states = torch.arange(4.0).view(N, 2)
+    journal.note_states(states)
+    again = EpisodeJournal.from_tensors(journal.copy().to_tensors())
+    assert again.find_differing(states) == []
+    assert again.find_differing(states + torch.tensor([[0.0, 0.0], [0.0, 1e-6]])) == [1]
+    again.is_lost = [False, True]
+    assert again.find_differing(states + 1) == [0]
+
+
+def test_a_journal_from_before_there_were_checksums_finds_nothing(journal):
+    tensors = journal.to_tensors()
+    del tensors["checksums"]
+    assert EpisodeJournal.from_tensors(tensors).find_differing(torch.zeros(N, 2)) == []
+
+
 def test_tensors_of_an_untouched_journal_hold_that(journal):
     again = EpisodeJournal.from_tensors(EpisodeJournal.start(N).to_tensors())
     assert again == EpisodeJournal.start(N)
