@@ -53,7 +53,7 @@ def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None
             reporter.start(config, folder, ring_bytes, str(resolve_device(config.trainer.device)))
 
         parts = build_parts(config, announce)
-        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter), on_built)
+        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter), on_built, reporter)
 
 
 def resume(
@@ -89,7 +89,7 @@ def resume(
         parts = build_parts(config, lambda num_bytes: reporter.start(config, folder, num_bytes, device), checkpoint)
         if checkpoint is not None:
             _tell_risen_step_size(config, checkpoint, parts, reporter)
-        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter, checkpoint), on_built)
+        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter, checkpoint), on_built, reporter)
 
 
 def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
@@ -131,8 +131,14 @@ def _check_unfinished(config: Config, checkpoint: Checkpoint | None) -> None:
 
 
 def _run(
-    stack: ExitStack, parts: Parts, make_trainer: Callable[[], Trainer], on_built: Callable[[Trainer], None]
+    stack: ExitStack,
+    parts: Parts,
+    make_trainer: Callable[[], Trainer],
+    on_built: Callable[[Trainer], None],
+    reporter: Reporter,
 ) -> Trainer:
+    for notice in parts.env.notices:
+        reporter.notice(notice)
     with ExitStack() as on_failure:
         on_failure.callback(parts.close)  # a trainer that cannot be built leaves no simulators behind
         trainer = make_trainer()

@@ -188,7 +188,9 @@ class RolloutWriter:
         if self._journal is not None and (differing := self._journal.find_differing(self._states)):
             which = ", ".join(str(env) for env in differing)
             cause = "this processor or a changed package rounds differently, or the simulator does not repeat itself"
-            message = f"environments {which}: replayed to another state than the run was cut in ({cause}); going on there"
+            message = (
+                f"environments {which}: replayed to another state than the run was cut in ({cause}); going on there"
+            )
             self._faults.append(Fault("replayed", message))
 
     def _decide(self, index: int, slot: int, t: int, g: int) -> None:

@@ -40,7 +40,8 @@ class InlineWorker:
 
     def _construct(self):
         self._runners = {env: worker._build_runner(self._setup, env) for env in self.env_ids}
-        return self._runners[self.env_ids[0]].spec
+        first = self._runners[self.env_ids[0]]
+        return first.spec, first.notices
 
     def _attempt(self, key, work):
         if self._failure is not None:

@@ -11,33 +11,49 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-FAST_STEP = [
-    "envs/test_fast_step.py::test_every_task_is_equal_bit_for_bit[Lift]",
-    "envs/test_fast_step.py::test_every_covered_controller_is_equal_bit_for_bit[OSC_POSITION]",
-]
-MODES = [
+FAST_STEP = "envs/test_fast_step.py"
+ONE_TASK = "envs/test_fast_step.py::test_every_task_is_equal_bit_for_bit[Lift]"
+MODES = (
     "test_trainer.py::test_vla_equals_standard_on_the_toy[flow-2]",
     "test_ppo.py::test_fresh_data_is_plain_ppo_exactly",
     "test_launch.py::test_a_cut_and_resumed_run_equals_the_uncut_one[1-2-vla]",
+)
+MORE_MODES = (
+    "test_trainer.py::test_vla_equals_standard_with_a_vla_that_sees_pictures",
+    "test_frozen_backbone.py",
     "policies/test_contract.py",
-]
+)
+CORE_TYPES = ("Prescott", "Haswell", "SkylakeX", "Zen")
+WITHOUT_AVX = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+WITH_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
-def run_tests(names: list[str], **kernels: str) -> None:
+def run_tests(*names: str, **kernels: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in names)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | kernels, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | kernels, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("core_type", ["Prescott", "Haswell", "SkylakeX", "Zen"])
+@pytest.mark.parametrize("core_type", CORE_TYPES)
 def test_the_fast_step_is_robosuites_with_the_kernels_of(core_type):
-    run_tests(FAST_STEP, OPENBLAS_CORETYPE=core_type)
+    run_tests(ONE_TASK, OPENBLAS_CORETYPE=core_type)
 
 
-@pytest.mark.parametrize(
-    ("torch_kernels", "isa"), [("default", "SSE41"), ("avx2", "AVX2")], ids=["without AVX", "with AVX2"]
-)
-def test_modes_resuming_and_ratios_are_exact_with_the_kernels_of_processors(torch_kernels, isa):
-    mkl = "SSE4_2" if isa == "SSE41" else isa
-    run_tests(MODES, ATEN_CPU_CAPABILITY=torch_kernels, ONEDNN_MAX_CPU_ISA=isa, MKL_ENABLE_INSTRUCTIONS=mkl)
+@pytest.mark.sim
+@pytest.mark.slow
+@pytest.mark.parametrize("core_type", CORE_TYPES)
+def test_every_task_and_controller_is_robosuites_and_replays_with_the_kernels_of(core_type):
+    run_tests(FAST_STEP, "envs/test_robomimic.py", "envs/test_journal.py", OPENBLAS_CORETYPE=core_type)
+
+
+def test_modes_and_resuming_are_exact_with_the_kernels_of_a_processor_without_avx():
+    run_tests(*MODES, **WITHOUT_AVX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", [WITHOUT_AVX, WITH_AVX2], ids=["without AVX", "with AVX2"])
+def test_ratios_batch_shapes_and_pictures_are_exact_with_the_kernels_of(kernels):
+    run_tests(*MODES, *MORE_MODES, **kernels)

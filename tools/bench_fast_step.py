@@ -78,7 +78,12 @@ NOTE = """\
 Bare is robosuite's own `step`, fast is `env.fast_step`: one process, one simulator, the same random actions from
 the same starts, blocks of both ways in turns. Medians over blocks, in brackets their range. Both ways end every block
 in the same state, bit for bit, or the measurement stops. Whole
-episodes of every task and controller are compared by `make test-all ARGS=tests/envs/test_fast_step.py`."""
+episodes of every task and controller are compared by `make test-all ARGS=tests/envs/test_fast_step.py`.
+
+Equality was seen on AMD EPYC, Intel Ice Lake and, by telling OpenBLAS which processor to take this one for
+(`OPENBLAS_CORETYPE`), with its kernels for Prescott, Haswell, SkylakeX and Zen; `tests/test_processors.py` repeats
+that. Kernels for Prescott, which numpy 1.26 also takes on Emerald Rapids, round by where a matrix begins in memory:
+the fast step lays its matrices where robosuite's lie."""
 
 
 def to_page(timings: list[Timing]) -> str:

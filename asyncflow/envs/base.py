@@ -199,6 +199,7 @@ class VecEnv(ABC):
 
     spec: EnvSpec
     num_envs: int
+    notices: tuple[str, ...] = ()  # what a run shows when it starts
 
     @property
     def simulator_spec(self) -> EnvSpec:

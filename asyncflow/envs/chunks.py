@@ -36,7 +36,10 @@ _OUTCOME = (
 
 
 class Simulator(Protocol):
-    """One simulated environment, which knows neither its horizon nor its index."""
+    """One simulated environment, which knows neither its horizon nor its index.
+
+    It may have `notices`, a sequence of lines that a run shows when it starts.
+    """
 
     spec: EnvSpec
 
@@ -188,6 +191,7 @@ class EpisodeRunner:
         self._n_obs_steps = board.images.shape[1]
         self._simulator = CheckedSimulator(simulator, {kind: getattr(board, kind).shape[2:] for kind in RENDERED})
         self.spec = self._simulator.spec.with_history(self._n_obs_steps)
+        self.notices = tuple(map(str, getattr(simulator, "notices", ())))
         self._env = env
         self._row = board.row(env)
         self._history: deque[_Frame] = deque(maxlen=self._n_obs_steps)

@@ -35,7 +35,7 @@ _FORCE, _TORQUE, _INERTIA_POS, _INERTIA_ORI, _WRENCH_SIZE = 0, 4, 8, 18, 28
 
 
 def _operational_space_law(
-    task: Array, joints: Array, mass: Array, jacobian: Array, jacobian_pos: Array, jacobian_ori: Array, wrench: Array
+    task: Array, joints: Array, mass: Array, jacobians: tuple[Array, Array, Array], wrench: Array
 ) -> None:
     """Compute the operational-space wrench and the null-space torques, but for the products that need numpy.
 
@@ -47,14 +47,12 @@ def _operational_space_law(
             angular velocity (1) of the gripper's site, in the world; stiffness (2) and damping (2).
         joints: [4, J] initial position, position, velocity; its last row receives the null-space torques.
         mass: [J, J] inertia of the joints.
-        jacobian: [6, J] of the site: position, then orientation.
-        jacobian_pos: [3, J] its upper half, again, so that it is aligned.
-        jacobian_ori: [3, J] its lower half, likewise.
+        jacobians: [6, J] of the site, then its position's and its orientation's, [3, J], which are to be aligned, too.
         wrench: [28] receives force, torque and the transposed inertias that they belong to.
     """
     wrench[_FORCE : _FORCE + 3] = (task[0] - task[4]) * task[10] + (-task[8]) * task[12]
     wrench[_TORQUE : _TORQUE + 3] = orientation_error(task[1:4], task[5:8]) * task[11] + (-task[9]) * task[13]
-    _, inertia_pos, inertia_ori, nullspace = opspace_matrices(mass, jacobian, jacobian_pos, jacobian_ori)
+    _, inertia_pos, inertia_ori, nullspace = opspace_matrices(mass, jacobians[0], jacobians[1], jacobians[2])
     wrench[_INERTIA_POS : _INERTIA_POS + 9].reshape(3, 3)[:] = inertia_pos.T
     wrench[_INERTIA_ORI : _INERTIA_ORI + 9].reshape(3, 3)[:] = inertia_ori.T
     joints[3] = nullspace_torques(mass, nullspace, joints[0], joints[1], joints[2])
@@ -89,7 +87,7 @@ class ArmControl:
         self._mass = np.zeros((num_joints, num_joints), order="F")
         self._jacobian, self._decoupled = np.zeros((6, num_joints)), np.zeros(6)
         self._halves = (np.zeros((3, num_joints)), np.zeros((3, num_joints)))
-        self._law = (self._task, self._joints, self._mass, self._jacobian, *self._halves, wrench)
+        self._law = (self._task, self._joints, self._mass, (self._jacobian, *self._halves), wrench)
         inertia_pos, inertia_ori = (wrench[start : start + 9].reshape(3, 3).T for start in (_INERTIA_POS, _INERTIA_ORI))
         self._decoupling = (
             (inertia_pos, wrench[_FORCE : _FORCE + 3], self._decoupled[:3]),

@@ -29,7 +29,7 @@ class FastStep:
     """Steps one robosuite environment, which may be stepped and reset by itself as well.
 
     Attributes:
-        is_covered: Whether steps are fast at present; otherwise `step` is the environment's own.
+        obstacle: Why steps are not fast at present, but the environment's own; None if they are fast.
     """
 
     def __init__(self, env: Any) -> None:
@@ -37,7 +37,7 @@ class FastStep:
         self._clock = ObservableClock(env)
         self._parts: list[Any] = []
         self._arms: list[ArmControl] = []
-        self.is_covered = False
+        self.obstacle: str | None = None
         self._adopt(_list_parts(env))
 
     def step(self, action: NDArray[Any]) -> Step:
@@ -45,15 +45,15 @@ class FastStep:
         parts = _list_parts(self._env)
         if parts != self._parts:  # a reset has built new controllers
             self._adopt(parts)
-        if not self.is_covered or self._env.done:
+        if self.obstacle or self._env.done:
             result: Step = self._env.step(action)
             return result
         return self._step(action)
 
     def _adopt(self, parts: list[Any]) -> None:
         self._parts = parts
-        self.is_covered = is_covered(self._env)
-        arms = [(robot, arm) for robot in self._env.robots for arm in robot.arms] if self.is_covered else []
+        self.obstacle = find_obstacle(self._env)
+        arms = [] if self.obstacle else [(robot, arm) for robot in self._env.robots for arm in robot.arms]
         self._arms = [ArmControl(robot, arm) for robot, arm in arms]
 
     def _step(self, action: NDArray[Any]) -> Step:
@@ -80,7 +80,9 @@ class FastStep:
 
     def _run_first_substep(self, action: NDArray[Any], model: Any, data: Any) -> None:
         """Let robosuite set goals and grippers, whose commands last until the next action."""
-        begin, end = (mujoco.mj_step1, mujoco.mj_step2) if self._env.lite_physics else (mujoco.mj_forward, mujoco.mj_step)
+        begin, end = (
+            (mujoco.mj_step1, mujoco.mj_step2) if self._env.lite_physics else (mujoco.mj_forward, mujoco.mj_step)
+        )
         begin(model, data)
         self._env._pre_action(action, True)
         for arm in self._arms:
@@ -89,32 +91,40 @@ class FastStep:
         self._clock.tick()
 
 
-def is_covered(env: Any) -> bool:
-    """Return whether `FastStep` does what the environment's own `step` would."""
+def find_obstacle(env: Any) -> str | None:
+    """Return why `FastStep` would not do what the environment's own `step` does; None if it would."""
     kind = type(env)
-    return (
-        isinstance(env, RobotEnv)
-        and kind.step is MujocoEnv.step
-        and kind._pre_action is RobotEnv._pre_action
-        and kind._update_observables is MujocoEnv._update_observables
-        and not env.has_renderer
-        and env.viewer is None
-        and has_covered_observables(env)
-        and all(map(_is_covered_robot, env.robots))
-    )
+    if not isinstance(env, RobotEnv):
+        return f"{kind.__name__} is no environment of robots"
+    own = (MujocoEnv.step, RobotEnv._pre_action, MujocoEnv._update_observables)
+    if (kind.step, kind._pre_action, kind._update_observables) != own:
+        return f"{kind.__name__} has a way to step of its own"
+    if env.has_renderer or env.viewer is not None:
+        return "a window shows it"
+    if not env.lite_physics and env.sim.model._model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4:
+        return "it integrates by RK4 with lite_physics = false"
+    if not has_covered_observables(env):
+        return "an observable keeps time in a way of its own"
+    return next(filter(None, map(_find_robots_obstacle, env.robots)), None)
 
 
-def _is_covered_robot(robot: Any) -> bool:
-    if type(robot) is not FixedBaseRobot or type(robot.composite_controller) is not CompositeController:
-        return False
+def _find_robots_obstacle(robot: Any) -> str | None:
+    name, parts = robot.robot_model.naming_prefix + robot.name, robot.part_controllers
+    if type(robot) is not FixedBaseRobot:
+        return f"{name} does not stand on a fixed base"
+    if type(robot.composite_controller) is not CompositeController:
+        return f"{name} has a {type(robot.composite_controller).__name__}"
     grippers = {robot.get_gripper_name(arm) for arm in robot.arms if robot.has_gripper[arm]}
-    parts = robot.part_controllers
-    return (
-        set(parts) == {*robot.arms, *grippers}
-        and all(robot._enabled_parts.get(part, False) for part in parts)
-        and all(is_covered_arm(robot, arm) for arm in robot.arms)
-        and all(type(parts[part]) is SimpleGripController and parts[part].interpolator is None for part in grippers)
-    )
+    if set(parts) != {*robot.arms, *grippers} or not all(robot._enabled_parts.get(part, False) for part in parts):
+        return f"{name} has other parts than arms and grippers, or one that is switched off"
+    if not all(type(parts[part]) is SimpleGripController and parts[part].interpolator is None for part in grippers):
+        return f"{name} has another gripper's controller than GRIP, or an interpolated one"
+    for arm in robot.arms:
+        if not is_covered_arm(robot, arm):
+            return (
+                f"{name}'s {arm} arm has a controller ({parts[arm].name}) or a mount that the fast step does not know"
+            )
+    return None
 
 
 def _list_parts(env: Any) -> list[Any]:

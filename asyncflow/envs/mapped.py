@@ -26,7 +26,7 @@ class MappedVecEnv(VecEnv):
 
     def __init__(self, env: VecEnv, mapping: NameMapping) -> None:
         """Take over environments, which nobody else uses from now on."""
-        self.env, self.num_envs, self.spec = env, env.num_envs, mapping.spec
+        self.env, self.num_envs, self.spec, self.notices = env, env.num_envs, mapping.spec, env.notices
         self._mapping = mapping
 
     @property

@@ -118,10 +118,10 @@ class Worker:
             self._kill_at_exit = Finalize(None, self._process.kill, exitpriority=1)
         child.close()  # or the pipe would stay open after the worker's death
 
-    def wait_ready(self) -> EnvSpec:
-        """Wait until the simulators are constructed; raises as `receive`."""
-        spec: EnvSpec = self.receive("ready", _START_TIMEOUT_S)
-        return spec
+    def wait_ready(self) -> tuple[EnvSpec, tuple[str, ...]]:
+        """Wait until the simulators are constructed; return their spec and their notices, or raise as `receive`."""
+        ready: tuple[EnvSpec, tuple[str, ...]] = self.receive("ready", _START_TIMEOUT_S)
+        return ready
 
     def send(self, command: Literal["begin", "step"], key: Any, argument: Any) -> None:
         """Send a message, which is answered under `key`; never waits, since messages are few and small.
@@ -194,7 +194,8 @@ def _serve(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
     torch.set_num_threads(1)
     try:
         runners = {env: _build_runner(setup, env) for env in env_ids}
-        connection.send(("done", "ready", runners[env_ids[0]].spec))
+        first = runners[env_ids[0]]
+        connection.send(("done", "ready", (first.spec, first.notices)))
         while True:
             command, key, argument = connection.recv()
             _obey(runners, command, argument)

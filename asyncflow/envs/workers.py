@@ -79,7 +79,9 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._board = ChunkBoard.allocate(num_envs, chunk_length, image_shape, point_shape)
         self._setup = WorkerSetup(make_simulator, self._board, seed)
         try:
-            self.spec = self._start_workers(min(num_envs, config.num_workers or len(os.sched_getaffinity(0))))
+            self.spec, self.notices = self._start_workers(
+                min(num_envs, config.num_workers or len(os.sched_getaffinity(0)))
+            )
         except BaseException:
             self.close()
             raise
@@ -171,12 +173,12 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
     ) -> None:
         self.close()
 
-    def _start_workers(self, num_workers: int) -> EnvSpec:
+    def _start_workers(self, num_workers: int) -> tuple[EnvSpec, tuple[str, ...]]:
         for index in range(num_workers):
             block = range(index * self.num_envs // num_workers, (index + 1) * self.num_envs // num_workers)
             self._workers.append(Worker(index, block, self._setup, self._waker))
-        specs = [worker.wait_ready() for worker in self._workers]
-        return specs[0]
+        ready = [worker.wait_ready() for worker in self._workers]
+        return ready[0]  # they are all of one kind
 
     def _check_usable(self) -> None:
         if self._failure is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 from robosuite.utils.observables import (
@@ -31,9 +33,10 @@ Policy = Callable[[int, dict[str, Any]], np.ndarray]
 Seen = list[tuple[np.ndarray, dict[str, Any], float, bool]]
 
 
-def build(task: str = "Lift", **part: Any) -> RobomimicEnv:
+def build(task: str = "Lift", env_kwargs: dict[str, Any] | None = None, **part: Any) -> RobomimicEnv:
     """Return a simulator whose arms have a changed controller, or another one with its default arguments."""
     meta = build_env_meta(TASKS[task])
+    meta["env_kwargs"] |= env_kwargs or {}
     for arm in meta["env_kwargs"]["controller_configs"]["body_parts"].values():
         if not part.get("type", "OSC").startswith("OSC"):
             arm.clear()
@@ -93,7 +96,7 @@ def assert_equal_episodes(env: RobomimicEnv, num_steps: int, num_episodes: int =
     for episode, make_policy in enumerate([*policies, lambda: reach_policy(env)]):
         ours = play(env, fast.step, episode, make_policy(), num_steps)
         assert_same(ours, play(env, env.env.env.step, episode, make_policy(), num_steps))
-        assert fast.is_covered
+        assert fast.obstacle is None
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -116,6 +119,21 @@ def test_every_task_is_equal_bit_for_bit(task):
 def test_every_covered_controller_is_equal_bit_for_bit(part):
     env = build(**part)
     assert_equal_episodes(env, num_steps=20)
+    env.close()
+
+
+@pytest.mark.parametrize("task", ["Lift", "Transport"])
+def test_physics_that_are_not_lite_are_equal_bit_for_bit(task):
+    env = build(task, {"lite_physics": False})
+    assert_equal_episodes(env, num_steps=12, num_episodes=1)
+    env.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(TASKS))
+def test_whole_episodes_of_physics_that_are_not_lite_are_equal_bit_for_bit(task):
+    env = build(task, {"lite_physics": False})
+    assert_equal_episodes(env, num_steps=TASKS[task].horizon, num_episodes=1)
     env.close()
 
 
@@ -169,16 +187,14 @@ def test_observables_of_different_rates_delays_and_noise_are_sampled_as_often():
     for step in (fast.step, env.env.env.step):
         np.random.seed(0)  # robosuite's corrupters draw from the global generator
         seen.append(play(env, step, 0, random_policy(env, 0), 30))
-    assert fast.is_covered
+    assert fast.obstacle is None
     assert_same(*seen)
     env.close()
 
 
 @pytest.mark.parametrize("control_freq", [7, 30])
 def test_a_step_may_have_another_number_of_substeps(control_freq):
-    meta = build_env_meta(TASKS["Lift"])
-    meta["env_kwargs"]["control_freq"] = control_freq
-    env = RobomimicEnv(SimulatorSettings(TASKS["Lift"], 400, TASKS["Lift"].obs_keys, meta), SEED)
+    env = build(env_kwargs={"control_freq": control_freq})
     assert_equal_episodes(env, num_steps=30, num_episodes=1)
     env.close()
 
@@ -195,22 +211,34 @@ def test_a_hard_reset_is_noticed(lift):
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("part", "name"),
     [
-        {"type": "JOINT_POSITION"},
-        {"type": "IK_POSE", "ik_pos_limit": 0.02, "ik_ori_limit": 0.05},
-        {"interpolation": "linear"},
-        {"uncouple_pos_ori": False},
+        ({"type": "JOINT_POSITION"}, "JOINT_POSITION"),
+        ({"type": "IK_POSE", "ik_pos_limit": 0.02, "ik_ori_limit": 0.05}, "IK_POSE"),
+        ({"interpolation": "linear"}, "OSC_POSE"),
+        ({"uncouple_pos_ori": False}, "OSC_POSE"),
     ],
     ids=["joint position", "inverse kinematics", "interpolated", "coupled"],
 )
-def test_another_controller_takes_the_ordinary_path(part, monkeypatch):
+def test_another_controller_takes_the_ordinary_path_and_says_so(part, name, monkeypatch):
     env = build(**part)
     fast = FastStep(env.env.env)
+    (notice,) = env.notices
+    assert re.match(
+        rf"env.fast_step = true: robosuite's own step is taken, .* right arm has a controller \({name}\)", notice
+    )
     monkeypatch.setattr(env.env.env, "step", lambda action: ("ordinary", action))
-    assert not fast.is_covered
+    assert fast.obstacle
     assert fast.step("action") == ("ordinary", "action")
     env.close()
+
+
+def test_an_integrator_of_which_half_a_step_is_no_step_takes_the_ordinary_path(lift, monkeypatch):
+    model = lift.env.env.sim.model._model
+    monkeypatch.setattr(model.opt, "integrator", mujoco.mjtIntegrator.mjINT_RK4)
+    assert FastStep(lift.env.env).obstacle is None
+    monkeypatch.setattr(lift.env.env, "lite_physics", False)
+    assert "RK4" in FastStep(lift.env.env).obstacle
 
 
 def test_switching_off_a_part_takes_the_ordinary_path(lift):
@@ -224,7 +252,7 @@ def test_switching_off_a_part_takes_the_ordinary_path(lift):
         return play(lift, limp, 3, random_policy(lift, 3), 5)
 
     assert_same(without_arm(fast.step), without_arm(lift.env.env.step))
-    assert not fast.is_covered
+    assert fast.obstacle
 
 
 def test_an_environment_that_has_ended_refuses_a_step(lift, monkeypatch):
@@ -246,6 +274,7 @@ def test_nothing_of_the_environment_is_replaced(lift):
 def test_the_configuration_switches_it(is_fast):
     env = RobomimicEnv(resolve_task(EnvConfig(task="Lift", fast_step=is_fast)), SEED)
     assert isinstance(env._step.__self__, FastStep) == is_fast
+    assert env.notices == ()
     env.close()
 
 

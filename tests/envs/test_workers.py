@@ -20,6 +20,7 @@ from fake_simulator import (
     NAN_OBS,
     NAN_REWARD,
     SUCCEED,
+    FakeSimulator,
     hang_later,
     make_nothing,
 )
@@ -263,3 +264,13 @@ def test_a_group_tells_of_its_own_chunk_only(vec_env):
     assert [span.worker for span in first.spans] == [0]
     assert [span.worker for span in second.spans] == [0, 1]
     assert first.spans[0].end_s <= second.spans[0].start_s  # one worker simulates one chunk after the other
+
+
+class SlowSimulator(FakeSimulator):
+    notices = ("it is slower than it was asked to be",)
+
+
+@pytest.mark.parametrize("make_simulator", [FakeSimulator, SlowSimulator])
+def test_what_a_simulator_has_to_tell_reaches_the_parent(make_simulator):
+    with make(1, make_simulator=make_simulator) as env:
+        assert env.notices == getattr(make_simulator, "notices", ())
