@@ -4,6 +4,8 @@ Worker processes import this file, so it imports little: a test file would cost 
 """
 
 import os
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +73,27 @@ class MortalSimulator(FakeSimulator):
         if self.is_doomed and self.state[2] == 4:
             die()
         return super().step(np.minimum(action, 0.5))
+
+
+class RudeSimulator(FakeSimulator):
+    """One that treats its process as its own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        print("a banner")
+        os.system("echo another one")
+        os.chdir("/")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        threading.Thread(target=threading.Event().wait).start()
+        sys.stdin.close()
+        sys.stdout.close()
+
+
+class PipingSimulator(FakeSimulator):
+    """One whose own pipe breaks."""
+
+    def reset(self, seed: int) -> None:
+        raise BrokenPipeError("the renderer's pipe")
 
 
 class StuckSimulator:

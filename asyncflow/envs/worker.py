@@ -37,6 +37,8 @@ SimulatorFactory = Callable[[int], Simulator]
 
 _START_TIMEOUT_S = 300.0  # importing robosuite and compiling its numba functions, on a busy machine
 _JOIN_TIMEOUT_S = 2.0
+_SLICE_S = 1.0  # of a wait
+_STOPPED_S = 0.5  # a slice that ends so much too late is one in which this process was stopped
 _NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _start_lock = threading.Lock()  # two threads may replace workers, and starting one changes the environment variables
@@ -120,7 +122,9 @@ class Worker:
 
     def wait_ready(self) -> tuple[EnvSpec, tuple[str, ...]]:
         """Wait until the simulators are constructed; return their spec and their notices, or raise as `receive`."""
-        ready: tuple[EnvSpec, tuple[str, ...]] = self.receive("ready", _START_TIMEOUT_S)
+        ready: tuple[EnvSpec, tuple[str, ...]] = self.receive(
+            "ready", _START_TIMEOUT_S, "the time to construct one simulator"
+        )
         return ready
 
     def send(self, command: Literal["begin", "step"], key: Any, argument: Any) -> None:
@@ -135,16 +139,19 @@ class Worker:
         with contextlib.suppress(OSError):  # the worker is dead; `receive` says why
             self._connection.send((command, key, argument))
 
-    def receive(self, key: Any, timeout_s: float) -> Any:
+    def receive(self, key: Any, timeout_s: float, limit: str = "env.step_timeout_s") -> Any:
         """Wait for the answer to one message; earlier answers to other messages are kept for their own caller.
 
         Raises:
-            WorkerFailure: The simulator raised, the process died, or it was silent for longer than `timeout_s`.
+            WorkerFailure: The simulator raised, the process died, or it was silent for longer than `timeout_s`, time in
+                which this process was stopped (Ctrl-Z) left out.
             EnvInterrupted: The waker was woken.
             ConfigError: The simulator cannot be built as asked, a user's mistake.
         """
         while key not in self._answers:
-            kind, key_answered, payload = self._receive_next(timeout_s)
+            kind, key_answered, payload = self._receive_next(timeout_s, limit)
+            if kind == "alive":
+                continue  # one simulator of several is constructed, or has begun its episode
             if kind == "refused":
                 raise ConfigError(payload)
             if kind == "error":
@@ -153,12 +160,12 @@ class Worker:
             self._answers[key_answered] = payload
         return self._answers.pop(key)
 
-    def _receive_next(self, timeout_s: float) -> Any:
-        ready = wait([self._connection, self._process.sentinel, self._waker.receiver], timeout_s)
+    def _receive_next(self, timeout_s: float, limit: str) -> Any:
+        ready = _wait([self._connection, self._process.sentinel, self._waker.receiver], timeout_s)
         if self._waker.receiver in ready:
             raise EnvInterrupted(f"interrupted while waiting for {self.name}")
         if not ready:
-            raise WorkerFailure("timeout", f"{self.name} was silent for {timeout_s:g} s (env.step_timeout_s)")
+            raise WorkerFailure("timeout", f"{self.name} was silent for {timeout_s:g} s ({limit})")
         with contextlib.suppress(EOFError, OSError):
             if self._connection.poll():  # also what a worker said before it died
                 return self._connection.recv()
@@ -183,25 +190,35 @@ class Worker:
             self._process.close()
 
 
+def _wait(objects: list[Any], timeout_s: float) -> list[Any]:
+    """Wait as `multiprocessing.connection.wait` does, but do not count the time in which this process was stopped.
+
+    Ctrl-Z stops the workers, too. Time goes on meanwhile, but the slice of the wait that it falls into ends too late.
+    """
+    remaining_s = timeout_s
+    while True:
+        slice_s, start = min(_SLICE_S, remaining_s), time.monotonic()
+        ready = wait(objects, slice_s)
+        waited_s = time.monotonic() - start
+        if waited_s < slice_s + _STOPPED_S:
+            remaining_s -= waited_s
+        if ready or remaining_s <= 0:
+            return ready
+
+
 def _serve(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
     """Run a worker process: construct the simulators, answer messages, leave when the pipe closes.
 
     The simulators' memory goes with the process; closing them and the interpreter first would take seconds.
     """
     _die_with_parent()
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # what simulators print is no part of the program's output
     for number in ENDING_SIGNALS:  # they reach the whole process group; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
-        runners = {env: _build_runner(setup, env) for env in env_ids}
-        first = runners[env_ids[0]]
-        connection.send(("done", "ready", (first.spec, first.notices)))
-        while True:
-            command, key, argument = connection.recv()
-            _obey(runners, command, argument)
-            connection.send(("done", key, None))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the environments, or died
+        _work(connection, setup, env_ids)
     except ConfigError as error:
         with contextlib.suppress(OSError):
             connection.send(("refused", None, str(error)))
@@ -212,15 +229,40 @@ def _serve(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
     os._exit(0)
 
 
+def _work(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
+    """Construct the simulators and obey, until the parent closes the pipe or dies."""
+
+    def tell_alive() -> None:
+        connection.send(("alive", None, None))
+
+    runners = {}
+    for env in env_ids:
+        runners[env] = _build_runner(setup, env)
+        tell_alive()
+    first = runners[env_ids[0]]
+    connection.send(("done", "ready", (first.spec, first.notices)))
+    while True:
+        try:
+            command, key, argument = connection.recv()
+        except (EOFError, OSError):
+            return
+        _obey(runners, command, argument, tell_alive)
+        connection.send(("done", key, None))
+
+
 def _build_runner(setup: WorkerSetup, env: int) -> EpisodeRunner:
     return EpisodeRunner(setup.make_simulator(derive_seed(setup.seed, "simulator", env)), env, setup.board)
 
 
-def _obey(runners: dict[int, EpisodeRunner], command: str, argument: Any) -> None:
+def _obey(
+    runners: dict[int, EpisodeRunner], command: str, argument: Any, tell_alive: Callable[[], None] = lambda: None
+) -> None:
+    """Execute a command; resets may take long, so each of them is told. A chunk is one message."""
     if command == "begin":
         seed, episodes = argument
         for env, episode in episodes.items():
             runners[env].begin(seed, episode)
+            tell_alive()
     else:
         for env, is_rendered in argument.items():
             runners[env].execute(is_rendered)

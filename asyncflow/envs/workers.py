@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import compress
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec,
 from asyncflow.envs.chunks import ChunkBoard, check_actions
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.worker import SimulatorFactory, Waker, Worker, WorkerFailure, WorkerSetup
-from asyncflow.errors import EnvError
+from asyncflow.errors import ContractError, EnvError
 
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -61,8 +62,10 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
         Raises:
             EnvError: A simulator could not be constructed.
-            ConfigError: It cannot be constructed as asked, or shared memory does not suffice.
+            ConfigError: It cannot be constructed as asked, breaks its contract or cannot be pickled, or shared memory
+                does not suffice.
         """
+        _check_sendable(make_simulator)
         self.num_envs = num_envs
         self._config = config
         self._seed = 0
@@ -325,3 +328,13 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             }
             obs[kind] = TensorDict(copies, batch_size=state.shape[:1])
         return obs
+
+
+def _check_sendable(make_simulator: SimulatorFactory) -> None:
+    try:
+        ForkingPickler.dumps(make_simulator)
+    except Exception as error:  # whatever a class of another package raises
+        raise ContractError(
+            f"make_simulator = {make_simulator} cannot be pickled for the worker processes: {error}; expected a "
+            "function or class at the top of a module, or a functools.partial of one"
+        ) from None

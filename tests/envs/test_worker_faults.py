@@ -56,21 +56,45 @@ def test_a_worker_that_fails_in_a_chunk_is_replaced_and_its_environments_go_on(s
     assert_replaced(survivor, kind, actions, harm, cause)
 
 
-def test_a_silent_worker_is_replaced_and_its_environments_go_on(survivor, monkeypatch):
-    allowed_s, timeout_s = [], survivor._config.step_timeout_s
+class Clock:
+    """Time that passes in waits alone: each takes as long as it is asked to, or as the test says."""
 
-    def run_out_of_time(objects, timeout_s):
-        monkeypatch.setattr(worker, "wait", multiprocessing.connection.wait)  # its successor has time again
-        allowed_s.append(timeout_s)
-        return []
+    def __init__(self, monkeypatch):
+        self.now_s, self.patch = 0.0, monkeypatch
+        monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+    def wait_in_vain(self, until_s, lasts=lambda asked_s: asked_s):
+        """Let waits return nothing until a time, and from then on what there is."""
+
+        def wait(objects, timeout_s):
+            self.now_s += lasts(timeout_s)
+            if self.now_s >= until_s:
+                self.patch.setattr(worker, "wait", multiprocessing.connection.wait)
+            return []
+
+        self.patch.setattr(worker, "wait", wait)
+
+
+def test_a_silent_worker_is_replaced_and_its_environments_go_on(survivor, monkeypatch):
+    clock, timeout_s = Clock(monkeypatch), survivor._config.step_timeout_s
 
     def fall_silent(vec_env):
         stop(vec_env)
-        monkeypatch.setattr(worker, "wait", run_out_of_time)
+        clock.wait_in_vain(timeout_s)
 
     cause = f"was silent for {timeout_s:g} s (env.step_timeout_s)"
     assert_replaced(survivor, "timeout", command(HANG, env=0), fall_silent, cause)
-    assert allowed_s == [timeout_s]
+    assert clock.now_s == timeout_s
+
+
+def test_time_in_which_the_process_was_stopped_is_not_counted(survivor, monkeypatch):
+    """Ctrl-Z stops parent and workers; none of them is to blame for the silence."""
+    clock = Clock(monkeypatch)
+    survivor.step_async(IDLE, range(2))
+    clock.wait_in_vain(1000.0, lasts=lambda asked_s: 1000.0)
+    result = survivor.step_wait(range(2))
+    assert result.faults == ()
+    assert not result.broken.any()
 
 
 def assert_replaced(survivor, kind, actions, harm, cause):

@@ -21,6 +21,8 @@ from fake_simulator import (
     NAN_REWARD,
     SUCCEED,
     FakeSimulator,
+    PipingSimulator,
+    RudeSimulator,
     hang_later,
     make_nothing,
 )
@@ -29,8 +31,9 @@ from worker_cases import SEED, H, N, command, first_draw, left_behind, make, pro
 
 from asyncflow.envs import worker, workers
 from asyncflow.envs.base import ChunkResult, EnvInterrupted
+from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.workers import WorkerVecEnv
-from asyncflow.errors import EnvError
+from asyncflow.errors import ContractError, EnvError
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,64 @@ def test_a_simulator_that_cannot_be_constructed_is_an_error_and_leaves_no_proces
     with pytest.raises(EnvError, match="ValueError: no simulator from"):
         make(1, make_simulator=make_nothing)
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_simulator_that_cannot_be_pickled_is_refused_in_one_line_and_leaves_no_process():
+    before = set(multiprocessing.active_children())
+    with pytest.raises(
+        ContractError, match=r"make_simulator = .*lambda.* cannot be pickled .*: .*; expected a function"
+    ):
+        make(1, make_simulator=lambda seed: None)
+    assert set(multiprocessing.active_children()) <= before
+
+
+class Script:
+    """A worker's end of a pipe, which brings these messages and then the parent's end."""
+
+    def __init__(self, *messages):
+        self.messages, self.sent = list(messages), []
+
+    def recv(self):
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop(0)
+
+    def send(self, message):
+        self.sent.append(message[0])
+
+
+def test_a_worker_is_heard_of_after_every_simulator_that_it_constructs_or_resets():
+    """Some take seconds, a worker has many, and silence is what is timed."""
+    setup = worker.WorkerSetup(FakeSimulator, ChunkBoard.allocate(3, H), 0)
+    pipe = Script(("begin", "begin", (SEED, {0: 0, 1: 0, 2: 0})))
+    worker._work(pipe, setup, range(3))
+    assert pipe.sent == ["alive"] * 3 + ["done"] + ["alive"] * 3 + ["done"]
+
+
+def test_a_pipe_that_a_simulator_breaks_is_not_the_end_of_the_parent():
+    """It was taken for it, and the worker left without a word."""
+    setup = worker.WorkerSetup(PipingSimulator, ChunkBoard.allocate(1, H), 0)
+    with pytest.raises(BrokenPipeError):
+        worker._work(Script(("begin", "begin", (SEED, {0: 0}))), setup, range(1))
+
+
+def run_idle(vec_env: WorkerVecEnv) -> ChunkResult:
+    vec_env.step_async(torch.zeros(vec_env.num_envs, H, ACTION_DIM), range(vec_env.num_envs))
+    return vec_env.step_wait(range(vec_env.num_envs))
+
+
+def test_what_simulators_do_to_their_process_is_theirs(capfd):
+    """They print, close what they were given, change the folder and the handlers of signals, and start threads."""
+    folder = Path.cwd()
+    with make(1, num_envs=1, make_simulator=RudeSimulator) as vec_env:
+        vec_env.reset(SEED)
+        assert not run_idle(vec_env).broken.any()
+        process = process_of(vec_env)
+        os.kill(process.pid, signal.SIGINT)
+        assert not run_idle(vec_env).broken.any()
+    assert Path.cwd() == folder
+    assert capfd.readouterr().out == ""
+    assert process not in multiprocessing.active_children()
 
 
 def test_close_in_the_middle_of_a_chunk_leaves_neither_process_nor_shared_memory_nor_descriptor():
