@@ -79,6 +79,7 @@ def save_checkpoint(run: Path, source: PolicyToSave, state: Mapping[str, Any], g
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         if not _holds(final, state):
+            temporary.mkdir()  # without its parents: a run folder that was removed is not made anew
             _write(temporary, source, state, groups)
             _publish(temporary, final)
     finally:

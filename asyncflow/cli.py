@@ -26,6 +26,7 @@ from asyncflow.flags import flag as _flag
 from asyncflow.flags import flags as _flags
 from asyncflow.shell import command
 from asyncflow.signals import EXIT_INTERRUPTED, interrupt_on_signals, stop_on_signals
+from asyncflow.terminal import finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     from asyncflow.config import Config
@@ -62,7 +63,7 @@ _TRUST_CLASS = _flag(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"asyncflow {__version__}")
+        print(f"asyncflow {__version__}")
         raise typer.Exit
 
 
@@ -169,7 +170,7 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
 
     with progress_bar("episodes", num_episodes) as show:
         result = evaluate_checkpoint(checkpoint, config, num_episodes, show)
-    typer.echo(describe_evaluation(result))
+    print(describe_evaluation(result))
     return 0
 
 
@@ -200,13 +201,13 @@ def demos(**flags: Any) -> int:
     env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in seen.items() if v}).env
     with progress_bar("demonstrations", flags["num_demos"]) as show:
         result = collect_demos(env_config, out or f"demos/{task.lower()}.hdf5", DemoOptions(**flags), on_progress=show)
-    typer.echo(
+    print(
         f"{result.path}: {result.num_demos} demonstrations, {result.num_steps} env steps, "
         f"{result.num_failures} failed attempts left out, {result.wall_s:.1f} s"
     )
     cameras = {"cameras": env_config.cameras, "point_clouds": env_config.point_clouds}
     keys = [f"env.{key}={write_value(list(names))}" for key, names in cameras.items() if names]
-    typer.echo(f"next: {command('pretrain', '--dataset', result.path, *keys)}")
+    print(f"next: {command('pretrain', '--dataset', result.path, *keys)}")
     return 0
 
 
@@ -240,9 +241,9 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     options = PretrainOptions(**flags)
     with progress_bar("optimiser steps", options.num_steps) as show:
         result = pretrain(dataset, out, resolved, options, show)
-    typer.echo("\n".join(result.describe()))
+    print("\n".join(result.describe()))
     preset = ["--config", config] if config else []
-    typer.echo(f"next: {command('train', *preset, '--checkpoint', result.path, *(overrides or []))}")
+    print(f"next: {command('train', *preset, '--checkpoint', result.path, *(overrides or []))}")
     return 0
 
 
@@ -317,18 +318,17 @@ def run(arguments: list[str]) -> int:
         return complain(str(error))
     except _UsageError as error:
         return complain(explain_usage(error))
-    except (KeyboardInterrupt, typer.Abort):
-        return EXIT_INTERRUPTED
-    except Exception as error:
+    except (KeyboardInterrupt, typer.Abort) as error:
+        cause = error.__cause__  # click takes an EOFError for a user's Ctrl-D
+        return crash(cause) if isinstance(cause, EOFError) else EXIT_INTERRUPTED
+    except (Exception, SystemExit) as error:
         return crash(error)
 
 
 def main() -> NoReturn:
     """Entry point of the `asyncflow` command."""
+    prepare_streams()
     interrupt_on_signals()
     code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError:  # nobody reads it any more; Python would complain at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    finish_streams()
     sys.exit(code)

@@ -27,6 +27,7 @@ from asyncflow.metrics import GLOSSARY
 from asyncflow.overrides import write_override
 from asyncflow.plugins import trusting_words
 from asyncflow.shell import command
+from asyncflow.terminal import LossyFile
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
 _BLOCK = {
@@ -212,29 +213,10 @@ def progress_bar(what: str, total: int, file: TextIO | None = None) -> Iterator[
         yield lambda _: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(file=cast(TextIO, _LossyFile(file)))
+    console = Console(file=cast(TextIO, LossyFile(file)))
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
-
-
-class _LossyFile:
-    """A file whose terminal may leave: what cannot be written is lost, and ends nothing."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._file.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.flush()
 
 
 def differences(config: Config) -> list[tuple[str, Any, Any]]:

@@ -27,9 +27,13 @@ def explain_usage(error: Any) -> str:
     return f"{error.message.rstrip('.')}; did you mean {' or '.join(possibilities)}?"
 
 
-def crash(error: Exception) -> int:
+def crash(error: BaseException) -> int:
     """Print an exception with its traceback, and what it says in one last line."""
-    traceback.print_exc()
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # click makes an exit of it, without a word
+    traceback.print_exception(error)
+    if isinstance(error, SystemExit):
+        error = AsyncflowError(f"code that was called ended the program: sys.exit({error.code!r})")
     kind = "" if isinstance(error, AsyncflowError) else f"{type(error).__name__}: "
     print(f"asyncflow: crashed: {kind}{' '.join(str(error).split())[:300]}", file=sys.stderr)
     return EXIT_CRASH

@@ -32,7 +32,7 @@ class RecordFile:
         Raises:
             ConfigError: It cannot be opened.
         """
-        self._name = name
+        self._name, self._path, self._is_reachable = name, path, True
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -43,7 +43,19 @@ class RecordFile:
     def append(self, record: bytes) -> list[str]:
         """Write what waits, then `record`; return a line about the problem, if there is one."""
         self._waiting.append(record)
-        return self._write_waiting("waiting")
+        return [*self._find_loss(), *self._write_waiting("waiting")]
+
+    def _find_loss(self) -> list[str]:
+        """Return a line when the file has just been removed, renamed or replaced: what is written goes nowhere then."""
+        own = os.fstat(self._file.fileno())
+        try:
+            found: os.stat_result | None = self._path.stat()
+        except OSError:
+            found = None
+        was_reachable, self._is_reachable = self._is_reachable, found is not None and os.path.samestat(own, found)
+        if self._is_reachable or not was_reachable:
+            return []
+        return [f"{self._path}: was removed, renamed or replaced under the run; its rows are lost from here on"]
 
     def close(self) -> list[str]:
         """Write what waits and close; return a line about what is lost. May be called twice."""

@@ -97,7 +97,7 @@ class Trainer:
             self._run_updates()
         except TrainingError as error:
             raise TrainingError(f"{error}; last good checkpoint: {self._newest or 'none'}") from error
-        except Exception:
+        except (Exception, SystemExit):  # a model or a simulator may call sys.exit
             if self._is_whole and self._save():
                 words = trusting_words(self.config.policy.vla.model_class)
                 resume = command("train", "--resume", self.run_dir, *words)

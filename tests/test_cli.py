@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
-from asyncflow import cli
+from asyncflow import cli, ppo
 
 RunCli = Callable[..., CompletedProcess[str]]
 PROBE = "import sys; sys.argv = ['asyncflow', '--help']; from asyncflow.cli import run; run(['--help']); "
@@ -153,6 +154,53 @@ def test_a_crash_shows_its_traceback_and_one_line(monkeypatch: pytest.MonkeyPatc
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert said.splitlines()[-1] == "asyncflow: crashed: RuntimeError: lost the plot"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SystemExit(0), "ended the program: sys.exit(0)"),
+        (EOFError("no input"), "EOFError: no input"),
+        (BrokenPipeError(32, "Broken pipe"), "BrokenPipeError: [Errno 32] Broken pipe"),
+    ],
+    ids=["SystemExit", "EOFError", "BrokenPipeError"],
+)
+def test_an_end_that_nobody_asked_for_is_a_crash_that_saves(
+    run_here: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, said: str
+) -> None:
+    """Whatever a model raises, such as `sys.exit` in a library: by its exit code alone the run would look well."""
+    update, updates = ppo.PPO.update, iter(range(2))
+
+    def end(*arguments: Any) -> Any:
+        if next(updates) == 1:
+            raise error
+        return update(*arguments)
+
+    monkeypatch.setattr(ppo.PPO, "update", end)
+    result = run_here(*toy_run(tmp_path / "run", "trainer.eval_interval=0"))
+    assert result.returncode == 1
+    assert said in result.stderr.splitlines()[-1]
+    assert "update_000001; go on with: asyncflow train --resume" in result.stdout
+
+
+def test_a_run_folder_that_is_renamed_under_a_run_is_told_and_fails_it(
+    run_here: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, updates = ppo.PPO.update, iter(range(4))
+
+    def rename(*arguments: Any) -> Any:
+        if next(updates) == 1:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        return update(*arguments)
+
+    monkeypatch.setattr(ppo.PPO, "update", rename)
+    short = ["trainer.eval_interval=0", "trainer.total_updates=4", "trainer.save_interval=2"]
+    result = run_here(*toy_run(tmp_path / "run", *short))
+    assert result.returncode == 1
+    assert result.stdout.count("metrics.jsonl: was removed, renamed or replaced under the run") == 1
+    assert "checkpoint of update 2 could not be written" in result.stdout
+    assert "the run's end could not be saved" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def toy_run(out: Path, *more: str) -> list[str]:
