@@ -31,6 +31,7 @@ from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy, is_scaled, scale_actions
 from asyncflow.policies.mapping import NameMapping, check_names
+from asyncflow.policies.promises import check_promises
 from asyncflow.policy_file import (
     PolicyFile,
     check_saving,
@@ -175,6 +176,8 @@ def build_parts(
             on_failure.callback(eval_env.close)
         policy = build_policy(config, env.simulator_spec, device, resumed)
         check_saving(policy, config.policy, env.simulator_spec)
+        if config.policy.is_from_elsewhere:
+            check_promises(policy, env.spec)
         channel = _build_channel(config, policy, env.spec, on_plan)
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
         progress = Progress()

@@ -247,9 +247,19 @@ class PolicyConfig(Section):
     mapping: MappingConfig = Field(MappingConfig(), description="From a simulator's names to a model's.")
 
     @property
+    def has_model_class(self) -> bool:
+        """Whether the policy is a model of `policy.vla.model_class`."""
+        return self.kind == "vla" and self.vla.model_class is not None
+
+    @property
+    def is_from_elsewhere(self) -> bool:
+        """Whether the policy's code is neither asyncflow's nor LeRobot's."""
+        return self.has_model_class or self.kind not in POLICY_KINDS
+
+    @property
     def source(self) -> str:
         """The key that chose the policy's code, and its value, as an error message names it."""
-        if self.kind == "vla" and self.vla.model_class is not None:
+        if self.has_model_class:
             return f"policy.vla.model_class = {self.vla.model_class}"
         return f"policy.kind = {self.kind}"
 

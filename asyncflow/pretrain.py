@@ -28,6 +28,7 @@ from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.policies import Policy, make_policy
 from asyncflow.policies.base import Normalizer, scale_actions
 from asyncflow.policies.foreign import VELOCITY_METHODS
+from asyncflow.policies.promises import check_promises
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policy_file import check_saving, save_policy
 from asyncflow.seeding import derive_seed
@@ -143,6 +144,8 @@ def pretrain(
     built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
     policy = _require_velocity(built, policy_config)
     check_saving(policy, policy_config, spec)
+    if policy_config.is_from_elsewhere:
+        check_promises(policy, spec, has_velocity_alone=True)
     fit_normalizers(policy, demos, spec)
     losses = train_flow(policy, examples, options, on_progress)
     tenth = max(1, len(losses) // 10)

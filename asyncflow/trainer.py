@@ -25,6 +25,7 @@ from asyncflow.latency import EmulatedLatency
 from asyncflow.metrics import MetricLogger
 from asyncflow.plugins import trusting_words
 from asyncflow.policies.base import Normalizer, clipped_inputs
+from asyncflow.policies.promises import check_first_ratio
 from asyncflow.rates import RateMeter, memory_metrics, rollout_metrics
 from asyncflow.shell import command
 from asyncflow.success_value import warn_of_returns, warn_of_shaped_reward
@@ -154,6 +155,8 @@ class Trainer:
     def _train_on(self, rollout: Rollout) -> None:
         """Update on one rollout, publish the new weights, release the slot, and note the metrics."""
         parts, progress, watch = self.parts, self.progress, self._watch
+        if progress.updates == 0:
+            check_first_ratio(parts.policy, rollout, self.config.algorithm.num_minibatches)
         with parts.channel.clock.busy("trainer"):
             with watch.measure("update_s"):
                 metrics = parts.ppo.update(rollout, progress.updates, self._check_update)

@@ -145,4 +145,12 @@ def changing_tensors(policy: nn.Module) -> dict[str, Tensor]:
 def make_acting_copy(policy: Module) -> Module:
     """Return a copy for the collector: frozen parameters are the same tensors, everything else is its own."""
     shared: dict[int, object] = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    return copy.deepcopy(policy, shared).eval()
+    acting = copy.deepcopy(policy, shared)
+    set_eval(acting)
+    return acting
+
+
+def set_eval(policy: nn.Module) -> None:
+    """Put every module into evaluation mode, also one whose own `train` would do otherwise."""
+    for module in policy.modules():
+        module.training = False

@@ -17,6 +17,7 @@ from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.image_encoder import Shapes
 from asyncflow.policies.vla import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
+from asyncflow.weights import set_eval
 
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 
@@ -44,7 +45,9 @@ def make_policy(
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
-        return _build(config, obs_shapes, action_dim, image_shapes or {})
+        policy = _build(config, obs_shapes, action_dim, image_shapes or {})
+    set_eval(policy)  # an update evaluates the decisions that were taken: without dropout, with fixed statistics
+    return policy
 
 
 def find_policy_code(config: PolicyConfig) -> bool:

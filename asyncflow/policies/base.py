@@ -89,6 +89,7 @@ class Policy(nn.Module, ABC):
         noise_size: Standard normal numbers that one decision consumes.
         log_prob_terms: Factor from `log_probs`, summed over its denoising steps if it has them, to the joint
             log-prob of the decision: K * H * A where `log_probs` is a mean, 1 where it is a sum.
+        ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training.
     """
 
     horizon: int
@@ -96,6 +97,7 @@ class Policy(nn.Module, ABC):
     action_dim: int
     noise_size: int
     log_prob_terms: float
+    ratio_tolerance: float = 0.5
 
     def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
         """Return what the ring keeps of observations [N], and every other method takes as well as them.

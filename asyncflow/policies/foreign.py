@@ -8,10 +8,10 @@ Shapes: N decisions, P predicted actions, H executed actions, A action size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.contracts import broken, name_of
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.plugins import import_class
 from asyncflow.policies.base import Mode, Policy
@@ -131,40 +132,65 @@ class ForeignPolicy(Policy):
         seen = obs.copy()
         if mode == "train":
             seen["noise"] = noise
-        actions = self.model(seen).float()
-        self._check(actions, noise)
+        actions = self.check_actions(self.model(seen), len(noise)).float()
         decision = {"actions": actions}
         if mode == "train":
-            log_probs, _ = self._evaluate(obs, actions)
+            log_probs, _ = self.evaluate(obs, actions)
             decision |= {"log_probs": log_probs, "values": self.get_value(obs)}
         return TensorDict(decision, batch_size=noise.shape[:1])
 
     def default_forward(self, batch: TensorDictBase) -> TensorDict:
         """Evaluate stored decisions; see `Policy.default_forward`."""
-        log_probs, entropy = self._evaluate(batch["obs"], batch["actions"])
+        log_probs, entropy = self.evaluate(batch["obs"], batch["actions"])
         evaluation = {"log_probs": log_probs, "values": self.get_value(batch["obs"]), "entropy": entropy}
         return TensorDict(evaluation, batch_size=batch.batch_size)
 
     def get_value(self, obs: TensorDictBase) -> Tensor:
         """Return V(obs), [N] float32."""
-        value: Tensor = self.model.get_value(obs)
-        return value.float()
+        return require_row(self.model.get_value(obs), len(obs), self.model, "get_value").float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the model's `value_head`, if it has one."""
         head = getattr(self.model, "value_head", None)
         return iter(()) if head is None else head.parameters()
 
-    def _evaluate(self, obs: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(self, obs: TensorDictBase, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropy, [N] float32, of the first H of `actions` [N, P, A]."""
         evaluated = self.model.evaluate_actions(obs, actions[:, : self.n_action_steps])
-        log_probs = evaluated["log_probs"].float()
-        entropy = evaluated["entropy"].float() if "entropy" in evaluated.keys() else torch.zeros_like(log_probs)  # noqa: SIM118
-        return log_probs, entropy
+        if not isinstance(evaluated, Mapping | TensorDictBase) or "log_probs" not in evaluated.keys():  # noqa: SIM118
+            method, expected = f"{name_of(self.model)}.evaluate_actions", "a dict or TensorDict with log_probs"
+            raise broken(method, "returned", evaluated, expected)
+        log_probs = require_row(evaluated["log_probs"], len(actions), self.model, "evaluate_actions", "log_probs")
+        if "entropy" not in evaluated.keys():  # noqa: SIM118
+            return log_probs.float(), torch.zeros_like(log_probs, dtype=torch.float32)
+        entropy = require_row(evaluated["entropy"], len(actions), self.model, "evaluate_actions", "entropy")
+        return log_probs.float(), entropy.float()
 
-    def _check(self, actions: Tensor, noise: Tensor) -> None:
-        expected = (len(noise), self.horizon, self.action_dim)
-        if actions.shape != expected:
-            raise ConfigError(
-                f"the model's actions have the shape {list(actions.shape)}, expected {list(expected)}: environments, "
-                "policy.horizon, action size"
+    def check_actions(self, actions: Any, num_rows: int) -> Tensor:
+        """Return what the model's `forward` did, if that is a chunk for each decision."""
+        expected = (num_rows, self.horizon, self.action_dim)
+        if not isinstance(actions, Tensor) or actions.shape != expected:
+            raise broken(
+                f"{name_of(self.model)}.forward",
+                "returned",
+                actions,
+                f"a tensor of shape {expected}: decisions, policy.horizon, action size",
             )
+        return actions
+
+
+def require_row(result: Any, num_rows: int, model: nn.Module, method: str, field: str = "") -> Tensor:
+    """Return what a model's method did, if it is a number for each decision, [N]; of 16 bits under autocast alone.
+
+    Raises:
+        ContractError: It is something else.
+    """
+    is_row = isinstance(result, Tensor) and result.shape == (num_rows,) and result.is_floating_point()
+    if not is_row or (result.dtype in (torch.float16, torch.bfloat16) and not _is_autocast()):
+        verb = f"returned as {field}" if field else "returned"
+        raise broken(f"{name_of(model)}.{method}", verb, result, f"float32 of shape ({num_rows},), one a decision")
+    return cast(Tensor, result)
+
+
+def _is_autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")

@@ -20,6 +20,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config import PolicyConfig
+from asyncflow.contracts import broken, name_of
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Normalizer, Policy
 from asyncflow.policies.flow_sampler import Steps, Velocity
@@ -29,6 +30,7 @@ from asyncflow.policies.foreign import (
     ForeignPolicy,
     has_methods,
     load_model,
+    require_row,
 )
 from asyncflow.policies.lora import add_lora
 from asyncflow.policies.velocity import VelocityPolicy
@@ -58,6 +60,8 @@ class VLAPolicy(VelocityPolicy):
         self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
         self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
         self._is_frozen = config.freeze_backbone
+        if self._dtype != torch.float32:
+            self.ratio_tolerance = 25.0
         if self._is_frozen:
             if not isinstance(getattr(model, "backbone", None), nn.Module):
                 raise ConfigError(f"policy.freeze_backbone = true: {type(model).__name__} has no module `backbone`")
@@ -97,6 +101,8 @@ class VLAPolicy(VelocityPolicy):
     def _run_backbone(self, obs: TensorDictBase) -> Prefix:
         with self._autocast():
             prefix: Prefix = self.model.encode_prefix(obs)
+        if not isinstance(prefix, Tensor | TensorDictBase) or prefix.shape[:1] != obs.shape[:1]:
+            raise broken(f"{name_of(self.model)}.encode_prefix", "returned", prefix, f"a batch of {len(obs)} prefixes")
         if not isinstance(prefix, Tensor) and "features" not in prefix:
             raise ConfigError(
                 f"{type(self.model).__name__}: encode_prefix returned names without `features`: "
@@ -112,18 +118,22 @@ class VLAPolicy(VelocityPolicy):
             is_slice = isinstance(steps, slice)
             chunks = x if is_slice else x[:, None]
             times = self.sampler.time[steps] if is_slice else self.sampler.time[steps].view(-1, 1)
-            with self._autocast():
-                v: Tensor = self.model.velocity(cache, chunks, times.expand(chunks.shape[:2]))
+            v = self._ask_velocity(cache, chunks, times.expand(chunks.shape[:2]))
             return v if is_slice else v[:, 0]
 
         return velocity
 
     def velocity_at(self, context: Prefix, x: Tensor, time: Tensor) -> Tensor:
         """Return the velocity `[N, P, M]`; every chunk is one step, at a time of its own."""
-        cache = self._cache_prefix(context)
+        return self._ask_velocity(self._cache_prefix(context), x[:, None], time[:, None])[:, 0]
+
+    def _ask_velocity(self, cache: Any, chunks: Tensor, times: Tensor) -> Tensor:
         with self._autocast():
-            velocity: Tensor = self.model.velocity(cache, x[:, None], time[:, None])
-        return velocity[:, 0]
+            velocity: Tensor = self.model.velocity(cache, chunks, times)
+        if not isinstance(velocity, Tensor) or velocity.shape != chunks.shape:
+            expected = f"a tensor of shape {tuple(chunks.shape)}: decisions, steps, policy.horizon, action size"
+            raise broken(f"{name_of(self.model)}.velocity", "returned", velocity, expected)
+        return velocity
 
     def _cache_prefix(self, context: Prefix) -> Any:
         with self._autocast():
@@ -131,8 +141,7 @@ class VLAPolicy(VelocityPolicy):
 
     def value(self, context: Prefix) -> Tensor:
         """Return V, [N] float32."""
-        value: Tensor = self.model.value(context.detach())
-        return value.float()
+        return require_row(self.model.value(context.detach()), len(context), self.model, "value").float()
 
     def critic_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the value head's parameters."""

@@ -225,7 +225,10 @@ def test_of_a_prefix_with_names_the_features_alone_are_rounded(monkeypatch):
 
 
 def test_actions_of_another_shape_are_refused():
-    with pytest.raises(ConfigError, match=r"actions have the shape \[4, 1, 2\], expected \[4, 2, 2\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Wrong.forward returned .*\(4, 1, 2\), .*; expected .* \(4, 2, 2\)",
+    ):
         decide(build("elsewhere.Wrong"), observe())
 
 
