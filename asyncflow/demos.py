@@ -8,6 +8,7 @@ Shapes: L recorded steps of one demonstration, A action size.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -130,8 +131,10 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if self.num_demos < 1:
             raise ConfigError(f"--num-demos {self.num_demos}: must be at least 1")
-        if self.action_noise < 0:
-            raise ConfigError(f"--action-noise {self.action_noise}: must not be negative")
+        if not 0 <= self.action_noise < math.inf:
+            raise ConfigError(f"--action-noise {self.action_noise}: must be a finite number, and not negative")
+        if not math.isfinite(self.grasp_offset):
+            raise ConfigError(f"--grasp-offset {self.grasp_offset}: must be a finite number")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ are.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from os.path import expanduser
 from pathlib import Path
@@ -48,9 +49,12 @@ def _number_parser(kind: type[int] | type[float]) -> Callable[[Any], float]:
 
     def parse(value: Any) -> float:
         try:
-            return kind(value)
+            number = kind(value)
         except ValueError:
             raise typer.BadParameter(f"{value!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if kind is float and not math.isfinite(number):
+            raise typer.BadParameter(f"{value!r} is not a finite number")
+        return number
 
     return parse
 

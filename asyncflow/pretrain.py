@@ -8,6 +8,7 @@ Shapes: B chunks in a batch.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,9 +65,9 @@ class PretrainOptions:
         if self.max_shift < 0:
             raise ConfigError(f"--max-shift {self.max_shift}: must not be negative")
         for name in ("num_steps", "batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {getattr(self, name)}: must be positive")
+                raise ConfigError(f"--{flag} {getattr(self, name)}: must be positive and finite")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class ProfileOptions:
         """
         for name in ("inference_latency_s", "env_latency_s", "update_latency_s"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0")
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0, and finite")
         for flag, number in (("--num-repeats", self.num_repeats), ("--num-updates", self.num_updates)):
             if number is not None and number < 1:
                 raise ConfigError(f"{flag} {number}: must be at least 1")

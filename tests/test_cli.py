@@ -99,6 +99,18 @@ def test_a_mistake_is_refused_in_one_line(run_here: RunCli, arguments: list[str]
     assert [words for words in named if words not in line] == []
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e999"])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "demos --action-noise", "demos --grasp-offset", "pretrain --learning-rate", "profile --env-latency-s",
+        "profile --inference-latency-s", "profile --update-latency-s",
+    ],
+)  # fmt: skip
+def test_a_flag_takes_no_number_that_is_not_finite(run_here: RunCli, flag: str, number: str) -> None:
+    assert f"'{number}' is not a finite number" in refusal(run_here(*flag.split(), number))
+
+
 def test_a_refusal_is_the_exit_code_of_the_process(run_cli: RunCli) -> None:
     assert "'trian'" in refusal(run_cli("trian"))
 
