@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
-from asyncflow.policy_config import POLICY_KINDS, CompileMode, PathText, PolicyConfig, Section, VLAConfig
+from asyncflow.policy_config import MAX_SECONDS, POLICY_KINDS, CompileMode, PathText, PolicyConfig, Section, VLAConfig
 
 __all__ = [
+    "MAX_SECONDS",
     "POLICY_KINDS",
     "AlgorithmConfig",
     "BufferConfig",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 BufferType = Literal["vla", "standard"]
+MAX_SHOWN = 200  # characters of a value in a refusal
 MIN_PIXELS, MAX_PIXELS = 16, 1024  # less than an image encoder can take; more than a simulator's frame buffer
 
 
@@ -73,11 +75,13 @@ class EnvConfig(Section):
     )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
     emulated_latency_s: float = Field(
-        0.0, ge=0, description="Seconds added to a chunk of all environments; fewer take their share."
+        0.0, ge=0, le=MAX_SECONDS, description="Seconds added to a chunk of all environments; fewer take their share."
     )
-    step_timeout_s: float = Field(120.0, gt=0, description="A worker silent for longer is killed and replaced.")
+    step_timeout_s: float = Field(
+        120.0, gt=0, le=MAX_SECONDS, description="A worker silent for longer is killed and replaced."
+    )
     max_restarts: int = Field(10, ge=0, description="Workers replaced within restart_window_s; one more ends the run.")
-    restart_window_s: float = Field(600.0, gt=0, description="Seconds over which max_restarts counts.")
+    restart_window_s: float = Field(600.0, gt=0, le=MAX_SECONDS, description="Seconds over which max_restarts counts.")
 
     @model_validator(mode="after")
     def _check_cameras(self) -> EnvConfig:
@@ -105,7 +109,7 @@ class AlgorithmConfig(Section):
     advantage: Literal["gae", "monte_carlo", "n_step"] = Field("gae", description="Advantage estimator.")
     n_step: int = Field(8, ge=1, description="n_step: decisions before the bootstrap.")
     normalize_advantages: bool = Field(True, description="Normalise advantages over the valid decisions of a rollout.")
-    update_epochs: int = Field(8, ge=1, description="Passes over a rollout per update.")
+    update_epochs: int = Field(8, ge=1, le=1000, description="Passes over a rollout per update.")
     num_minibatches: int = Field(4, ge=1, description="Minibatches per pass.")
     learning_rate: float = Field(1e-4, gt=0, description="Adam step size of the actor.")
     critic_learning_rate: float = Field(1e-3, gt=0, description="Adam step size of the critic.")
@@ -132,7 +136,7 @@ class AlgorithmConfig(Section):
     max_nonfinite_steps: int = Field(
         20, ge=0, description="Minibatches skipped in a run because a number was not finite; one more ends it."
     )
-    emulated_latency_s: float = Field(0.0, ge=0, description="Seconds added to every minibatch.")
+    emulated_latency_s: float = Field(0.0, ge=0, le=MAX_SECONDS, description="Seconds added to every minibatch.")
 
 
 class BufferConfig(Section):
@@ -162,7 +166,7 @@ class TrainerConfig(Section):
     buffer_type: BufferType = Field("vla", description="vla: collector thread; standard: collect, then train.")
     seed: int = Field(0, ge=0, description="Seed of the whole run.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    num_threads: int = Field(1, ge=1, description="CPU threads of one torch operation.")
+    num_threads: int = Field(1, ge=1, le=1024, description="CPU threads of one torch operation.")
     total_updates: int | None = Field(20, ge=1, description="Updates to train; null: no limit.")
     total_env_steps: int | None = Field(None, ge=1, description="Env steps to train on; null: no limit.")
     save_interval: int = Field(10, ge=1, description="Updates between checkpoints.")
@@ -175,7 +179,10 @@ class TrainerConfig(Section):
         "constant", description="How emulated latencies vary from rollout to rollout."
     )
     emulated_variation: float = Field(
-        0.5, ge=0, description="Their standard deviation over their mean; an exponential distribution's is always 1."
+        0.5,
+        ge=0,
+        le=100,
+        description="Their standard deviation over their mean; an exponential distribution's is always 1.",
     )
 
     @model_validator(mode="after")
@@ -311,7 +318,16 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key}{_suggest(key)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{key} = {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{key} = {_show(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _show(value: Any) -> str:
+    """Return a value as it is written, cut where a file made it endless."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a huge number"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _suggest(key: str) -> str:

@@ -82,7 +82,7 @@ def compute_n_step(transitions: Transitions, n_step: int) -> tuple[Tensor, Tenso
     returns = one_step
     is_end = transitions.boundary.clone()
     is_end[-1] = True
-    for _ in range(n_step - 1):
+    for _ in range(min(n_step, len(one_step)) - 1):  # more than a rollout's change nothing
         following = transitions.rewards + transitions.discounts * returns.roll(-1, 0)
         returns = torch.where(is_end, one_step, following)
     return returns - transitions.values, returns

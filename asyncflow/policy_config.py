@@ -32,10 +32,24 @@ CompileMode = Literal["none", "compile", "graph"]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # of what a shell leaves as it is, such as out=~/run
 
 
+MAX_COUNT, MAX_NUMBER = 2**63 - 1, 1e30  # of a 64-bit integer; float32 can still multiply what is around 1 by it
+MAX_SECONDS = 1e6  # eleven days; the system's clocks count milliseconds in 32 bits
+
+
 class Section(BaseModel):
     """A group of keys: unknown keys are errors, values are never coerced across types, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _check_numbers(cls, value: Any) -> Any:
+        """Refuse numbers beyond what the types hold that compute with them."""
+        for number in value if isinstance(value, list) else [value]:
+            limit = MAX_COUNT if isinstance(number, int) else MAX_NUMBER
+            if isinstance(number, int | float) and abs(number) > limit:
+                raise PydanticCustomError("too_large", "input should be at most {limit}", {"limit": limit})
+        return value
 
     @field_validator("*")
     @classmethod
@@ -209,7 +223,7 @@ class PolicyConfig(Section):
     )
     horizon: int = Field(4, ge=1, description="Actions that one decision predicts, P.")
     n_action_steps: int = Field(4, ge=1, description="Actions of a chunk that are sent to the simulator, H.")
-    num_inference_steps: int = Field(4, ge=1, description="Denoising steps of the flow, K.")
+    num_inference_steps: int = Field(4, ge=1, le=1000, description="Denoising steps of the flow, K.")
     noise_method: Literal["flow_sde", "flow_noise", "flow_cps"] = Field(
         "flow_noise", description="How the flow's sampler becomes stochastic."
     )
@@ -238,7 +252,10 @@ class PolicyConfig(Section):
         "none", description="Inference while collecting: as it is, by torch.compile, or as a CUDA graph."
     )
     emulated_latency_s: float = Field(
-        0.0, ge=0, description="Seconds added to a decision call of all environments; fewer take their share."
+        0.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="Seconds added to a decision call of all environments; fewer take their share.",
     )
     freeze_backbone: bool = Field(
         False, description="vla: train without the backbone; the ring keeps its features instead of observations."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from asyncflow.build import check_start
-from asyncflow.config import Config
+from asyncflow.config import MAX_SECONDS, Config
 from asyncflow.envs.tasks import TOYS
 from asyncflow.errors import ConfigError
 from asyncflow.files import make_new_folder
@@ -67,8 +67,8 @@ class ProfileOptions:
             ConfigError: A number is out of its range.
         """
         for name in ("inference_latency_s", "env_latency_s", "update_latency_s"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 0, and finite")
+            if not 0 <= getattr(self, name) <= MAX_SECONDS:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 to {MAX_SECONDS:g}")
         for flag, number in (("--num-repeats", self.num_repeats), ("--num-updates", self.num_updates)):
             if number is not None and number < 1:
                 raise ConfigError(f"{flag} {number}: must be at least 1")

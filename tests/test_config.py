@@ -93,6 +93,7 @@ def test_an_unknown_key_is_named_with_the_nearest(key: str, nearest: str) -> Non
         ("trainer.buffer_type", "vlaa", "'vla' or 'standard'"),
         ("env.num_envs", 0, "greater than or equal to 1"),
         ("env.num_envs", "16", "integer"),
+        ("env.num_envs", 2**63, "at most 9223372036854775807"),
         ("env.num_envs", 1.5, "integer"),
         ("algorithm.gamma", 1.5, "less than or equal to 1"),
         ("algorithm.clip_coef", "a", "number"),
@@ -101,12 +102,28 @@ def test_an_unknown_key_is_named_with_the_nearest(key: str, nearest: str) -> Non
         ("env.obs_keys", [], "at least 1"),
         ("algorithm.decoupled", 1, "boolean"),
         ("trainer.seed", -1, "greater than or equal to 0"),
+        ("trainer.num_threads", 10**6, "less than or equal to 1024"),
+        ("trainer.emulated_variation", 1e200, "less than or equal to 100"),
+        ("env.step_timeout_s", 1e9, "less than or equal to 1000000"),
+        ("env.emulated_latency_s", 1e10, "less than or equal to 1000000"),
+        ("policy.num_inference_steps", 10**6, "less than or equal to 1000"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(key: str, value: object, allowed: str) -> None:
     message = complaint({key: value})
     assert f"{key} = {value!r}" in message
     assert allowed in message
+
+
+NUMBERS = [key for key, default, _ in describe_keys() if type(default) in (int, float)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("number", [2**200, 16**5000, 1e31, -1e300, float("nan"), float("inf")], ids=range(6))
+def test_no_key_takes_a_number_that_what_computes_with_it_cannot_hold(key: str, number: float) -> None:
+    message = complaint({key: number})
+    assert message.startswith(f"{key} = ")
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize("key", ["policy.hidden_sizes", "policy.critic_hidden_sizes"])

@@ -90,6 +90,7 @@ def test_one_step_return_is_td_and_a_long_one_is_monte_carlo():
     tr = random_transitions(seed=5)
     torch.testing.assert_close(compute_n_step(tr, 1)[0], compute_gae(tr, 0.0)[0])
     torch.testing.assert_close(compute_n_step(tr, 40)[0], compute_gae(tr, 1.0)[0])
+    assert torch.equal(compute_n_step(tr, 2**62)[0], compute_n_step(tr, 40)[0])  # at once
 
 
 def test_n_step_by_hand():
