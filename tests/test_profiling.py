@@ -74,7 +74,7 @@ def test_a_sweep_makes_every_ratio_by_the_updates_latency(legs):
 
 
 def test_equal_stages_overlap_in_a_real_profile():
-    options = ProfileOptions(inference_latency_s=0.2, update_latency_s=0.2, num_repeats=1, num_updates=4)
+    options = ProfileOptions(inference_latency_s=0.15, update_latency_s=0.15, num_repeats=1, num_updates=3)
     assert measure_profile(toy(), options, silent).speedup().value > 1.2
 
 

@@ -53,7 +53,7 @@ def test_vla_equals_standard_on_the_toy(tmp_path, lag, policy):
     assert_same(vla, standard)
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("lag", [0, 2])
 def test_vla_equals_standard_with_a_vla_that_sees_pictures(tmp_path, lag):
     changes = TOY | {"buffer.max_policy_lag": lag, "trainer.total_updates": 4}
     vla = run(tmp_path, "toy_vla_tiny", changes | {"trainer.buffer_type": "vla"})
@@ -64,8 +64,9 @@ def test_vla_equals_standard_with_a_vla_that_sees_pictures(tmp_path, lag):
 
 @pytest.mark.sim
 def test_vla_equals_standard_on_lift(tmp_path, lift_vla):
+    """With another number of workers, too."""
     _, vla = lift_vla
-    assert_same(vla, run(tmp_path, "lift", LIFT_VLA | {"trainer.buffer_type": "standard"}))
+    assert_same(vla, run(tmp_path, "lift", LIFT_VLA | {"trainer.buffer_type": "standard", "env.num_workers": 1}))
 
 
 @pytest.mark.sim
