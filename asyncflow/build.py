@@ -20,6 +20,7 @@ from asyncflow.checkpoint import Checkpoint
 from asyncflow.collector import Collector, InlineCollector, ThreadedCollector
 from asyncflow.config import Config, PolicyConfig
 from asyncflow.device import check_compile, resolve_device
+from asyncflow.env_source import adopt_environment, restore_environment, tell_change, tell_edit
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapped import map_names
@@ -30,14 +31,17 @@ from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
 from asyncflow.policies import find_policy_code, make_policy
 from asyncflow.policies.base import Policy, is_scaled, scale_actions
+from asyncflow.policies.foreign import without_weights
 from asyncflow.policies.mapping import NameMapping, check_names
 from asyncflow.policies.promises import check_promises
 from asyncflow.policy_file import (
+    FILE_NAME,
     PolicyFile,
     check_saving,
     check_tensors,
     load_into,
     load_policy_file,
+    read_env_spec,
     resolve_checkpoint,
 )
 from asyncflow.ppo import PPO
@@ -100,10 +104,18 @@ def check_start(config: Config) -> Path:
             names in `policy.mapping` do not exist, or the folder already holds a run.
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
-    check_cameras(config.env)
     folder = name_run_folder(config)
-    spec, mapping = _foresee_spec(config), config.policy.mapping
-    is_known = is_described(config.env) and config.env.env_meta is None
+    start, mapping = _read_start(config), config.policy.mapping
+    is_sized = is_described(config.env) and config.env.env_meta is None  # by the table of tasks, or the policy's file
+    if start is not None:
+        config = config.model_copy(update={"env": adopt_environment(config.env, start.env_spec)})
+    check_cameras(config.env)
+    spec = _foresee_spec(config, start)
+    if start is not None and config.env.env_meta is not None:
+        has_widths = bool(start.env_spec.obs_widths) or mapping.obs.state is None
+        is_known = is_sized and spec.obs_keys == start.env_spec.obs_keys and has_widths
+    else:
+        is_known = is_sized
     if is_known:
         _check_folder(config.policy, NameMapping(mapping, spec).spec)
     elif is_described(config.env):  # only its simulator knows sizes
@@ -119,11 +131,9 @@ def _check_folder(config: PolicyConfig, seen: EnvSpec) -> None:
         match_cameras(open_lerobot(config), config, seen.obs_shapes, seen.action_dim, seen.image_shapes)
 
 
-def _foresee_spec(config: Config) -> EnvSpec:
+def _foresee_spec(config: Config, start: PolicyFile | None) -> EnvSpec:
     """Return what the environments will be like, as far as the configuration and the checkpoint say."""
-    spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1)
-    if (file := _read_start(config)) is not None:
-        spec = file.env_spec
+    spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1) if start is None else start.env_spec
     if not is_described(config.env):
         return spec
     settings = resolve_task(config.env)
@@ -167,6 +177,7 @@ def build_parts(
     device = resolve_device(config.trainer.device)
     check_compile(config.policy.compile, device)
     torch.set_num_threads(config.trainer.num_threads)
+    config = _settle_environment(config, resumed)
     with ExitStack() as on_failure:
         env = _build_env(config, "train", config.env.num_envs)
         on_failure.callback(env.close)
@@ -189,6 +200,24 @@ def build_parts(
     return Parts(env, eval_env, policy, channel, collector, ppo, progress)
 
 
+def _settle_environment(config: Config, resumed: Checkpoint | None) -> Config:
+    """Return the configuration with the environment that the run simulates; see `env_source`."""
+    if resumed is not None:
+        env = restore_environment(config.env, read_env_spec(resumed.path / FILE_NAME))
+    else:
+        start = _read_start(config)
+        env = config.env if start is None else adopt_environment(config.env, start.env_spec)
+    return config.model_copy(update={"env": env})
+
+
+def tell_environment(config: Config, resumed: Checkpoint | None = None) -> str | None:
+    """Return a line for the user if `env.env_meta` and a policy file describe different environments."""
+    if resumed is not None:
+        return tell_edit(config.env, read_env_spec(resumed.path / FILE_NAME))
+    start = _read_start(config)
+    return None if start is None else tell_change(config.env, start.env_spec)
+
+
 def _build_env(config: Config, purpose: str, num_envs: int) -> VecEnv:
     seed = derive_seed(config.trainer.seed, purpose)
     env = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
@@ -208,7 +237,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         ConfigError: The policy's keys do not fit together.
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
-    policy_config = with_export(config.policy, resumed.path) if resumed else config.policy
+    policy_config = without_weights(with_export(config.policy, resumed.path)) if resumed else config.policy
     seen = NameMapping(policy_config.mapping, spec).spec
     policy = make_policy(policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
     if resumed is not None:

@@ -284,11 +284,15 @@ def _trust(paths: list[str] | None) -> None:
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
     """Return the configuration that a command line means; overrides win over flags, both over the preset."""
-    from asyncflow.presets import choose_preset, load_config, parse_overrides
+    from asyncflow.envs.tasks import task_names
+    from asyncflow.presets import choose_preset, load_config, name_task, parse_overrides
 
-    values = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
-    values |= parse_overrides(overrides or [])
-    return load_config(preset or choose_preset(values), values)
+    given = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
+    given |= parse_overrides(overrides or [])
+    values = name_task(preset, given)
+    if preset is None and (values is given or values["env.task"] in task_names()):
+        preset = choose_preset(values)
+    return load_config(preset, values)
 
 
 def _load_run(folder: str, preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:

@@ -45,16 +45,23 @@ class EnvConfig(Section):
     """What is simulated, and in how many processes."""
 
     task: str = Field("Lift", description="Task name (`asyncflow tasks` lists them); `Toy` needs no simulator.")
-    env_meta: PathText | None = Field(
-        None, description="JSON file, robomimic dataset or checkpoint (.pth) whose `env_meta` replaces the task's own."
+    env_meta: PathText | dict[str, Any] | None = Field(
+        None,
+        description="JSON file, robomimic dataset or checkpoint (.pth) whose `env_meta` replaces the task's own, or "
+        "that `env_meta` itself; null means that of the policy to start from, else the task's own.",
     )
     num_envs: int = Field(16, ge=1, description="Environments collected from, N.")
     num_workers: int | None = Field(None, ge=1, description="Simulator processes; null means one per CPU core.")
     horizon: int | None = Field(
-        None, ge=1, description="Env steps until an episode is truncated; null means the task's."
+        None,
+        ge=1,
+        description="Env steps until an episode is truncated; null means those of the policy, else the task's.",
     )
     obs_keys: list[str] | None = Field(
-        None, min_length=1, description="Low-dimensional observations concatenated into `state`; null means the task's."
+        None,
+        min_length=1,
+        description="Low-dimensional observations concatenated into `state`; null means those of the policy to start "
+        "from, else the task's.",
     )
     n_obs_steps: int = Field(
         1, ge=1, description="Env steps that one observation shows, the last one and those before."
@@ -82,6 +89,11 @@ class EnvConfig(Section):
     )
     max_restarts: int = Field(10, ge=0, description="Workers replaced within restart_window_s; one more ends the run.")
     restart_window_s: float = Field(600.0, gt=0, le=MAX_SECONDS, description="Seconds over which max_restarts counts.")
+
+    @property
+    def env_meta_file(self) -> str | None:
+        """The file that `env_meta` names; None where there is none."""
+        return self.env_meta if isinstance(self.env_meta, str) else None
 
     @model_validator(mode="after")
     def _check_cameras(self) -> EnvConfig:

@@ -192,7 +192,7 @@ def collect_demos(
     start = time.perf_counter()
     out = Path(out)
     make_expert = _find_expert(env_config)
-    check_output(out, options.overwrite, inputs=[env_config.env_meta])
+    check_output(out, options.overwrite, inputs=[env_config.env_meta_file])
     simulator = make_simulator(env_config, derive_seed(options.seed, "simulator", 0))
     try:
         demos, num_failures = _collect(simulator, make_expert, options, on_progress)
@@ -208,16 +208,18 @@ def _find_expert(env_config: EnvConfig) -> Callable[[float], Expert]:
     if task not in EXPERTS:
         raise ConfigError(f"env.task = {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
     if env_config.env_meta:
-        _check_controller(load_env_meta(env_config.env_meta)["env_kwargs"], task, env_config.env_meta)
+        _check_controller(load_env_meta(env_config.env_meta)["env_kwargs"], task, env_config.env_meta_file)
     return EXPERTS[task]
 
 
-def _check_controller(env_kwargs: dict[str, Any], task: str, path: str) -> None:
+def _check_controller(env_kwargs: dict[str, Any], task: str, path: str | None) -> None:
     """Refuse a controller that executes an expert's actions otherwise than it means them."""
     size = TASKS[task].action_dim
     limits = find_action_limits(env_kwargs.get("controller_configs"), name_robots(env_kwargs), size)
     if limits != ((-1.0,) * size, (1.0,) * size):
-        raise ConfigError(f"env.env_meta = {path}: the scripted expert needs a controller of deltas in [-1, 1]")
+        raise ConfigError(
+            f"env.env_meta{f' = {path}' if path else ''}: the scripted expert needs a controller of deltas in [-1, 1]"
+        )
 
 
 def _collect(

@@ -5,10 +5,7 @@ Owns the way from a file to an evaluation. It must not know about runs or traini
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from asyncflow.envs.tasks import TOYS
 from asyncflow.errors import CheckpointError
 from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.policies import make_policy
+from asyncflow.policies.foreign import without_weights
 from asyncflow.policies.mapping import NameMapping
 from asyncflow.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.seeding import derive_seed
@@ -49,8 +47,9 @@ def evaluate_checkpoint(
     torch.set_num_threads(config.trainer.num_threads)
     mapping = file.policy_config.mapping
     seen = NameMapping(mapping, file.env_spec).spec
+    config_to_load = without_weights(file.policy_config)
     policy = make_policy(
-        file.policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, image_shapes=seen.image_shapes
+        config_to_load, seen.obs_shapes, seen.action_dim, config.trainer.seed, image_shapes=seen.image_shapes
     )
     load_into(policy, file)
     num_envs = min(config.env.num_envs, num_episodes)
@@ -86,11 +85,8 @@ def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> 
     if spec.task:
         changes |= {"task": spec.task, "env_meta": None}
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "env_meta.json"
-        path.write_text(json.dumps(spec.env_meta))
-        changes |= {"task": EnvConfig().task, "env_meta": str(path)}  # the default, in whose place env_meta stands
-        return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
+    changes |= {"task": EnvConfig().task, "env_meta": spec.env_meta}  # the default, in whose place env_meta stands
+    return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
 
 
 def _check_same(env: VecEnv, file: PolicyFile) -> None:

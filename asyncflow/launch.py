@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from asyncflow.build import Parts, build_parts, check_start
+from asyncflow.build import Parts, build_parts, check_start, tell_environment
 from asyncflow.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -44,6 +44,8 @@ def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None
         TrainingError: Training failed.
     """
     folder = check_start(config)
+    if (told := tell_environment(config)) is not None:
+        reporter.notice(told)
     with ExitStack() as stack:
 
         def announce(ring_bytes: int) -> None:
@@ -83,6 +85,8 @@ def resume(
             write_config(folder, config)
         except OSError as error:
             raise CheckpointError(f"--resume {folder}: {error.filename}: {error.strerror}") from None
+        if (told := tell_environment(config, checkpoint)) is not None:
+            reporter.notice(told)
         for change in changed_versions(folder):
             reporter.notice(f"since this run began, {change}: it may differ from an uncut one")
         device = str(resolve_device(config.trainer.device))

@@ -157,6 +157,24 @@ def read_policy_file(path: Path) -> PolicyFile:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {_one_line(error)}") from None
     check_finite(tensors, str(path))
+    env_spec = _parse_env(header, path)
+    try:
+        policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
+    return PolicyFile(path, tensors, policy_config, env_spec)
+
+
+def read_env_spec(path: Path) -> EnvSpec:
+    """Return the environment that a policy file was made for; its tensors are not read.
+
+    Raises:
+        CheckpointError: As `read_policy_file`.
+    """
+    return _parse_env(_read_header(path), path)
+
+
+def _parse_env(header: dict[str, Any], path: Path) -> EnvSpec:
     try:
         env = header["env"] | {
             "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
@@ -166,8 +184,7 @@ def read_policy_file(path: Path) -> PolicyFile:
             "obs_widths": tuple(header["env"].get("obs_widths", ())),
             "point_settings": dict(header["env"].get("point_settings", {})),
         }
-        policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
-        return PolicyFile(path, tensors, policy_config, EnvSpec(**env))
+        return EnvSpec(**env)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
 

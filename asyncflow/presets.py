@@ -5,19 +5,22 @@ Owns how values are read and which of them win. It must not know what a key mean
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from asyncflow.config import Config, validate
-from asyncflow.envs.tasks import TASKS, Task, find_task, task_names
+from asyncflow.envs.tasks import TASKS, Task, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
-from asyncflow.lerobot_folder import adopt_lerobot
+from asyncflow.files import expand_user
+from asyncflow.lerobot_folder import adopt_lerobot, is_lerobot_folder
 from asyncflow.overrides import read_value
 from asyncflow.plain_values import load_yaml
 from asyncflow.plugins import trust_class
 
+PATH_KEYS = ("env.env_meta", "policy.checkpoint", "policy.vla.model_path")
 # YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
@@ -46,6 +49,33 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     return None
 
 
+def name_task(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the task of the policy to start from, or of `env.env_meta`, where they name none.
+
+    Args:
+        preset: As for `load_config`.
+        values: Dotted key -> value, as a command line gives them.
+
+    Raises:
+        ConfigError: The preset, the checkpoint or the description cannot be read.
+    """
+    sections = apply_overrides(read_preset(preset) if preset else {}, deepcopy(values))
+    env, policy = (sections.get(name) or {} for name in ("env", "policy"))
+    if not isinstance(env, dict) or not isinstance(policy, dict) or "task" in env:
+        return values
+    described, checkpoint = env.get("env_meta"), policy.get("checkpoint")
+    if isinstance(described, str | dict):
+        name = name_of_env(load_env_meta(described if isinstance(described, dict) else expand_user(described)))
+        return values | {"env.task": name} if name in TASKS else values
+    if not isinstance(checkpoint, str) or is_lerobot_folder(expand_user(checkpoint)):
+        return values
+    from asyncflow.policy_file import read_env_spec, resolve_checkpoint  # noqa: PLC0415  torch takes seconds to load
+
+    spec = read_env_spec(resolve_checkpoint(checkpoint))
+    name = spec.task or name_of_env(spec.env_meta)
+    return values | {"env.task": name} if name else values
+
+
 def preset_names() -> list[str]:
     """Return the names of the shipped presets."""
     return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
@@ -68,7 +98,38 @@ def load_config(preset: str | None = None, overrides: dict[str, Any] | None = No
     """
     values = apply_overrides(read_preset(preset) if preset else {}, overrides or {})
     trust_named_class(values)
-    return validate(adopt_lerobot(values))
+    return validate(anchor_paths(adopt_lerobot(values)))
+
+
+def anchor_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values with the paths in them made absolute: a run may go on from another folder.
+
+    What is no file or folder here stays as it is: a shipped name, one that `from_pretrained` knows, or a mistake.
+    """
+    anchored = deepcopy(values)
+    for key in PATH_KEYS:
+        *parents, leaf = key.split(".")
+        section: Any = anchored
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(leaf), str):
+            section[leaf] = anchor(section[leaf])
+    return anchored
+
+
+def anchor(name: Any) -> Any:
+    """Return a path as an absolute one, and anything else as it is."""
+    if not isinstance(name, str):
+        return name
+    path = expand_user(name)
+    try:
+        return str(path.absolute()) if path.exists() and not _is_shipped(name) else name
+    except (OSError, ValueError):  # a name that no file can have
+        return name
+
+
+def _is_shipped(name: str) -> bool:
+    return (Path(__file__).parent / "assets" / f"{name}.safetensors").is_file()
 
 
 def trust_named_class(values: dict[str, Any]) -> None:

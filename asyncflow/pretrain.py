@@ -131,7 +131,7 @@ def pretrain(
     """
     start = time.perf_counter()
     policy_config, env_config = config.policy, config.env
-    inputs = [dataset, env_config.env_meta, policy_config.checkpoint, policy_config.vla.model_path]
+    inputs = [dataset, env_config.env_meta_file, policy_config.checkpoint, policy_config.vla.model_path]
     check_output(Path(out), options.overwrite, inputs)
     if policy_config.kind == LEROBOT:
         raise ConfigError(

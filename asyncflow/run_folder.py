@@ -22,7 +22,7 @@ import yaml
 from asyncflow.config import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import lock_file, make_new_folder, write_atomically
-from asyncflow.presets import apply_overrides, read_sections, trust_named_class
+from asyncflow.presets import PATH_KEYS, anchor, apply_overrides, read_sections, trust_named_class
 from asyncflow.shell import command
 
 # What may differ in a resumed run: none of it changes what a finished update was.
@@ -126,6 +126,7 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
     except ValueError as error:
         raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {error}") from None
     run = validate(values)
+    overrides = {key: anchor(value) if key in PATH_KEYS else value for key, value in overrides.items()}
     _refuse_changes(run, overrides)
     trust_named_class(apply_overrides({}, deepcopy(overrides)))
     resumed = validate(apply_overrides(values, overrides))

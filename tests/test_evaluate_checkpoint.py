@@ -1,7 +1,6 @@
 """A policy file is evaluated in the environment that it carries; the configuration gives the rest."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,8 +50,9 @@ def built(monkeypatch):
             super().close()
 
     def make(env_config, chunk_length, num_envs, seed):
-        meta = env_config.env_meta and json.loads(Path(env_config.env_meta).read_text())
-        asked.update(config=env_config, meta=meta, chunk_length=chunk_length, num_envs=num_envs, seed=seed)
+        asked.update(
+            config=env_config, meta=env_config.env_meta, chunk_length=chunk_length, num_envs=num_envs, seed=seed
+        )
         return Toy(num_envs, chunk_length, env_config.horizon)
 
     monkeypatch.setattr(module, "make_vec_env", make)
@@ -118,11 +118,6 @@ def test_simulators_are_not_constructed_as_those_of_a_run(policy_file, built):
     """A cube's size is kept for good, by the seed."""
     evaluate_checkpoint(policy_file(TOY_SPEC), config(**{"trainer.seed": 5}), 2)
     assert built["seed"] not in (derive_seed(5, "evaluation"), derive_seed(5, "train"))
-
-
-def test_the_description_is_needed_by_nobody_once_the_simulators_are_built(policy_file, built):
-    evaluate_checkpoint(policy_file(LIFT_SPEC), config(), 2)
-    assert not Path(built["config"].env_meta).parent.exists()
 
 
 def test_environments_are_closed_at_the_end(policy_file, built):

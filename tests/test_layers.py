@@ -16,7 +16,8 @@ LAYERS = [
     {"contracts", "errors", "exits", "files", "notices", "plugins", "shell", "signals", "terminal"},
     {"checksums", "config", "policy_config"},
     {
-        "buffer", "camera_data", "console", "dataset", "demo_choice", "device", "envs", "episodes", "examples",
+        "buffer", "camera_data", "console", "dataset", "demo_choice", "device", "env_source", "envs", "episodes",
+        "examples",
         "experts", "finite", "flags", "gae", "inference", "latency", "lerobot_folder", "losses", "metric_files",
         "metrics", "optimizer", "overrides", "pickle_sizes", "plain_values", "policies", "policy_file", "presets",
         "profile_legs", "profile_model", "profile_plot", "rates", "resources", "robomimic_file", "seeding",

@@ -188,3 +188,23 @@ def test_other_versions_than_at_the_beginning_are_named(folder):
     path = folder / "versions.json"
     path.write_text(path.read_text().replace(f'"torch": "{describe_versions()["torch"]}"', '"torch": "1.0"'))
     assert changed_versions(folder) == [f"torch was 1.0, is {describe_versions()['torch']}"]
+
+
+@pytest.mark.parametrize("key", ["env.env_meta", "policy.checkpoint", "policy.vla.model_path"])
+def test_paths_are_kept_so_that_a_run_goes_on_from_another_folder(tmp_path, monkeypatch, key):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    config = load_config("toy", {key: "file", "logging.out": "run"})
+    assert values_by_key(config)[key] == str(tmp_path / "file")
+    os.close(create_run_folder(name_run_folder(config), config)[1])
+    assert values_by_key(resume_config(tmp_path / "run", {key: "file"}))[key] == str(tmp_path / "file")
+    monkeypatch.chdir("/")
+    with pytest.raises(ConfigError, match="cannot change with --resume"):
+        resume_config(tmp_path / "run", {key: "another"})
+
+
+@pytest.mark.parametrize("name", ["lift_flow", "organisation/model"])
+def test_names_that_are_no_paths_stay(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lift_flow").mkdir()
+    assert load_config("lift", {"policy.checkpoint": name}).policy.checkpoint == name

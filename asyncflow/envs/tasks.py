@@ -175,6 +175,12 @@ def find_task(name: str) -> Task:
     raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
 
 
+def name_of_env(env_meta: dict[str, Any]) -> str:
+    """Return what `env.task` calls the environment of a description; robosuite's name where the table lacks it."""
+    name = str(env_meta.get("env_name", ""))
+    return next((known for known, task in TASKS.items() if task.env_name == name), name)
+
+
 def is_described(config: EnvConfig) -> bool:
     """Tell whether `resolve_task` knows what is simulated; it does not know the toys, nor tasks of other packages.
 
@@ -277,16 +283,21 @@ def _task_of_meta(env_meta: dict[str, Any], config: EnvConfig) -> Task:
         if task.env_name == name:
             return task
     if config.horizon is None:
-        raise ConfigError(f"env.horizon = null: {config.env_meta} describes {name}, whose horizon is not known; set it")
+        raise ConfigError(f"env.horizon = null: env.env_meta describes {name}, whose horizon is not known; set it")
     return Task(name, config.horizon, "described by env.env_meta")
 
 
-def load_env_meta(path: str | Path) -> dict[str, Any]:
+def load_env_meta(path: str | Path | dict[str, Any]) -> dict[str, Any]:
     """Read robomimic's description of an environment from a JSON file, or from a dataset or checkpoint of robomimic.
+
+    Args:
+        path: The file; or the description itself, which is checked.
 
     Raises:
         ConfigError: The file is missing, is none of the three, or describes no robosuite environment; one line.
     """
+    if isinstance(path, dict):
+        return check_env_meta(path, "env.env_meta")
     path, source = Path(path), f"env.env_meta = {path}"
     if not path.is_file():
         raise ConfigError(f"{source}: no such file; expected JSON, a robomimic HDF5 dataset or a robomimic checkpoint")

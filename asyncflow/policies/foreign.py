@@ -40,6 +40,19 @@ def find_model_class(config: VLAConfig) -> type[nn.Module]:
     return import_class(config.model_class, "policy.vla.model_class", "torch.nn.Module")
 
 
+def without_weights(config: PolicyConfig) -> PolicyConfig:
+    """Return how to build a policy whose weights a checkpoint holds: without `model_path`, unless the class needs it.
+
+    Raises:
+        ConfigError: As `find_model_class`.
+    """
+    if config.kind != "vla" or config.vla.model_class is None or config.vla.model_path is None:
+        return config
+    if hasattr(find_model_class(config.vla), "from_pretrained"):
+        return config
+    return config.model_copy(update={"vla": config.vla.model_copy(update={"model_path": None})})
+
+
 def load_model(config: VLAConfig) -> nn.Module:
     """Build `model_class` with `model_config`, and load `model_path` where there is one.
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from silent import TOY, Silent
+from silent import TOY, Silent, go_on, start
 from tensordict import TensorDict
 from torch import nn
 
 from asyncflow.config import PolicyConfig, VLAConfig
 from asyncflow.errors import ConfigError
+from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.launch import train
 from asyncflow.plugins import trust_class
 from asyncflow.policies import VLAPolicy, make_policy
-from asyncflow.policies.foreign import ForeignPolicy
+from asyncflow.policies.foreign import ForeignPolicy, without_weights
 from asyncflow.presets import load_config
 from asyncflow.seeding import policy_noise
 
@@ -237,3 +238,19 @@ def test_a_class_that_cannot_be_imported_is_found_before_simulators_are_built(tm
     monkeypatch.setattr("asyncflow.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     with pytest.raises(ConfigError, match="No module named 'nowhere'"):
         train(load_config("toy_vla_tiny", TOY | changes), Silent())
+
+
+def test_a_run_goes_on_and_is_evaluated_without_the_weights_that_it_began_with(tmp_path):
+    save_file({name: tensor.clone() for name, tensor in ActorCritic().state_dict().items()}, tmp_path / "w.safetensors")
+    keys = {"policy.kind": "vla", "policy.vla.model_class": "elsewhere.ActorCritic", "trainer.total_updates": 1}
+    start(tmp_path / "run", "toy", TOY | keys | {"policy.vla.model_path": str(tmp_path / "w.safetensors")})
+    (tmp_path / "w.safetensors").unlink()
+    assert go_on(tmp_path / "run", **{"trainer.total_updates": 2}).ended
+    assert evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), 2).num_episodes == 2
+
+
+def test_a_model_that_loads_itself_keeps_its_path():
+    for name, path in (("elsewhere.Pretrained", "hub/name"), ("elsewhere.ActorCritic", None)):
+        trust_class(name)
+        config = PolicyConfig(kind="vla", vla=VLAConfig(model_class=name, model_path="hub/name"))
+        assert without_weights(config).vla.model_path == path
