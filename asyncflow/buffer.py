@@ -99,7 +99,7 @@ class RolloutInfo:
 
     Attributes:
         policy_version: Updates that the policy that acted had seen.
-        episodes: Episodes that ended within it, in the order of their decisions.
+        episodes: Episodes that ended within it, and in rollouts that were dropped before it, in their order.
         seconds: What collecting it took, by stage.
         faults: What was survived while it was collected, and in rollouts that were dropped before it.
         journal: What rebuilds the episodes that are open at its end, so that the next rollout can be collected again.
@@ -171,6 +171,7 @@ class RolloutBuffer:
         self._is_closed = False
         self._num_started = 0
         self._dropped_faults: tuple[Fault, ...] = ()
+        self._dropped_episodes: tuple[Episode, ...] = ()
         self._books = {"collected": 0, "trained": 0, "dropped": 0, "invalid": 0}
 
     def restore(self, next_rollout: int, books: Mapping[str, int]) -> None:
@@ -203,6 +204,7 @@ class RolloutBuffer:
             if slot.state is SlotState.READY:
                 self._books["dropped"] += slot.num_written
                 self._dropped_faults += slot.info.faults
+                self._dropped_episodes += slot.info.episodes
             wait_event(slot.event, self.device)
             self._slots[position] = _Slot(SlotState.WRITING, self._num_started)
             self._num_started += 1
@@ -260,8 +262,9 @@ class RolloutBuffer:
         expected = self.plan.num_steps * self.plan.num_envs
         if entry.num_written != expected:
             raise AsyncflowError(f"rollout {entry.index}: {entry.num_written} of {expected} decisions were written")
-        entry.info = replace(info, faults=self._dropped_faults + info.faults)
-        self._dropped_faults = ()
+        faults, episodes = self._dropped_faults + info.faults, self._dropped_episodes + info.episodes
+        entry.info = replace(info, faults=faults, episodes=episodes)
+        self._dropped_faults, self._dropped_episodes = (), ()
         entry.event = record_event(self.device)
         with self._changed:
             entry.state = SlotState.READY

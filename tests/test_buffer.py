@@ -9,6 +9,7 @@ from waiting import PATIENCE_S, Waiting
 
 from asyncflow.buffer import BufferClosed, BufferPlan, RolloutBuffer, RolloutInfo
 from asyncflow.envs.base import EnvSpec, Fault
+from asyncflow.episodes import Episode
 from asyncflow.errors import AsyncflowError
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def fill(buffer, groups=(range(NUM_ENVS),), is_valid=True):
             buffer.write(slot, t, group, {"ticket": 100.0 * index + 10 * t + ids, "valid": valid})
             buffer.write_obs(slot, t, group, TensorDict({"state": ids[:, None].expand(-1, 2) + 10.0 * t}, [len(ids)]))
             buffer.count(slot, len(group))
-    buffer.finish_rollout(slot, RolloutInfo(policy_version=index, faults=(Fault("died", str(index)),)))
+    buffer.finish_rollout(slot, RolloutInfo(index, (Episode(index, 0.0, 1, False),), {}, (Fault("died", str(index)),)))
     return index
 
 
@@ -150,11 +151,13 @@ def test_written_decisions_can_be_taken_back():
     assert buffer.books() == {"collected": 12, "trained": 10, "dropped": 0, "invalid": 2, "in_flight": 0}
 
 
-def test_a_dropped_rollout_hands_its_faults_on():
+def test_a_dropped_rollout_hands_its_faults_and_episodes_on():
     buffer = make_buffer(num_slots=1, is_overwriting=True)
     for _ in range(3):
         fill(buffer)
-    assert [fault.message for fault in buffer.take().info.faults] == ["0", "1", "2"]
+    info = buffer.take().info
+    assert [fault.message for fault in info.faults] == ["0", "1", "2"]
+    assert [episode.start for episode in info.episodes] == [0, 1, 2]
 
 
 def test_a_restored_ring_goes_on_with_its_books_and_collects_again_what_was_in_flight():
