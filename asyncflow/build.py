@@ -188,7 +188,7 @@ def build_parts(
         policy = build_policy(config, env.simulator_spec, device, resumed)
         check_saving(policy, config.policy, env.simulator_spec)
         if config.policy.is_from_elsewhere:
-            check_promises(policy, env.spec)
+            check_promises(policy, config.policy.n_action_steps, env.spec)
         channel = _build_channel(config, policy, env.spec, on_plan)
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
         progress = Progress()

@@ -146,7 +146,7 @@ def pretrain(
     policy = _require_velocity(built, policy_config)
     check_saving(policy, policy_config, spec)
     if policy_config.is_from_elsewhere:
-        check_promises(policy, spec, has_velocity_alone=True)
+        check_promises(policy, policy_config.n_action_steps, spec, has_velocity_alone=True)
     fit_normalizers(policy, demos, spec)
     losses = train_flow(policy, examples, options, on_progress)
     tenth = max(1, len(losses) // 10)

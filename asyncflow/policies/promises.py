@@ -34,20 +34,22 @@ TOLERANCE_SHARE = 1 / 500  # of `Policy.ratio_tolerance`: by how much equal answ
 _GRADIENT = "nothing of it would be trained (torch.no_grad, detach, or every parameter frozen)"
 
 
-def check_promises(policy: Policy, spec: EnvSpec, has_velocity_alone: bool = False) -> None:
+def check_promises(policy: Policy, n_action_steps: int, spec: EnvSpec, has_velocity_alone: bool = False) -> None:
     """Try a policy on observations of random numbers; leaves it as it was.
 
     Args:
         policy: Of code from elsewhere, on its device.
+        n_action_steps: Actions of a chunk that the environments execute.
         spec: The environments', in the policy's names.
         has_velocity_alone: Whether only its velocity is trained, as in pre-training.
 
     Raises:
         ContractError: A promise is broken; names the method and the promise.
     """
+    _check_parameters(policy)
+    _check_numbers(policy, n_action_steps, spec)
     obs = _make_obs(spec).to(next(policy.parameters()).device)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _unchanged_buffers(policy):
-        _check_parameters(policy)
         if isinstance(policy, VLAPolicy):
             _try_velocity_model(policy, obs, has_velocity_alone)
         if isinstance(policy, ForeignPolicy):
@@ -70,7 +72,27 @@ def _make_obs(spec: EnvSpec) -> TensorDict:
     return filled
 
 
+def _check_numbers(policy: Policy, n_action_steps: int, spec: EnvSpec) -> None:
+    """Refuse a policy that does not say its sizes, or has others than the environments."""
+    wanted = {"n_action_steps": n_action_steps, "action_dim": spec.action_dim}
+    for name in ("horizon", "n_action_steps", "action_dim", "noise_size", "log_prob_terms"):
+        found = getattr(policy, name, None)
+        expected = f"{wanted[name]}, as the environments have it" if name in wanted else "a number"
+        if not isinstance(found, int | float) or found != wanted.get(name, found):
+            raise broken(f"{name_of(policy)}.{name}", "is", found, expected)
+
+
 def _check_parameters(policy: Policy) -> None:
+    """Refuse a policy that has nothing to train, or what the optimizer cannot train."""
+    own = {id(parameter) for parameter in policy.parameters()}
+    try:
+        strangers = [parameter for parameter in policy.critic_parameters() if id(parameter) not in own]
+    except Exception as error:  # such as that of a value_head which is no module
+        raise ContractError(f"{name_of(_model(policy))}: has no parameters of a critic: {_one_line(error)}") from error
+    if strangers:
+        raise ContractError(f"{name_of(_model(policy))}: critic_parameters yields what is not among its parameters")
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ContractError(f"{name_of(_model(policy))}: has no parameter that requires a gradient; nothing to train")
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ContractError(
@@ -130,9 +152,7 @@ class _Method:
             raise
         except Exception as error:  # of whatever the model is made of
             num_rows = len(next(iter(inputs.values())))
-            raise ContractError(
-                f"{self.name} failed on {num_rows} decision(s): {type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error
+            raise ContractError(f"{self.name} failed on {num_rows} decision(s): {_one_line(error)}") from error
 
     def _compare(self, first: Any, second: Any, broken_promise: str) -> None:
         difference = _difference(first, second)
@@ -141,6 +161,10 @@ class _Method:
                 f"{self.name} {broken_promise}; they differ by {difference:.2g} of the largest; expected the same: the "
                 "ratio of PPO has to be 1 before training"
             )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _leaves(value: Any) -> dict[Any, Tensor]:
@@ -213,7 +237,12 @@ def _try_actor_critic(policy: ForeignPolicy, obs: TensorDict) -> None:
 def _try_decisions(policy: Policy, obs: TensorDict) -> None:
     """Decide with the acting copy and evaluate with the policy itself: whatever it is, the ratio has to be 1."""
     name, limit = name_of(_model(policy)), policy.ratio_tolerance * TOLERANCE_SHARE
-    acting = make_acting_copy(policy)
+    try:
+        acting = make_acting_copy(policy)
+    except Exception as error:  # of whatever it holds: a lock, a tensor that was computed
+        raise ContractError(
+            f"{name}: cannot be copied for the collector (copy.deepcopy): {_one_line(error)}"
+        ) from error
     device = next(policy.parameters()).device
     noise = policy_noise(0, range(NUM_TRIED), 0, policy.noise_size).to(device)
     with torch.no_grad():
@@ -238,6 +267,21 @@ def _try_decisions(policy: Policy, obs: TensorDict) -> None:
         raise broken(f"{name}.default_forward", "returned as log_probs", evaluated["log_probs"], f"the shape {shape}")
     _Method(f"{name}.get_value", policy.get_value, limit).ask(obs=encoded)
     _check_ratio(policy, decision["log_probs"], evaluated["log_probs"].detach())
+    _check_own_weights(policy, acting, batch)
+
+
+def _check_own_weights(policy: Policy, acting: Policy, batch: TensorDict) -> None:
+    """Refuse a model whose copy would act with weights that are just being trained."""
+    evaluated = acting.default_forward(batch.clone())
+    total = torch.stack([evaluated[field].sum() for field in ("log_probs", "values")]).sum()
+    own = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+    shared = [name for name, gradient in zip(own, gradients, strict=True) if gradient is not None]
+    if shared:
+        raise ContractError(
+            f"{name_of(_model(policy))}: its copy for the collector (copy.deepcopy) computes with {shared[0]} of the "
+            "original; expected its own: no function in a model may hold that model, as a lambda in __init__ does"
+        )
 
 
 def _check_fields(method: str, answer: Any, names: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 import torch
@@ -93,6 +94,37 @@ class Cached(Velocity):
     def velocity(self, prefix, x, time):
         prefix.append(prefix[-1] + 1)
         return super().velocity(prefix[-1], x, time)
+
+
+class Lambda(Velocity):
+    """Holds a function that holds the model, which copies share."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = lambda features: self.expert(features) * 1.0
+
+    def velocity(self, prefix, x, time):
+        seen = prefix[:, None].expand(-1, x.shape[1], -1)
+        return self.head(torch.cat([seen, x.flatten(2), time[..., None]], -1)).view(x.shape)
+
+
+class Locked(Velocity):
+    """Holds what cannot be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Headed(ActorCritic):
+    """Has a value head that is no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.value_head = nn.Parameter(torch.ones(4))
+
+    def get_value(self, obs):
+        return obs["state"] @ self.value_head
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +258,7 @@ ACTOR_CRITIC = [
 def test_a_model_that_keeps_its_promises_passes_and_stays_as_it_was(model, dtype):
     policy = build(model, dtype=dtype)
     before, generator = {name: x.clone() for name, x in policy.state_dict().items()}, torch.get_rng_state()
-    check_promises(policy, SPEC)
+    check_promises(policy, policy.n_action_steps, SPEC)
     assert all(torch.equal(policy.state_dict()[name], x) for name, x in before.items())
     assert torch.equal(torch.get_rng_state(), generator)
     assert not any(module.training for module in policy.modules())
@@ -238,7 +270,7 @@ def test_a_model_that_keeps_its_promises_passes_and_stays_as_it_was(model, dtype
 )
 def test_a_broken_promise_is_named_with_its_method(model, method, change, said):
     with pytest.raises(ContractError, match=rf"{model}.{method} {said}") as caught:
-        check_promises(build(model, {method: change}), SPEC)
+        check_promises(build(model, {method: change}), 2, SPEC)
     assert "\n" not in str(caught.value)
 
 
@@ -247,12 +279,36 @@ def test_a_broken_promise_is_named_with_its_method(model, method, change, said):
     [
         ("Frozen", r"Frozen.velocity returned numbers without a gradient"),
         ("Double", r"Double: its parameter model.expert.weight is torch.float64; expected torch.float32"),
+        ("Lambda", r"Lambda: its copy for the collector \(copy.deepcopy\) computes with model.expert.weight of the"),
+        ("Locked", r"Locked: cannot be copied for the collector \(copy.deepcopy\): TypeError: cannot pickle"),
+        ("Headed", r"Headed: has no parameters of a critic: AttributeError"),
         ("Cached", r"Cached.velocity gives other numbers for one denoising step than for all"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(model, said):
     with pytest.raises(ContractError, match=said):
-        check_promises(build(model), SPEC)
+        check_promises(build(model), 2, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("n_action_steps", 1, r"GaussianPolicy.n_action_steps is 1; expected 4, as the environments have it"),
+        ("action_dim", 5, r"GaussianPolicy.action_dim is 5; expected 2"),
+        ("noise_size", None, r"GaussianPolicy.noise_size is None; expected a number"),
+    ],
+)
+def test_a_policy_of_another_package_has_the_sizes_of_the_environments(name, value, said):
+    policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC.obs_shapes, A, 0)
+    setattr(policy, name, value)
+    with pytest.raises(ContractError, match=said):
+        check_promises(policy, 4, SPEC)
+
+
+def test_a_policy_of_another_package_has_something_to_train():
+    policy = make_policy(PolicyConfig(kind="gaussian"), SPEC.obs_shapes, A, 0).requires_grad_(False)
+    with pytest.raises(ContractError, match=r"GaussianPolicy: has no parameter that requires a gradient"):
+        check_promises(policy, 4, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +323,7 @@ def test_a_model_that_cannot_be_trained_is_refused(model, said):
 )
 def test_a_policy_of_another_package_evaluates_the_decisions_that_it_took(monkeypatch, field, change, said):
     policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC.obs_shapes, A, 0)
-    check_promises(policy, SPEC)
+    check_promises(policy, policy.n_action_steps, SPEC)
     forward = GaussianPolicy.default_forward
 
     def other(policy, batch):
@@ -277,7 +333,7 @@ def test_a_policy_of_another_package_evaluates_the_decisions_that_it_took(monkey
 
     monkeypatch.setattr(GaussianPolicy, "default_forward", other)
     with pytest.raises(ContractError, match=said):
-        check_promises(policy, SPEC)
+        check_promises(policy, policy.n_action_steps, SPEC)
 
 
 @pytest.mark.parametrize("model", ["Frozen", "Cached"])
