@@ -230,7 +230,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
     from asyncflow.console import progress_bar
-    from asyncflow.presets import load_config, parse_overrides
+    from asyncflow.presets import load_config, parse_overrides, start_from
 
     resolved = load_config(config, parse_overrides(overrides or []))  # without a preset: the dataset names its task
     with _quiet_imports():
@@ -242,8 +242,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     with progress_bar("optimiser steps", options.num_steps) as show:
         result = pretrain(dataset, out, resolved, options, show)
     print("\n".join(result.describe()))
-    preset = ["--config", config] if config else []
-    print(f"next: {command('train', *preset, '--checkpoint', result.path, *(overrides or []))}")
+    print(f"next: {command('train', *start_from(config, overrides or [], result.path, result.env_keys))}")
     return 0
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import yaml
 
-from asyncflow.config import Config, validate
+from asyncflow.config import Config, validate, values_by_key
 from asyncflow.envs.tasks import TASKS, Task, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.files import expand_user
 from asyncflow.lerobot_folder import adopt_lerobot, is_lerobot_folder
-from asyncflow.overrides import read_value
+from asyncflow.overrides import read_value, write_value
 from asyncflow.plain_values import load_yaml
 from asyncflow.plugins import trust_class
 
@@ -74,6 +74,26 @@ def name_task(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
     spec = read_env_spec(resolve_checkpoint(checkpoint))
     name = spec.task or name_of_env(spec.env_meta)
     return values | {"env.task": name} if name else values
+
+
+def start_from(preset: str | None, overrides: list[str], path: Path, env_keys: dict[str, Any]) -> list[str | Path]:
+    """Return the words behind `asyncflow train` with which a run starts from a pre-trained policy.
+
+    Args:
+        preset: That of the pre-training.
+        overrides: Those of the pre-training.
+        path: The policy file.
+        env_keys: Dotted key -> what the policy was made for; said only where the run would take another.
+    """
+    values = parse_overrides(overrides)
+    taken = values_by_key(load_config(preset, values))
+    is_task_free = "env.task" in name_task(preset, values | {"policy.checkpoint": str(path)}).keys() - values.keys()
+    kept = [each for each in overrides if each.partition("=")[0] != "policy.checkpoint"]
+    needed = {key: value for key, value in env_keys.items() if value != taken[key]}
+    if is_task_free:
+        needed.pop("env.task", None)
+    words = [f"{key}={write_value(value)}" for key, value in needed.items()]
+    return [*(["--config", preset] if preset else []), "--checkpoint", path, *kept, *words]
 
 
 def preset_names() -> list[str]:

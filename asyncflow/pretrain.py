@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from asyncflow.config import Config, PolicyConfig
 from asyncflow.dataset import Demonstrations, read_dataset
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.tasks import POINTS
+from asyncflow.envs.tasks import POINTS, name_of_env
 from asyncflow.errors import ConfigError
 from asyncflow.examples import Examples, cut_chunks, cut_histories
 from asyncflow.files import check_output
@@ -81,6 +82,7 @@ class PretrainResult:
         num_failures: How many of them never solve their task; None where the dataset does not tell.
         num_chunks: Chunks cut from them, one a step.
         notice: What the user should know of the actions; empty if nothing.
+        env_keys: The values of `env` with which a run sees what the policy was made for, by dotted key.
         first_loss: Mean flow matching loss of the first tenth of the steps.
         final_loss: Mean loss of the last tenth.
         wall_s: Seconds it took.
@@ -92,13 +94,15 @@ class PretrainResult:
     num_failures: int | None
     num_chunks: int
     notice: str
+    env_keys: dict[str, Any]
     first_loss: float
     final_loss: float
     wall_s: float
 
     def describe(self) -> list[str]:
         """Return lines for a user."""
-        made = f"{self.path}: {self.num_chunks} chunks of {self.num_demos} demonstrations ({self.choice}), "
+        demos = "1 demonstration" if self.num_demos == 1 else f"{self.num_demos} demonstrations"
+        made = f"{self.path}: {self.num_chunks} chunks of {demos} ({self.choice}), "
         lines = [made + f"loss {self.first_loss:.4f} -> {self.final_loss:.4f}, {self.wall_s:.1f} s"]
         if self.num_failures:
             lines.append(f"of these demonstrations {self.num_failures} never succeed: --only-successes leaves them out")
@@ -160,10 +164,18 @@ def pretrain(
         num_failures=demos.num_failures,
         num_chunks=len(examples),
         notice=demos.notice,
+        env_keys=_list_env_keys(spec),
         first_loss=first_loss,
         final_loss=final_loss,
         wall_s=time.perf_counter() - start,
     )
+
+
+def _list_env_keys(spec: EnvSpec) -> dict[str, Any]:
+    sizes = {f"env.{key}": value for key, value in spec.point_settings.items()}
+    for shape in spec.image_shapes.values():
+        sizes["env.camera_size"] = list(shape[-2:])
+    return {"env.task": name_of_env(spec.env_meta), **sizes}
 
 
 def _require_velocity(policy: Policy, config: PolicyConfig) -> VelocityPolicy:
@@ -186,6 +198,8 @@ def _require_convergence(policy: Policy, untrained_loss: float, final_loss: floa
     Raises:
         ConfigError: A weight is not finite, or the loss rose instead of falling.
     """
+    if not math.isfinite(untrained_loss):
+        raise ConfigError("--dataset: its numbers are too large: the loss before the first step is not finite")
     is_finite = all(bool(tensor.isfinite().all()) for tensor in policy.state_dict().values())
     if not is_finite or not final_loss < DIVERGED * untrained_loss:
         raise ConfigError(
