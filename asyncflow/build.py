@@ -23,6 +23,7 @@ from asyncflow.device import check_compile, resolve_device
 from asyncflow.env_source import adopt_environment, restore_environment, tell_change, tell_edit
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError, ConfigError
@@ -194,6 +195,7 @@ def build_parts(
         progress = Progress()
         if resumed is not None:
             progress = Progress.from_checkpoint(resumed)
+            _check_journal(progress.journal, config, env.simulator_spec, resumed.path)
             _restore(config, resumed, channel, ppo)
         collector = _build_collector(config, env, policy, channel, progress)
         on_failure.pop_all()
@@ -313,7 +315,10 @@ def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Calla
 
 def _restore(config: Config, resumed: Checkpoint, channel: Channel, ppo: PPO) -> None:
     channel.buffer.restore(resumed.state["next_rollout"], resumed.state["books"])
-    channel.publisher.restore(read_snapshots(resumed.groups))
+    snapshots, own = read_snapshots(resumed.groups), changing_tensors(ppo.policy)
+    for version, tensors in snapshots.items():
+        check_tensors(own, tensors, f"{resumed.path}: version {version} of the weights")
+    channel.publisher.restore(snapshots)
     updates, lag = resumed.state["updates"], _fixed_lag(config) or 0
     missing = set(range(max(0, updates - lag), updates + 1)) - channel.publisher.snapshots().keys()
     if missing:  # the collector would wait for them for ever
@@ -321,6 +326,19 @@ def _restore(config: Config, resumed: Checkpoint, channel: Channel, ppo: PPO) ->
         raise CheckpointError(f"{resumed.path}: lacks the weights of version {versions}, with which the run goes on")
     ppo.load_state_tensors(resumed.groups.get("optimizer", {}))
     ppo.num_nonfinite_steps = resumed.state["num_nonfinite_steps"]
+
+
+def _check_journal(journal: EpisodeJournal | None, config: Config, spec: EnvSpec, path: Path) -> None:
+    """Refuse to replay episodes of other environments or of other chunks than the run's."""
+    if journal is None:
+        return
+    expected = (config.policy.n_action_steps, spec.action_dim)
+    shapes = {tuple(chunk.shape) for chunks in journal.chunks for chunk in chunks}
+    if len(journal.episodes) != config.env.num_envs or shapes - {expected}:
+        raise CheckpointError(
+            f"{path}: its journal is of {len(journal.episodes)} environments and chunks of {sorted(shapes)}; the run "
+            f"has {config.env.num_envs} and {expected} (policy.n_action_steps, action size)"
+        )
 
 
 def _fixed_lag(config: Config) -> int | None:

@@ -29,6 +29,7 @@ from asyncflow.errors import CheckpointError
 from asyncflow.files import follow, publish_file, write_atomically
 from asyncflow.policies.base import Policy
 from asyncflow.policy_file import FILE_NAME, read_policy_file, save_policy
+from asyncflow.stored_state import check_groups, check_state
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 TRAINING, STATE = "training.safetensors", "state.json"
@@ -180,15 +181,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
     checksums.check_folder(path, {FILE_NAME, TRAINING, STATE})
     policy = read_policy_file(path / FILE_NAME)
     try:
-        state, flat = json.loads((path / STATE).read_text()), load((path / TRAINING).read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        content = (path / STATE).read_bytes()
+        state, flat = json.loads(content), load((path / TRAINING).read_bytes())
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or incomplete: {' '.join(str(error).split())}") from None
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {state.get('format')}, this asyncflow reads {FORMAT}")
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: format {found}, this asyncflow reads {FORMAT}")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
+    try:
+        check_state(content)
+        check_groups(groups, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}/{error}") from None
     return Checkpoint(path, policy.tensors, state, groups)
 
 

@@ -292,7 +292,7 @@ def validate(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def describe_keys() -> Iterator[tuple[str, Any, str]]:
@@ -322,7 +322,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     """Return one line about the first problem: key, value, what is allowed, nearest right name."""
     problem = error.errors()[0]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).removeprefix(".")

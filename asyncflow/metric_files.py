@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from asyncflow.errors import ConfigError
 from asyncflow.files import write_atomically
 
@@ -157,20 +159,32 @@ def cut_rows(folder: Path, updates: int) -> int | None:
         ConfigError: The shorter file cannot be written.
     """
     path = folder / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it: {error.strerror}") from None
     rows = [(line, _parse_row(line)) for line in lines]
-    kept = [(line, row) for line, row in rows if row is not None and row.get("updates", 0) <= updates]
+    kept = [(line, row) for line, row in rows if row is not None and row.updates <= updates]
     if len(kept) < len(lines):
         try:
             write_atomically(path, b"".join(line for line, _ in kept))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}; the rows after update {updates} must be removed") from None
-    return kept[-1][1]["env_steps"] if kept else None
+    return kept[-1][1].env_steps if kept else None
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+class _StoredRow(BaseModel):
+    """What a line must hold; every other value is a number or null, too."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+
+    env_steps: int = Field(ge=0, lt=2**62)
+    updates: int = Field(0, ge=0)
+
+
+def _parse_row(line: bytes) -> _StoredRow | None:
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        return _StoredRow.model_validate_json(line) if line.endswith(b"\n") else None
+    except ValidationError:
         return None
-    return row if isinstance(row, dict) and "env_steps" in row else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from asyncflow.config import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
@@ -35,6 +36,7 @@ CHANGEABLE = (
 )  # fmt: skip
 _WRITTEN = ("metrics.jsonl", "versions.json", "trace.json")  # by a new run, besides config.yaml and checkpoints
 _KERNEL_VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_VERSIONS = TypeAdapter(dict[str, str])
 _PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
 
 
@@ -170,8 +172,8 @@ def describe_versions() -> dict[str, str]:
 def changed_versions(folder: Path) -> list[str]:
     """Return, a line each, which versions are not those that the run began with."""
     try:
-        before = json.loads((folder / "versions.json").read_text())
-    except (OSError, ValueError):
+        before = _VERSIONS.validate_json((folder / "versions.json").read_bytes())
+    except (OSError, ValidationError):
         return ["versions.json is missing or damaged"]
     now = describe_versions()
     # Older runs did not note their processor.

@@ -11,6 +11,7 @@ from asyncflow import build, resources
 from asyncflow.build import build_parts, build_policy
 from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.launch import train
 from asyncflow.ppo import PPO
@@ -99,6 +100,24 @@ def test_a_checkpoint_without_weights_that_rollouts_act_with_is_refused_by_versi
     checkpoint = checkpoint_with(tmp_path / "run", kept)
     with pytest.raises(CheckpointError, match=rf"update_000006: lacks the weights of version {lacking}, with which"):
         build_parts(load_config("toy", LAG_4), resumed=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "said"),
+    [
+        ("weights_6", lambda x: dict(list(x.items())[1:]), "version 6 of the weights does not fit the policy"),
+        ("weights_6", lambda x: {k: t.to(torch.int8) for k, t in x.items()}, r"torch\.float32 vs torch\.int8"),
+        ("journal", lambda x: EpisodeJournal.start(3).to_tensors(), "its journal is of 3 environments"),
+        ("journal", lambda x: x | {"chunks": x["chunks"][..., :1]}, r"and chunks of \[\(2, 1\)\]"),
+        ("optimizer", lambda x: {k: t[None] for k, t in x.items()}, "the optimizer's state does not fit the policy"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_before_it_is_taken_over(uncut, group, change, said):
+    folder = uncut(LAG_4 | {"trainer.total_updates": 6})
+    whole = load_checkpoint(list_checkpoints(folder)[-1])
+    other = replace(whole, groups=whole.groups | {group: change(whole.groups[group])})
+    with pytest.raises(CheckpointError, match=said):
+        build_parts(load_config("toy", LAG_4), resumed=other)
 
 
 def test_with_bounded_lag_the_newest_weights_suffice(tmp_path):

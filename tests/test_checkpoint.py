@@ -2,10 +2,12 @@
 
 import errno
 import json
+import math
 import os
 
 import pytest
 import torch
+from safetensors.torch import save as safetensors_save
 
 from asyncflow import checkpoint, policy_file
 from asyncflow.checkpoint import (
@@ -18,20 +20,39 @@ from asyncflow.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from asyncflow.checksums import describe_folder
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import load_policy_file, resolve_checkpoint
+from asyncflow.progress import Progress
 
 CONFIG = PolicyConfig(kind="gaussian", hidden_sizes=[8], critic_hidden_sizes=[8], log_prob="joint_sum")
 SPEC = EnvSpec({"state": (3,)}, action_dim=2, horizon=10)
 POLICY = make_policy(CONFIG, SPEC.obs_shapes, SPEC.action_dim, seed=0)
-GROUPS = {"weights_3": {"actor.0.weight": torch.arange(3.0)}, "journal": {"episodes": torch.tensor([4, 5])}}
+JOURNAL = EpisodeJournal([4, 5], [[torch.zeros(4, 2)], []], [False, True])
 
 
-def save(run, updates):
-    return save_checkpoint(run, PolicyToSave(POLICY, CONFIG, SPEC), {"updates": updates, "env_steps": 7}, GROUPS)
+def state_of(updates, **changes):
+    """Return what a run stores of how far it is."""
+    books = {"collected": 9, "trained": 8, "dropped": 0, "invalid": 1, "in_flight": 0}
+    state = Progress(env_steps=7, decisions=8, updates=updates, next_rollout=updates).to_state()
+    state |= {"books": books, "num_nonfinite_steps": 0, "is_evaluation_owed": False}
+    return state | {"row": {"env_steps": 7, "updates": updates, "train/policy_loss": math.nan}} | changes
+
+
+def groups_of(updates, **changes):
+    """Return the tensors that training goes on from."""
+    weights = {f"weights_{version}": {"actor.0.weight": torch.arange(3.0)} for version in (updates - 1, updates)}
+    moments = {"actor.0.weight.step": torch.ones(())}
+    return {**weights, "optimizer": moments, "journal": JOURNAL.to_tensors(), **changes}
+
+
+def save(run, updates, **changes):
+    source = PolicyToSave(POLICY, CONFIG, SPEC)
+    return save_checkpoint(run, source, state_of(updates, **changes), groups_of(updates))
 
 
 @pytest.fixture
@@ -48,8 +69,8 @@ def test_a_checkpoint_is_named_by_its_update_and_comes_back_as_it_was_saved(fold
     path = save(folder, 12)
     assert path.name == "update_000012"
     loaded = load_checkpoint(path)
-    assert loaded.state == {"format": 1, "updates": 12, "env_steps": 7}
-    assert torch.equal(loaded.groups["weights_3"]["actor.0.weight"], torch.arange(3.0))
+    assert (loaded.state["format"], loaded.state["updates"], loaded.state["env_steps"]) == (1, 12, 7)
+    assert torch.equal(loaded.groups["weights_12"]["actor.0.weight"], torch.arange(3.0))
     assert loaded.groups["journal"]["episodes"].tolist() == [4, 5]
     assert loaded.policy.keys() == POLICY.state_dict().keys()
     assert load_policy_file(path / "policy.safetensors").env_spec == SPEC
@@ -76,8 +97,7 @@ def test_saving_an_update_twice_keeps_the_first(folder):
 def test_another_state_of_the_same_update_replaces_the_first(folder):
     """As that of a run which was stopped before an evaluation and made up for it when it was resumed."""
     save(folder, 3)
-    source = PolicyToSave(POLICY, CONFIG, SPEC)
-    path = save_checkpoint(folder, source, {"updates": 3, "env_steps": 8}, GROUPS)
+    path = save(folder, 3, env_steps=8)
     assert load_checkpoint(path).state["env_steps"] == 8
     assert names(folder) == ["last", "update_000003"]
 
@@ -199,3 +219,87 @@ def test_a_state_that_is_not_the_one_written_is_damage(folder):
     (path / "state.json").write_text(json.dumps(state | {"env_steps": 8}))
     with pytest.raises(CheckpointError, match=r"state.json: damaged: its checksum differs"):
         load_checkpoint(path)
+
+
+def rewrite(path, **contents):
+    """Replace files of a checkpoint by others, with checksums that agree."""
+    for name, content in contents.items():
+        (path / {"state": "state.json", "training": "training.safetensors"}[name]).write_bytes(content)
+    (path / "checksums.json").unlink()
+    (path / "checksums.json").write_bytes(describe_folder(path))
+
+
+STATE_LIES = {
+    "a list": "[]",
+    "null": "null",
+    "deep nesting": "[" * 100_000,
+    "a key less": {"books": None},
+    "a negative clock": {"env_steps": -1},
+    "a clock of text": {"decisions": "many"},
+    "a clock beyond 64 bits": {"next_rollout": 2**64},
+    "a fraction of an update": {"updates": 2.5},
+    "a best success that is NaN": {"best_success": math.nan},
+    "books that do not balance": {
+        "books": dict.fromkeys(("collected", "trained", "dropped", "invalid", "in_flight"), 1)
+    },
+    "books of text": {"books": "balanced"},
+    "faults of text": {"faults": {"died": "often"}},
+    "null rows": {"row": None},
+    "a row of text": {"row": {"env_steps": 7, "updates": 2, "train/entropy": "low"}},
+    "a row of unknown metrics": {"row": {"env_steps": 7, "updates": 2, "train/unheard_of": 1}},
+    "a row without a clock": {"row": {"updates": 2}},
+    "an owed evaluation of text": {"is_evaluation_owed": "yes"},
+    "half an episode": {"episodes": [[1, 2.0]]},
+}
+
+
+@pytest.mark.parametrize("lie", STATE_LIES)
+def test_a_state_that_cannot_be_is_damage_and_the_checkpoint_before_is_taken(folder, lie):
+    save(folder, 1)
+    path, change = save(folder, 2), STATE_LIES[lie]
+    content = change if isinstance(change, str) else json.dumps({"format": 1} | state_of(2) | change)
+    rewrite(path, state=content.encode())
+    found, problems = find_newest(folder)
+    assert found.path.name == "update_000001"
+    assert str(path) in problems[0]
+    assert "\n" not in problems[0]
+
+
+def journal_with(**changes):
+    return {"journal": JOURNAL.to_tensors() | changes}
+
+
+GROUP_LIES = {
+    "no newest weights": {"weights_2": {}},
+    "weights of the future": {"weights_3": {"actor.0.weight": torch.arange(3.0)}},
+    "weights of no version": {"weights_x": {"actor.0.weight": torch.arange(3.0)}},
+    "weights of NaN": {"weights_2": {"actor.0.weight": torch.full((3,), math.nan)}},
+    "moments of NaN": {"optimizer": {"actor.0.weight.exp_avg": torch.full((3,), math.nan)}},
+    "half a journal": {"journal": {"episodes": torch.tensor([4, 5])}},
+    "more chunks than there are": journal_with(num_chunks=torch.tensor([9, 9])),
+    "fewer than no chunks": journal_with(num_chunks=torch.tensor([2, -1])),
+    "a journal of fractions": journal_with(episodes=torch.tensor([0.5, 1.5])),
+    "chunks of another rank": journal_with(chunks=torch.zeros(1)),
+    "chunks of NaN": journal_with(chunks=torch.full((1, 4, 2), math.nan)),
+    "another number of environments": journal_with(is_lost=torch.tensor([True])),
+}
+
+
+@pytest.mark.parametrize("lie", GROUP_LIES)
+def test_tensors_that_training_cannot_go_on_from_are_damage(folder, lie):
+    save(folder, 1)
+    path = save(folder, 2)
+    groups = groups_of(2, **GROUP_LIES[lie])
+    rewrite(path, training=safetensors_save({f"{g}/{n}": t for g, group in groups.items() for n, t in group.items()}))
+    found, problems = find_newest(folder)
+    assert found.path.name == "update_000001"
+    assert f"{path}/training.safetensors: " in problems[0]
+
+
+@pytest.mark.parametrize("name", ["state.json", "training.safetensors", "policy.safetensors", "checksums.json"])
+def test_a_folder_in_place_of_a_file_is_damage(folder, name):
+    save(folder, 1)
+    path = save(folder, 2) / name
+    path.unlink()
+    path.mkdir()
+    assert find_newest(folder)[0].path.name == "update_000001"

@@ -91,3 +91,25 @@ def test_a_file_that_cannot_be_cut_is_refused_in_one_line(tmp_path: Path) -> Non
     with full_disk(tmp_path, num_bytes=-len(row(1)) - 10), pytest.raises(ConfigError, match="rows after update 1 must"):
         cut_rows(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_text() == row(1) + row(2)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"env_steps": "x", "updates": 2}', b'{"env_steps": null, "updates": 2}', b'{"env_steps": -1, "updates": 2}',
+        b'{"env_steps": 200, "updates": "x"}', b'{"env_steps": 200, "updates": 2, "train/entropy": "low"}',
+        b'{"env_steps": 1e400, "updates": 2}', b'{"env_steps": 9' + b"9" * 60 + b', "updates": 2}', b"null", b"[]",
+        b"[" * 100_000, b"\xff", b"",
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_what_is_no_row_is_cut_off(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"env_steps": 100, "updates": 1}\n' + line + b"\n")
+    assert cut_rows(tmp_path, 5) == 100
+    assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == 1
+
+
+def test_a_folder_in_place_of_the_rows_is_told(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot read it: Is a directory"):
+        cut_rows(tmp_path, 5)

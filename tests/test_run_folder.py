@@ -208,3 +208,9 @@ def test_names_that_are_no_paths_stay(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lift_flow").mkdir()
     assert load_config("lift", {"policy.checkpoint": name}).policy.checkpoint == name
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '{"torch": null}', '{"torch": ["2"]}', "[" * 100_000, ""])
+def test_damaged_versions_are_told(tmp_path, content):
+    (tmp_path / "versions.json").write_text(content)
+    assert changed_versions(tmp_path) == ["versions.json is missing or damaged"]

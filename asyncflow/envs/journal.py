@@ -92,8 +92,22 @@ class EpisodeJournal:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> EpisodeJournal:
-        """Return what `to_tensors` described."""
-        pieces = tensors["chunks"].split(tensors["num_chunks"].tolist()) if len(tensors["chunks"]) else []
-        chunks = [list(piece.unbind()) for piece in pieces] or [[] for _ in tensors["episodes"]]
+        """Return what `to_tensors` described.
+
+        Raises:
+            KeyError: One of the tensors is missing.
+            ValueError: They contradict each other, or are of other types.
+        """
+        episodes, num_chunks, chunks, is_lost = (tensors[k] for k in ("episodes", "num_chunks", "chunks", "is_lost"))
+        if not (episodes.shape == num_chunks.shape == is_lost.shape and episodes.ndim == 1):
+            raise ValueError("episodes, num_chunks and is_lost must have a number for each environment")
+        if (episodes.dtype, num_chunks.dtype, is_lost.dtype) != (torch.int64, torch.int64, torch.bool):
+            raise ValueError("episodes and num_chunks must be int64, is_lost bool")
+        if (episodes < 0).any() or (num_chunks < 0).any() or num_chunks.sum() != len(chunks):
+            raise ValueError("episodes and num_chunks must not be negative, and num_chunks add up to the chunks")
+        if len(chunks) and not (chunks.ndim == 3 and chunks.dtype == torch.float32):
+            raise ValueError("chunks must be float32, [chunks, steps, action]")
+        pieces = chunks.split(num_chunks.tolist()) if len(chunks) else []
+        lists = [list(piece.unbind()) for piece in pieces] or [[] for _ in episodes]
         checksums = tensors["checksums"].tolist() if "checksums" in tensors else []
-        return cls(tensors["episodes"].tolist(), chunks, tensors["is_lost"].tolist(), checksums)
+        return cls(episodes.tolist(), lists, is_lost.tolist(), checksums)
