@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
+import h5py
 import pytest
+import torch
 from silent import TOY, Silent
 
 from asyncflow import cli, plugins
@@ -223,3 +227,33 @@ def test_a_lerobot_folder_names_no_class(elsewhere: Path, tmp_path: Path, run_he
     (tmp_path / "config.json").write_text(json.dumps({"type": "stranger.Model"}))
     refusal(run_here("train", "--task", "Toy", "--checkpoint", str(tmp_path)))
     assert not marks(elsewhere)
+
+
+def test_a_dataset_names_no_other_simulator(elsewhere: Path, tmp_path: Path, run_here: RunCli) -> None:
+    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
+        meta = {"type": 2, "env_name": "stranger:Model", "env_kwargs": {}}
+        file.create_group("data").attrs["env_args"] = json.dumps(meta)
+    refusal(run_here("pretrain", "--dataset", str(tmp_path / "demo.hdf5")))
+    refusal(run_here("train", f"env.env_meta={tmp_path / 'demo.hdf5'}", "env.horizon=3"))
+    assert not marks(elsewhere)
+
+
+class Pickled:
+    """A pickle of it calls the stranger's function."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module("stranger").call, ()
+
+
+@pytest.mark.parametrize("key", ["env.env_meta", "policy.vla.model_path"])
+def test_a_pickle_calls_nothing(
+    elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_here: RunCli, key: str
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"mean.weight": Pickled()}, path)
+    monkeypatch.delitem(sys.modules, "stranger")
+    words = [f"{key}={path}", "env.task=Toy", "policy.kind=vla", "policy.vla.model_class=stranger.Model"]
+    words = words if key != "env.env_meta" else [words[0]]
+    refused = refusal(run_here("train", "--device", "cpu", *words))
+    assert "stranger.call" in refused
+    assert "called" not in marks(elsewhere)
