@@ -49,6 +49,7 @@ def check_promises(policy: Policy, n_action_steps: int, spec: EnvSpec, has_veloc
     _check_parameters(policy)
     _check_numbers(policy, n_action_steps, spec)
     obs = _make_obs(spec).to(next(policy.parameters()).device)
+    before = {name: buffer.clone() for name, buffer in policy.named_buffers()}
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), _unchanged_buffers(policy):
         if isinstance(policy, VLAPolicy):
             _try_velocity_model(policy, obs, has_velocity_alone)
@@ -56,6 +57,7 @@ def check_promises(policy: Policy, n_action_steps: int, spec: EnvSpec, has_veloc
             _try_actor_critic(policy, obs)
         if not has_velocity_alone:
             _try_decisions(policy, obs)
+        _check_saved(policy, before)
 
 
 def _make_obs(spec: EnvSpec) -> TensorDict:
@@ -99,6 +101,17 @@ def _check_parameters(policy: Policy) -> None:
                 f"{name_of(_model(policy))}: its parameter {name} is {parameter.dtype}; expected torch.float32 for "
                 "what is trained (policy.vla.dtype says what is computed in)"
             )
+
+
+def _check_saved(policy: Policy, before: Mapping[str, Tensor]) -> None:
+    """Refuse buffers that move and that no checkpoint holds: a run that goes on would begin with others."""
+    moved = [name for name, buffer in policy.named_buffers() if not torch.equal(buffer, before[name])]
+    lost = [name for name in moved if name not in policy.state_dict()]
+    if lost:
+        raise ContractError(
+            f"{name_of(_model(policy))}: its buffer {lost[0]} changes when it is evaluated and is in no checkpoint; "
+            "register it with persistent=True"
+        )
 
 
 def _model(policy: Policy) -> Any:

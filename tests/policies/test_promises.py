@@ -116,6 +116,18 @@ class Locked(Velocity):
         self.lock = threading.Lock()
 
 
+class Forgetful(Velocity):
+    """Counts in a buffer that no checkpoint holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def value(self, prefix):
+        self.count += 1
+        return super().value(prefix)
+
+
 class Headed(ActorCritic):
     """Has a value head that is no module."""
 
@@ -132,12 +144,12 @@ def _importable(monkeypatch):
     monkeypatch.setitem(sys.modules, "elsewhere", sys.modules[__name__])
 
 
-def build(model, changes=None, **vla):
+def build(model, changes=None, freeze_backbone=False, log_prob="joint_mean", noise_method="flow_noise", **vla):
     """Return a policy whose model has some of its methods replaced."""
     trust_class(f"elsewhere.{model}")
-    config = PolicyConfig(
-        kind="vla", horizon=P, n_action_steps=2, vla=VLAConfig(model_class=f"elsewhere.{model}", **vla)
-    )
+    keys = {"freeze_backbone": freeze_backbone, "log_prob": log_prob, "noise_method": noise_method}
+    vla_config = VLAConfig(model_class=f"elsewhere.{model}", **vla)
+    config = PolicyConfig(kind="vla", horizon=P, n_action_steps=2, vla=vla_config, **keys)
     policy = make_policy(config, SPEC.obs_shapes, A, seed=0)
     for name, change in (changes or {}).items():
         policy.model.__dict__[name] = _change(getattr(policy.model, name), change)
@@ -264,6 +276,13 @@ def test_a_model_that_keeps_its_promises_passes_and_stays_as_it_was(model, dtype
     assert not any(module.training for module in policy.modules())
 
 
+@pytest.mark.parametrize("freeze_backbone", [False, True])
+@pytest.mark.parametrize("log_prob", ["joint_sum", "per_step", "single_step"])
+@pytest.mark.parametrize("noise_method", ["flow_sde", "flow_cps", "flow_noise"])
+def test_a_velocity_field_passes_whatever_is_made_of_it(freeze_backbone, log_prob, noise_method):
+    check_promises(build("Velocity", None, freeze_backbone, log_prob, noise_method), 2, SPEC)
+
+
 @pytest.mark.parametrize(
     ("model", "method", "change", "said"),
     [("Velocity", *case) for case in VELOCITY] + [("ActorCritic", *case) for case in ACTOR_CRITIC],
@@ -281,6 +300,7 @@ def test_a_broken_promise_is_named_with_its_method(model, method, change, said):
         ("Double", r"Double: its parameter model.expert.weight is torch.float64; expected torch.float32"),
         ("Lambda", r"Lambda: its copy for the collector \(copy.deepcopy\) computes with model.expert.weight of the"),
         ("Locked", r"Locked: cannot be copied for the collector \(copy.deepcopy\): TypeError: cannot pickle"),
+        ("Forgetful", r"Forgetful: its buffer model.count changes when it is evaluated and is in no checkpoint"),
         ("Headed", r"Headed: has no parameters of a critic: AttributeError"),
         ("Cached", r"Cached.velocity gives other numbers for one denoising step than for all"),
     ],
