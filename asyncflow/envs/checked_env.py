@@ -46,6 +46,7 @@ class CheckedVecEnv(VecEnv):
         self.num_envs = num_envs
         if getattr(env, "num_envs", None) != num_envs:
             raise broken(f"{self._name}.num_envs", "is", getattr(env, "num_envs", None), f"{num_envs}, as asked for")
+        self.notices = tuple(map(str, env.notices))
         self.spec = check_spec(getattr(env, "spec", None), self._name)
         # Its checkpoints name what builds it again, whatever it is made of.
         self._simulator_spec = replace(check_spec(env.simulator_spec, self._name), task=task)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -106,14 +106,22 @@ def check_spec(spec: Any, owner: str) -> EnvSpec:
     for camera, shape in images.items():
         if len(shape) not in (3, 4) or shape[-3] != 3:
             raise broken(f"{owner}.spec.image_shapes", f"has for {camera}", shape, "(3, height, width)")
-    action_dim = _check_size(spec.action_dim, f"{owner}.spec.action_dim")
-    horizon = _check_size(spec.horizon, f"{owner}.spec.horizon")
+    checked = replace(
+        spec,
+        obs_shapes=shapes,
+        image_shapes=images,
+        action_dim=_check_size(spec.action_dim, f"{owner}.spec.action_dim"),
+        horizon=_check_size(spec.horizon, f"{owner}.spec.horizon"),
+        obs_keys=_check_tuple(spec.obs_keys, f"{owner}.spec.obs_keys", str, "names"),
+        obs_widths=_check_tuple(spec.obs_widths, f"{owner}.spec.obs_widths", int, "whole numbers"),
+        action_low=_check_tuple(spec.action_low, f"{owner}.spec.action_low", float, "numbers"),
+        action_high=_check_tuple(spec.action_high, f"{owner}.spec.action_high", float, "numbers"),
+    )
     try:
-        json.dumps(spec.env_meta)
+        json.dumps(asdict(checked))
     except (TypeError, ValueError) as error:
-        raise ContractError(f"{owner}.spec.env_meta cannot be written as JSON, as policy files do: {error}") from None
-    meta = deepcopy(spec.env_meta)
-    return replace(spec, obs_shapes=shapes, image_shapes=images, env_meta=meta, action_dim=action_dim, horizon=horizon)
+        raise ContractError(f"{owner}.spec cannot be written as JSON, as policy files do: {error}") from None
+    return deepcopy(checked)
 
 
 def _check_simulator_spec(simulator: Any, name: str) -> EnvSpec:
@@ -139,6 +147,16 @@ def _check_shapes(shapes: Any, what: str) -> dict[str, tuple[int, ...]]:
         if not isinstance(name, str) or not isinstance(shape, tuple | list):
             raise broken(what, f"has for {name}", shape, "a name and a shape, a tuple of sizes")
     return {name: tuple(_check_size(size, f"{what}[{name!r}]") for size in shape) for name, shape in shapes.items()}
+
+
+def _check_tuple(values: Any, what: str, kind: Callable[[Any], Any], expected: str) -> tuple[Any, ...]:
+    """Return values of numpy, too, as plain ones of a kind."""
+    try:
+        if not isinstance(values, str):
+            return tuple(kind(value) for value in values)
+    except (TypeError, ValueError):
+        pass
+    raise broken(what, "is", values, f"a tuple of {expected}")
 
 
 def _check_size(size: Any, what: str) -> int:

@@ -82,7 +82,9 @@ def test_an_observation_that_is_not_as_in_the_spec_is_refused(answer):
         ({"action_dim": (6,)}, "action_dim has a tuple of 1: 6"),
         ({"image_shapes": {"top": (8, 8, 3)}}, r"image_shapes has for top a tuple of 3: 8, 8, 3; expected \(3, height"),
         ({"image_shapes": {"top": (3, 8, 8)}}, r"images of shapes \[\(3, 8, 8\)\]; expected none, by env.cameras"),
-        ({"env_meta": {"robot": object()}}, "env_meta cannot be written as JSON"),
+        ({"env_meta": {"robot": object()}}, "cannot be written as JSON"),
+        ({"obs_keys": "state"}, "obs_keys is 'state'; expected a tuple of names"),
+        ({"obs_widths": 4}, "obs_widths is 4; expected a tuple of whole numbers"),
     ],
 )
 def test_a_spec_that_cannot_be_is_refused(change, named):
@@ -109,8 +111,11 @@ def test_a_simulator_whose_method_is_missing_or_takes_other_arguments_is_refused
 
 
 def test_sizes_of_numpy_become_plain_ones_which_a_policy_file_can_hold():
-    spec = check_spec(replace(SPEC, action_dim=np.int64(6), obs_shapes={"state": (np.int32(4),)}), "mine")
-    assert (type(spec.action_dim), type(spec.obs_shapes["state"][0])) == (int, int)
+    limits = {"action_low": -np.ones(6), "action_high": np.ones(6)}
+    spec = replace(SPEC, action_dim=np.int64(6), obs_shapes={"state": (np.int32(4),)}, obs_keys=["mine"], **limits)
+    plain = check_spec(spec, "mine")
+    assert plain == replace(SPEC, obs_keys=("mine",), action_low=(-1.0,) * 6, action_high=(1.0,) * 6)
+    assert (type(plain.action_dim), type(plain.obs_shapes["state"][0])) == (int, int)
 
 
 class Changing(FakeSimulator):
@@ -169,7 +174,7 @@ class Seeing(FakeSimulator):
 )
 def test_pictures_that_are_not_as_in_the_spec_are_refused(picture):
     simulator = CheckedSimulator(Seeing(picture), NO_ROOMS | {"images": (1, 3, 2, 2)})
-    with pytest.raises(ContractError, match=r"^test_contract.Seeing.render returned .*; expected "):
+    with pytest.raises(ContractError, match=r"^test_simulator_contract.Seeing.render returned .*; expected "):
         simulator.render()
 
 
