@@ -173,7 +173,7 @@ class ConsoleReporter:
         """Return how many evaluations follow: one an interval and one at the end."""
         assert self._config is not None  # it gave the share
         interval, total = self._config.trainer.eval_interval, round(updates / share)
-        return -(-total // interval) - updates // interval if interval else 0
+        return math.ceil(total / interval) - updates // interval if interval and updates < total else 0
 
     def _card(self, title: str, rows: Mapping[str, str]) -> None:
         if not self._is_terminal:

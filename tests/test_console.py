@@ -190,6 +190,8 @@ def test_eta_includes_the_evaluations_to_come(interval: int, left: int) -> None:
     reporter.evaluation(0, SimpleNamespace(**(vars(RESULT) | {"wall_s": 60.0})))
     reporter.update(ROW)
     assert f"eta {1 + left}:30" in file.getvalue()
+    reporter.update(ROW | {"updates": 20})  # its evaluation comes before its line
+    assert "update 20/20 env_steps 19200 wall_s 30 eta 0:00" in file.getvalue()
 
 
 def test_eta_extrapolates_the_time_so_far() -> None:
