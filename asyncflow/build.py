@@ -178,7 +178,7 @@ def build_parts(
     device = resolve_device(config.trainer.device)
     check_compile(config.policy.compile, device)
     torch.set_num_threads(config.trainer.num_threads)
-    config = _settle_environment(config, resumed)
+    config = settle_environment(config, resumed)
     with ExitStack() as on_failure:
         env = _build_env(config, "train", config.env.num_envs)
         on_failure.callback(env.close)
@@ -202,7 +202,7 @@ def build_parts(
     return Parts(env, eval_env, policy, channel, collector, ppo, progress)
 
 
-def _settle_environment(config: Config, resumed: Checkpoint | None) -> Config:
+def settle_environment(config: Config, resumed: Checkpoint | None = None) -> Config:
     """Return the configuration with the environment that the run simulates; see `env_source`."""
     if resumed is not None:
         env = restore_environment(config.env, read_env_spec(resumed.path / FILE_NAME))

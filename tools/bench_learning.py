@@ -28,6 +28,7 @@ import torch
 import yaml
 from bench_report import REPOSITORY, describe_command, describe_machine, describe_software
 
+from asyncflow.build import settle_environment
 from asyncflow.config import Config, validate
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
@@ -252,7 +253,8 @@ class Evaluator:
         self._results: dict[tuple[Path, int], EvalResult] = {}  # every condition starts from the same weights
         seed, num_envs = derive_seed(config.trainer.seed, "evaluation"), config.env.num_envs
         torch.set_num_threads(config.trainer.num_threads)
-        env = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
+        env_config = settle_environment(config).env
+        env = make_vec_env(env_config, config.policy.n_action_steps, num_envs, seed)
         self._env: VecEnv = map_names(env, config.policy.mapping)
 
     def __enter__(self) -> Evaluator:
