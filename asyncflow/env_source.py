@@ -11,7 +11,7 @@ from typing import Any
 
 from asyncflow.config import EnvConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.tasks import TOYS, find_task, load_env_meta, resolve_task
+from asyncflow.envs.tasks import TOYS, check_env_meta, find_task, load_env_meta, resolve_task
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.plugins import ENVS, plugin_names
 
@@ -37,13 +37,22 @@ def adopt_environment(config: EnvConfig, start: EnvSpec) -> EnvConfig:
     return config.model_copy(update=changes | {"obs_keys": config.obs_keys or list(start.obs_keys)})
 
 
+def read_description(spec: EnvSpec) -> dict[str, Any]:
+    """Return the description that a policy file holds; a text in its place is no path to be followed.
+
+    Raises:
+        ConfigError: It cannot be simulated here.
+    """
+    return check_env_meta(spec.env_meta, "env_meta of the policy file")
+
+
 def _is_described(spec: EnvSpec) -> bool:
     """Tell whether robomimic's description builds the environment; a toy's or a package's is built by its name."""
     return bool(spec.env_meta) and not spec.task
 
 
 def _check_task(config: EnvConfig, start: EnvSpec) -> None:
-    name = start.env_meta.get("env_name")
+    name = read_description(start)["env_name"]
     if config.task == name:  # of an environment that asyncflow has no name for
         return
     is_known = config.task not in TOYS and config.task not in plugin_names(ENVS)
@@ -58,7 +67,11 @@ def restore_environment(config: EnvConfig, saved: EnvSpec) -> EnvConfig:
     """Return `env` with the description that a run's own checkpoint holds."""
     if not _is_described(saved):
         return config
-    changes: dict[str, Any] = {"env_meta": saved.env_meta, "horizon": saved.horizon, "obs_keys": list(saved.obs_keys)}
+    changes: dict[str, Any] = {
+        "env_meta": read_description(saved),
+        "horizon": saved.horizon,
+        "obs_keys": list(saved.obs_keys),
+    }
     return config.model_copy(update=changes)
 
 

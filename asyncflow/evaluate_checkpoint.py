@@ -12,6 +12,7 @@ import torch
 
 from asyncflow.config import Config, EnvConfig
 from asyncflow.device import resolve_device
+from asyncflow.env_source import read_description
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapped import map_names
@@ -85,7 +86,8 @@ def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> 
     if spec.task:
         changes |= {"task": spec.task, "env_meta": None}
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
-    changes |= {"task": EnvConfig().task, "env_meta": spec.env_meta}  # the default, in whose place env_meta stands
+    # The default task, in whose place env_meta stands.
+    changes |= {"task": EnvConfig().task, "env_meta": read_description(spec)}
     return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
 
 

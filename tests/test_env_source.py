@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 from silent import Silent
@@ -13,6 +14,7 @@ from asyncflow.config import EnvConfig, PolicyConfig
 from asyncflow.env_source import adopt_environment, restore_environment, tell_change, tell_edit
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.launch import train
 from asyncflow.policies import make_policy
 from asyncflow.policy_file import save_policy
@@ -112,6 +114,16 @@ def test_a_resumed_run_builds_what_its_checkpoint_describes(tmp_path, policy_fil
     with pytest.raises(InterruptedError):
         build_parts(config, resumed=Checkpoint(tmp_path, {}, {}, {}))
     assert asked[0].env_meta == TEN_HZ.env_meta
+
+
+@pytest.mark.parametrize("meta", [["Lift"], "Lift", {"env_name": "Lift"}, META | {"type": 2}])
+def test_a_file_that_describes_no_environment_is_refused_in_a_line(policy_file, meta):
+    checkpoint = policy_file(replace(described(), env_meta=meta))
+    with pytest.raises(ConfigError, match="env_meta of the policy file: "):
+        check_start(lift(checkpoint))
+    name_task(None, {"policy.checkpoint": checkpoint})
+    with pytest.raises(ConfigError, match="env_meta of the policy file: "):
+        evaluate_checkpoint(checkpoint, load_config("lift"), 1)
 
 
 def test_a_toy_has_no_description():

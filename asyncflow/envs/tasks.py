@@ -175,9 +175,9 @@ def find_task(name: str) -> Task:
     raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
 
 
-def name_of_env(env_meta: dict[str, Any]) -> str:
+def name_of_env(env_meta: Any) -> str:
     """Return what `env.task` calls the environment of a description; robosuite's name where the table lacks it."""
-    name = str(env_meta.get("env_name", ""))
+    name = str(env_meta.get("env_name", "")) if isinstance(env_meta, dict) else ""
     return next((known for known, task in TASKS.items() if task.env_name == name), name)
 
 
@@ -296,7 +296,7 @@ def load_env_meta(path: str | Path | dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is none of the three, or describes no robosuite environment; one line.
     """
-    if isinstance(path, dict):
+    if not isinstance(path, str | Path):
         return check_env_meta(path, "env.env_meta")
     path, source = Path(path), f"env.env_meta = {path}"
     if not path.is_file():
