@@ -48,7 +48,7 @@ _LINE = (
     "train/approx_kl",
     "train/explained_variance",
 )
-_SUMMARY = ("updates", "env_steps", "wall_s", *_BLOCK["rollout"][:1], *_BLOCK["async"])
+_SUMMARY = ("updates", "env_steps", "wall_s", *_BLOCK["rollout"], *_BLOCK["async"])
 _BYTES_PER_UNIT = 1000
 
 
