@@ -26,6 +26,8 @@ from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import expand_user, follow, write_atomically
 from asyncflow.lerobot_folder import is_lerobot_folder, with_export
 from asyncflow.overrides import write_override
+from asyncflow.plain_values import is_deep
+from asyncflow.policy_header import read_policy_config, read_spec
 from asyncflow.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.robomimic_file import load_robomimic_file
 
@@ -157,12 +159,11 @@ def read_policy_file(path: Path) -> PolicyFile:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {_one_line(error)}") from None
     check_finite(tensors, str(path))
-    env_spec = _parse_env(header, path)
     try:
-        policy_config = with_export(PolicyConfig.model_validate(header["policy"]), path.parent)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
-    return PolicyFile(path, tensors, policy_config, env_spec)
+        policy_config = with_export(read_policy_config(header), path.parent)
+    except (ConfigError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return PolicyFile(path, tensors, policy_config, _parse_env(header, path))
 
 
 def read_env_spec(path: Path) -> EnvSpec:
@@ -176,17 +177,13 @@ def read_env_spec(path: Path) -> EnvSpec:
 
 def _parse_env(header: dict[str, Any], path: Path) -> EnvSpec:
     try:
-        env = header["env"] | {
-            "obs_shapes": {key: tuple(shape) for key, shape in header["env"]["obs_shapes"].items()},
-            "image_shapes": {key: tuple(shape) for key, shape in header["env"].get("image_shapes", {}).items()},
-            "obs_keys": tuple(header["env"]["obs_keys"]),
-            **_read_action_limits(header["env"]),
-            "obs_widths": tuple(header["env"].get("obs_widths", ())),
-            "point_settings": dict(header["env"].get("point_settings", {})),
-        }
-        return EnvSpec(**env)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{path}: written by another version of asyncflow: {_one_line(error)}") from None
+        return read_spec(header)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged, or written by another version of asyncflow: {_one_line(error)}")
 
 
 def _restore_shared(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
@@ -195,14 +192,6 @@ def _restore_shared(path: Path, tensors: dict[str, Tensor], header: dict[str, An
         return tensors | {name: tensors[kept] for name, kept in header.get(SHARED, {}).items()}
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: asyncflow's metadata is damaged: {SHARED} must map names to tensors") from None
-
-
-def _read_action_limits(env: dict[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Return the limits of actions; older files have one number, or none, for all dimensions."""
-    limit = env.pop("action_limit", 1.0)
-    size = 0 if limit == 1 else env["action_dim"]  # 1 is what no numbers mean
-    old = {"action_low": [-limit] * size, "action_high": [limit] * size}
-    return {key: tuple(env.get(key, value)) for key, value in old.items()}
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -221,6 +210,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     try:
         header: dict[str, Any] = json.loads(metadata[FORMAT])
         version = header["version"]
+        if is_deep(header):
+            raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path}: asyncflow's metadata is damaged") from None
     if version != FORMAT_VERSION:

@@ -220,7 +220,7 @@ def test_a_header_whose_point_settings_are_no_keys_is_refused(saved, settings):
         header = json.loads(file.metadata()[policy_file.FORMAT])
     header["env"]["point_settings"] = settings
     save_file(load_file(saved), saved, {policy_file.FORMAT: json.dumps(header)})
-    assert "written by another version of asyncflow" in refusal_of(saved)
+    assert "written by another version of asyncflow: env.point_settings = " in refusal_of(saved)
 
 
 def test_a_file_carries_the_cameras_it_was_made_for(tmp_path):
@@ -309,3 +309,70 @@ def test_what_lies_beside_a_policy_file_in_folders_is_checked_and_nothing_else(i
 def test_damaged_checksums_are_told(in_checkpoint, content):
     (in_checkpoint.parent / "checksums.json").write_text(content)
     assert str(in_checkpoint.parent) in refusal_of(in_checkpoint)
+
+
+ENV_LIES = {
+    "horizon of zero": ({"horizon": 0}, "env.spec.horizon has 0"),
+    "horizon of text": ({"horizon": "x"}, "env.horizon = 'x'"),
+    "endless horizon": ({"horizon": 2**70}, "env.horizon = "),
+    "no actions": ({"action_dim": 0}, "env.spec.action_dim has 0"),
+    "negative actions": ({"action_dim": -2}, "env.spec.action_dim has -2"),
+    "huge actions": ({"action_dim": 10**12}, "a size of 1000000000000"),
+    "huge actions of an old file": ({"action_dim": 10**12, "action_limit": 2.0}, "a size of 1000000000000"),
+    "limit of text": ({"action_limit": "wide"}, "'wide'"),
+    "limits of NaN": ({"action_low": [math.nan] * 2, "action_high": [1.0] * 2}, "must not exceed"),
+    "negative sizes": ({"obs_shapes": {"state": [-4]}}, "env.spec.obs_shapes"),
+    "sizes of text": ({"obs_shapes": {"state": ["4"]}}, "env.obs_shapes.state[0] = '4'"),
+    "no state": ({"obs_shapes": {"pose": [4]}}, "env.spec.obs_shapes"),
+    "shapes that are a list": ({"obs_shapes": [4]}, "env.obs_shapes = [4]"),
+    "pictures without colours": ({"image_shapes": {"top": [28, 28]}}, "env.spec.image_shapes has for top"),
+    "pictures of terabytes": ({"image_shapes": {"top": [3, 2**40, 2**40]}}, "a size of 1099511627776"),
+    "widths that do not add up": ({"obs_widths": [3]}, "env.obs_widths = [3]"),
+    "widths of other keys": ({"obs_widths": [2, 2]}, "env.obs_widths = [2, 2]"),
+    "keys of numbers": ({"obs_keys": [1]}, "env.obs_keys[0] = 1"),
+    "a description of text": ({"env_meta": "Lift"}, "env.env_meta = 'Lift'"),
+    "settings of something else": ({"point_settings": {"task": "Toy"}}, "env.point_settings: unknown key 'task'"),
+    "an unknown key": ({"colour": 1}, "env: unknown key 'colour'"),
+}
+POLICY_LIES = {
+    "more executed than predicted": ({"n_action_steps": 10**9}, "policy.n_action_steps = 1000000000 must be at most"),
+    "negative widths": ({"hidden_sizes": [-8]}, "policy.hidden_sizes[0] = -8"),
+    "widths of text": ({"hidden_sizes": "wide"}, "policy.hidden_sizes = 'wide'"),
+    "endless denoising": ({"num_inference_steps": 10**9}, "policy.num_inference_steps = 1000000000"),
+    "noise that is none": ({"noise_range": [-1.0, 0.5]}, "policy.noise_range"),
+    "an unknown kind": ({"kind": "oracle"}, "policy.kind = 'oracle'"),
+    "an unknown key": ({"colour": 1}, "unknown key policy.colour"),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [("env", *lie) for lie in ENV_LIES.values()] + [("policy", *lie) for lie in POLICY_LIES.values()],
+    ids=[*ENV_LIES, *POLICY_LIES],
+)
+def test_a_file_that_lies_about_itself_is_refused_with_what_it_says(saved, part, change, said):
+    assert said in refusal_of(describe_as(saved, lambda header: header | {part: header[part] | change}))
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"env": None}, {"env": []}, {"policy": None}, {"policy": 3}, {"env": {}}, {"env": nested(500)}],
+    ids=range(6),
+)
+def test_a_file_without_a_description_is_refused(saved, change):
+    refusal_of(describe_as(saved, lambda header: header | change))
+
+
+def describe_as(path, change):
+    """Write a policy file again with another description."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()[policy_file.FORMAT])
+    save_file(load_file(path), path, {policy_file.FORMAT: json.dumps(change(header))})
+    return path
