@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from asyncflow.config import Config, validate, values_by_key
-from asyncflow.envs.tasks import TASKS, Task, find_task, load_env_meta, name_of_env, task_names
+from asyncflow.envs.tasks import TASKS, TOYS, Task, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.files import expand_user
 from asyncflow.lerobot_folder import adopt_lerobot, is_lerobot_folder
@@ -37,7 +37,7 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     task = values.get("env.task", "Lift")
     if not isinstance(task, str):
         return None  # the validation will say what is wrong with it
-    if task in task_names() and task.lower() in preset_names():
+    if (task in TASKS or task in TOYS) and task.lower() in preset_names():
         return task.lower()
     if task not in task_names():
         find_task(task)  # which says what is near

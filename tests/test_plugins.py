@@ -17,7 +17,7 @@ from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.launch import train
 from asyncflow.policies import GaussianPolicy, make_policy
 from asyncflow.policy_file import save_policy
-from asyncflow.presets import load_config
+from asyncflow.presets import choose_preset, load_config
 
 PACKAGE = """
 import os
@@ -174,6 +174,12 @@ def test_a_package_cannot_take_the_place_of_asyncflows_own_policy(tmp_path, monk
     install(tmp_path / "other", monkeypatch, "[asyncflow.policies]\nflow = added_package:build_policy\n")
     with pytest.raises(ConfigError, match=r"policy.kind = flow: asyncflow's own, and also an installed package's"):
         check_start(load_config("toy", {"policy.kind": "flow", "logging.out": str(tmp_path / "run")}))
+
+
+def test_a_package_task_does_not_get_the_preset_of_one_that_is_spelled_alike(tmp_path, monkeypatch):
+    install(tmp_path / "other", monkeypatch, "[asyncflow.envs]\nLIFT = added_package:build_env\n")
+    with pytest.raises(ConfigError, match=r"env.task = 'LIFT': no preset and no shipped weights"):
+        choose_preset({"env.task": "LIFT"})
 
 
 def test_one_name_of_two_packages_is_refused(tmp_path, monkeypatch):
