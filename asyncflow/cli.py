@@ -19,7 +19,7 @@ import typer
 
 from asyncflow import __version__
 from asyncflow.errors import ConfigError
-from asyncflow.exits import complain, crash, explain_usage
+from asyncflow.exits import complain, crash, explain_usage, find_refusal
 from asyncflow.files import check_output
 from asyncflow.flags import Checkpoint, Overrides, Preset, split
 from asyncflow.flags import flag as _flag
@@ -325,7 +325,8 @@ def run(arguments: list[str]) -> int:
         cause = error.__cause__  # click takes an EOFError for a user's Ctrl-D
         return crash(cause) if isinstance(cause, EOFError) else EXIT_INTERRUPTED
     except (Exception, SystemExit) as error:
-        return crash(error)
+        refusal = find_refusal(error)
+        return complain(refusal) if refusal else crash(error)
 
 
 def main() -> NoReturn:

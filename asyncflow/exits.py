@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import sys
 import traceback
 from typing import Any
@@ -9,6 +12,10 @@ from typing import Any
 from asyncflow.errors import AsyncflowError
 
 EXIT_CRASH, EXIT_USAGE = 1, 2
+_REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+    errno.EISDIR, errno.EFBIG, errno.ENFILE,
+}  # fmt: skip
 
 
 def complain(message: str) -> int:
@@ -25,6 +32,19 @@ def explain_usage(error: Any) -> str:
     if not possibilities:
         return str(error.format_message())
     return f"{error.message.rstrip('.')}; did you mean {' or '.join(possibilities)}?"
+
+
+def find_refusal(error: BaseException) -> str | None:
+    """Return in one line what the operating system refused, where that is the user's to change; None elsewhere."""
+    links: BaseException | None = error
+    while links is not None:
+        if os.strerror(errno.EMFILE) in str(links):
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return f"too many open files: this process may have {limit}; raise the limit with `ulimit -n`"
+        links = links.__cause__ or links.__context__
+    if isinstance(error, OSError) and error.errno in _REFUSALS and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return None
 
 
 def crash(error: BaseException) -> int:

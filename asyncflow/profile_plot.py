@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from asyncflow.caches import prepare_caches
 from asyncflow.errors import AsyncflowError
 from asyncflow.profile_legs import COLLECTOR, TRAINER, Leg
 from asyncflow.profile_model import mean
@@ -31,6 +32,7 @@ class NoPicture(AsyncflowError):
 
 
 def _import_pyplot() -> Any:
+    prepare_caches()
     try:
         import matplotlib as mpl  # noqa: PLC0415  slow, and not everybody has it
     except ImportError:

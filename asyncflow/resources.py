@@ -6,8 +6,9 @@ is checked.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +46,26 @@ def check_shared_memory(num_bytes: int) -> None:
     _check(str(SHARED_MEMORY), num_bytes, _free_shared_memory(), advice)
 
 
+def share_memory(tensors: Sequence[torch.Tensor]) -> None:
+    """Move tensors into shared memory.
+
+    Raises:
+        ConfigError: There is too little, or none that can be written: a container without /dev/shm, a limit on files.
+    """
+    check_shared_memory(sum(tensor.nbytes for tensor in tensors))
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        if os.strerror(errno.EMFILE) in str(error):
+            raise  # the command line says how many there may be
+        reason = str(error).rpartition(": ")[2]
+        raise ConfigError(
+            f"{SHARED_MEMORY}: simulators answer through shared memory, which cannot be had: {reason}; mount a tmpfs "
+            "there that can be written (docker run --shm-size)"
+        ) from error
+
+
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that can be allocated on a device; None if that is unknown.
 
@@ -63,7 +84,9 @@ def _check(where: str, num_bytes: int, num_free: int | None, advice: str) -> Non
 
 
 def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return (
+        f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 10 * 2**20 or not num_bytes else f"{num_bytes / 2**20:.2f} MiB"
+    )
 
 
 def _free_shared_memory() -> int | None:

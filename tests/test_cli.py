@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import subprocess
@@ -166,6 +167,32 @@ def test_a_crash_shows_its_traceback_and_one_line(monkeypatch: pytest.MonkeyPatc
     said = capsys.readouterr().err
     assert "Traceback" in said
     assert said.splitlines()[-1] == "asyncflow: crashed: RuntimeError: lost the plot"
+
+
+@pytest.mark.parametrize("flag", ["--config", "--resume", "--checkpoint", "--out", "env.env_meta="])
+def test_a_name_that_is_too_long_is_one_line(run_here: RunCli, flag: str) -> None:
+    name = "n" * 300
+    words = [flag + name] if flag.endswith("=") else ["--task", "Toy", flag, name]
+    assert name in refusal(run_here("train", *words))
+
+
+@pytest.mark.parametrize("is_cause", [False, True])
+def test_too_many_open_files_are_one_line_that_names_the_limit(
+    run_here: RunCli, monkeypatch: pytest.MonkeyPatch, is_cause: bool
+) -> None:
+    def open_files(*_: object) -> None:
+        error = OSError(errno.EMFILE, "Too many open files")
+        if is_cause:
+            raise RuntimeError("collecting failed") from error
+        raise error
+
+    monkeypatch.setattr(cli, "_load", open_files)
+    assert "raise the limit with `ulimit -n`" in refusal(run_here("config"))
+
+
+def test_a_superscript_is_no_number(run_here: RunCli) -> None:
+    assert "'²' is not a whole number" in refusal(run_here("train", "--seed", "²"))
+    assert "camera_size" in refusal(run_here("demos", "--camera-size", "8²,84"))
 
 
 @pytest.mark.parametrize(

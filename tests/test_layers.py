@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "asyncflow"
 
 # A module may import from its own layer and from those below it. A folder stands for its modules.
 LAYERS = [
-    {"contracts", "errors", "exits", "files", "notices", "plugins", "shell", "signals", "terminal"},
+    {"caches", "contracts", "errors", "exits", "files", "notices", "plugins", "shell", "signals", "terminal"},
     {"checksums", "config", "policy_config"},
     {
         "buffer", "camera_data", "console", "dataset", "demo_choice", "device", "env_source", "envs",

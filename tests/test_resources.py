@@ -12,7 +12,7 @@ import torch
 
 from asyncflow import resources
 from asyncflow.errors import ConfigError
-from asyncflow.resources import check_memory, check_shared_memory, free_memory
+from asyncflow.resources import check_memory, check_shared_memory, free_memory, share_memory
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -133,3 +133,14 @@ def test_without_dev_shm_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.
 def test_this_machine_says_what_is_free() -> None:
     free = free_memory(CPU)
     assert free is None or 0 < free < 2**50
+
+
+def test_shared_memory_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.Tensor) -> None:
+        raise RuntimeError(
+            "unable to open shared memory object </torch_1> in read-write mode: Read-only file system (30)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    with pytest.raises(ConfigError, match=r"/dev/shm: .*Read-only file system \(30\); mount a tmpfs"):
+        share_memory([torch.zeros(1)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from asyncflow.caches import prepare_caches
 from asyncflow.envs.tasks import TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
         sees_images, sees_points = config.task == TOY_IMAGES, config.task == TOY_POINTS
         return ToyVecEnv(num_envs, chunk_length, config.horizon, sees_images, sees_points)
     settings = resolve_task(config)
+    prepare_caches()  # here, so that it is told once and not by every worker
 
     from asyncflow.envs.robomimic import RobomimicEnv  # noqa: PLC0415
     from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415

@@ -22,7 +22,7 @@ from asyncflow.contracts import name_of
 from asyncflow.envs.base import RENDERED, EnvSpec, Fault
 from asyncflow.envs.contract import CheckedSimulator
 from asyncflow.errors import ContractError, EnvError
-from asyncflow.resources import check_shared_memory
+from asyncflow.resources import share_memory
 from asyncflow.seeding import derive_seed
 
 MAX_STATE = 4096
@@ -121,7 +121,7 @@ class ChunkBoard:
             point_shape: (O, C, P, 6).
 
         Raises:
-            ConfigError: /dev/shm is too small; writing to it would kill the process.
+            ConfigError: /dev/shm is too small, which would kill the process at a write, or cannot be written.
         """
         board = cls(
             actions=torch.zeros(num_envs, chunk_length, MAX_ACTION),
@@ -142,10 +142,7 @@ class ChunkBoard:
             started_s=torch.zeros(num_envs, dtype=torch.float64),
             ended_s=torch.zeros(num_envs, dtype=torch.float64),
         )
-        tensors = [getattr(board, entry.name) for entry in fields(board)]
-        check_shared_memory(sum(tensor.nbytes for tensor in tensors))
-        for tensor in tensors:
-            tensor.share_memory_()
+        share_memory([getattr(board, entry.name) for entry in fields(board)])
         return board
 
     def row(self, env: int) -> dict[str, NDArray[Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncflow.caches import prepare_caches
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.cameras import Cameras, choose_gl
 from asyncflow.envs.controllers import convert_controllers, name_robots
@@ -49,6 +50,7 @@ class RobomimicEnv:
         """
         if settings.rendering_key:
             choose_gl(settings.rendering_key)
+        prepare_caches()
         with quiet():
             env_meta = settings.env_meta or build_env_meta(settings.task)
             self.env = _create(env_meta, seed, settings.obs_keys)
