@@ -195,7 +195,7 @@ class Trainer:
         self._has_told_clipped = True
         worst = self.parts.env.spec.name_number(int(shares.argmax()))
         self.reporter.notice(
-            f"{share:.0%} of the numbers observed in a rollout lie more than {Normalizer.LIMIT:g} times outside the "
+            f"{share:.0%} of the numbers observed in a rollout lie beyond {Normalizer.LIMIT:g} times the "
             f"demonstrations' range and are cut there, most often {worst}: the policy was made for other observations"
         )
 
