@@ -14,7 +14,16 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from asyncflow.errors import ConfigError
-from asyncflow.policy_config import MAX_SECONDS, POLICY_KINDS, CompileMode, PathText, PolicyConfig, Section, VLAConfig
+from asyncflow.policy_config import (
+    MAX_SECONDS,
+    POLICY_KINDS,
+    CompileMode,
+    ObsKey,
+    PathText,
+    PolicyConfig,
+    Section,
+    VLAConfig,
+)
 
 __all__ = [
     "MAX_SECONDS",
@@ -57,7 +66,7 @@ class EnvConfig(Section):
         ge=1,
         description="Env steps until an episode is truncated; null means those of the policy, else the task's.",
     )
-    obs_keys: list[str] | None = Field(
+    obs_keys: list[ObsKey] | None = Field(
         None,
         min_length=1,
         description="Low-dimensional observations concatenated into `state`; null means those of the policy to start "

@@ -134,7 +134,9 @@ class ConsoleReporter:
         if "eval/success_rate" in row:
             interval = (row["eval/success_low"], row["eval/success_high"])
             rows["evaluation"] = _describe_rate(row["eval/success_rate"], *interval)
-        rows |= {"checkpoint": str(checkpoint), "curves": command("--logdir", run_dir, program="tensorboard")}
+        rows["checkpoint"] = str(checkpoint)
+        if self._config is None or self._config.logging.logger == "tensorboard":
+            rows["curves"] = command("--logdir", run_dir, program="tensorboard")
         self._card("stopped, and saved" if is_stopped else "finished", rows)
         words: list[str | Path] = ["train", "--resume", run_dir]
         if not is_stopped:

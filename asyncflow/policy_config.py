@@ -127,10 +127,17 @@ def _find_other_than_json(value: Any, place: str) -> str | None:
     return f"{place}: more than {MAX_VALUES} values, or a value that holds itself"
 
 
+def _name_observation(name: str) -> str:
+    return "object" if name == "object-state" else name
+
+
+ObsKey = Annotated[str, AfterValidator(_name_observation)]  # robomimic's name; robosuite's own for one of them is taken
+
+
 class StatePart(Section):
     """A piece of what the simulator observes, where it stands in the model's state."""
 
-    key: str = Field(description="One of env.obs_keys; `state` where the environment has no names.")
+    key: ObsKey = Field(description="One of env.obs_keys; `state` where the environment has no names.")
     slice: list[int] | None = Field(
         None, min_length=2, max_length=2, description="Its first number and the one after its last; null: all of it."
     )

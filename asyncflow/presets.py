@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from asyncflow.config import Config, validate, values_by_key
-from asyncflow.envs.tasks import TASKS, TOYS, Task, find_task, load_env_meta, name_of_env, task_names
+from asyncflow.envs.tasks import TASKS, TOYS, Task, find_task, load_env_meta, name_of_env, own_name, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.files import expand_user
 from asyncflow.lerobot_folder import adopt_lerobot, is_lerobot_folder
@@ -37,6 +37,7 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     task = values.get("env.task", "Lift")
     if not isinstance(task, str):
         return None  # the validation will say what is wrong with it
+    task = own_name(task)
     if (task in TASKS or task in TOYS) and task.lower() in preset_names():
         return task.lower()
     if task not in task_names():
@@ -118,6 +119,9 @@ def load_config(preset: str | None = None, overrides: dict[str, Any] | None = No
     """
     values = apply_overrides(read_preset(preset) if preset else {}, overrides or {})
     trust_named_class(values)
+    env = values.get("env")
+    if isinstance(env, dict) and isinstance(env.get("task"), str):
+        env["task"] = own_name(env["task"])
     return validate(anchor_paths(adopt_lerobot(values)))
 
 

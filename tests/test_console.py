@@ -89,6 +89,15 @@ def test_a_pipe_gets_one_line_per_update() -> None:
     assert file.getvalue().count("\n") == before + 3
 
 
+@pytest.mark.parametrize(("logger", "is_named"), [("tensorboard", True), ("none", False)])
+def test_curves_are_named_where_there_are_any(logger: str, is_named: bool) -> None:
+    file = io.StringIO()
+    reporter = ConsoleReporter(file)
+    reporter.start(load_config("toy", {"logging.logger": logger}), RUN, 1, "cpu")
+    reporter.end(RUN, RUN / "checkpoints/last", ROW, is_stopped=False)
+    assert ("curves" in file.getvalue()) == is_named
+
+
 def show_progress(file: io.StringIO) -> str:
     """Return what a command of 50 episodes shows of its progress."""
     with progress_bar("episodes", 50, file) as show_done:

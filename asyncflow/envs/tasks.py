@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,6 @@ TOYS = {
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 _ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-_SECOND_ARM_KEYS = ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos")
 _ROBOT_CAMERAS = ("robot0_robotview", "robot0_eye_in_hand")
 POINTS = "points."  # before the camera, in the key of a point cloud's shape
 POINT_SETTINGS = ("num_points", "point_bounds", "camera_size")  # keys of `env` with which point clouds are made
@@ -54,6 +54,8 @@ class Task:
         env_kwargs: Further arguments of `robosuite.make`.
         cameras: robosuite's names of the cameras.
         object_size: How many numbers the observation `object` has.
+        arm_obs: What is observed of each arm, and how many numbers each is.
+        arm_action_dim: Size of the action of one arm and its gripper.
     """
 
     env_name: str
@@ -64,27 +66,39 @@ class Task:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     cameras: tuple[str, ...] = _CAMERAS
     object_size: int = 0
+    arm_obs: Mapping[str, int] = field(default_factory=lambda: _ARM_OBS)
+    arm_action_dim: int = 7
 
     @property
     def action_dim(self) -> int:
-        """Size of an action: six numbers and a gripper's for each arm."""
-        return 7 * len(self.robots)
+        """Size of an action."""
+        return self.arm_action_dim * len(self.robots)
 
     def obs_sizes(self) -> dict[str, int]:
         """Return what the simulator of a known task observes, by robomimic's names, and how many numbers each is."""
-        arms = {f"robot{arm}_{name}": n for arm in range(len(self.robots)) for name, n in _ARM_OBS.items()}
+        arms = {f"robot{arm}_{name}": n for arm in range(len(self.robots)) for name, n in self.arm_obs.items()}
         return {"object": self.object_size, **arms}
+
+
+_HORIZON = 500  # of robosuite's benchmark; tasks of robomimic's and MimicGen's datasets have theirs
+_BIN_CAMERAS = ("frontview", "birdview", "agentview", *_ROBOT_CAMERAS)
+_SECOND_CAMERAS = ("robot1_robotview", "robot1_eye_in_hand")
+_TWO_ARMS: dict[str, Any] = {
+    "obs_keys": (*_ARM_KEYS, "robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos", "object"),
+    "robots": ("Panda", "Panda"),
+    "env_kwargs": {"env_configuration": "opposed"},
+}
+_NO_GRIPPER = {key: size for key, size in _ARM_OBS.items() if not key.startswith("gripper")}
+
+
+def _place(name: str, summary: str, object_size: int, horizon: int = _HORIZON) -> Task:
+    """Return a task of the two bins, which lack a camera."""
+    return Task(name, horizon, summary, cameras=_BIN_CAMERAS, object_size=object_size)
 
 
 TASKS: dict[str, Task] = {
     "Lift": Task("Lift", 400, "lift a cube from the table", object_size=10),
-    "Can": Task(
-        "PickPlaceCan",
-        400,
-        "move a can into its bin",
-        cameras=("frontview", "birdview", "agentview", *_ROBOT_CAMERAS),
-        object_size=14,
-    ),
+    "Can": _place("PickPlaceCan", "move a can into its bin", 14, horizon=400),
     "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg", object_size=14),
     "Stack": Task("Stack", 400, "put the red cube onto the green one", object_size=23),
     "Door": Task("Door", 400, "turn the handle and open the door", object_size=14),
@@ -93,13 +107,56 @@ TASKS: dict[str, Task] = {
         "TwoArmTransport",
         700,
         "two arms hand a hammer over",
-        obs_keys=(*_ARM_KEYS, *_SECOND_ARM_KEYS, "object"),
-        robots=("Panda", "Panda"),
-        env_kwargs={"env_configuration": "opposed"},
-        cameras=(*_CAMERAS, "shouldercamera0", "shouldercamera1", "robot1_robotview", "robot1_eye_in_hand"),
+        cameras=(*_CAMERAS, "shouldercamera0", "shouldercamera1", *_SECOND_CAMERAS),
         object_size=41,
+        **_TWO_ARMS,
     ),
+    "TwoArmLift": Task(
+        "TwoArmLift",
+        _HORIZON,
+        "two arms lift a pot",
+        cameras=(*_CAMERAS, *_SECOND_CAMERAS),
+        object_size=19,
+        **_TWO_ARMS,
+    ),
+    "TwoArmHandover": Task(
+        "TwoArmHandover",
+        _HORIZON,
+        "one arm hands a hammer to the other",
+        cameras=(*_CAMERAS, *_SECOND_CAMERAS),
+        object_size=16,
+        **_TWO_ARMS,
+    ),
+    "TwoArmPegInHole": Task(
+        "TwoArmPegInHole",
+        _HORIZON,
+        "two arms put a peg into a hole",
+        cameras=(*_CAMERAS, *_SECOND_CAMERAS),
+        object_size=17,
+        arm_obs=_NO_GRIPPER,
+        arm_action_dim=6,
+        **_TWO_ARMS
+        | {"obs_keys": ("robot0_eef_pos", "robot0_eef_quat", "robot1_eef_pos", "robot1_eef_quat", "object")},
+    ),
+    "Wipe": Task(
+        "Wipe",
+        _HORIZON,
+        "wipe the table clean",
+        obs_keys=("robot0_eef_pos", "robot0_eef_quat", "object"),
+        object_size=8,
+        arm_obs=_ARM_OBS | {"gripper_qpos": 0, "gripper_qvel": 0, "contact": 1},
+        arm_action_dim=6,
+    ),
+    "NutAssembly": Task("NutAssembly", _HORIZON, "put two nuts onto their pegs", object_size=28),
+    "NutAssemblyRound": Task("NutAssemblyRound", _HORIZON, "put a round nut onto its peg", object_size=14),
+    "NutAssemblySingle": Task("NutAssemblySingle", _HORIZON, "put one of two nuts onto its peg", object_size=15),
+    "PickPlace": _place("PickPlace", "move four things into their bins", 56),
+    "PickPlaceSingle": _place("PickPlaceSingle", "move one of four things into its bin", 15),
+    "PickPlaceMilk": _place("PickPlaceMilk", "move a milk carton into its bin", 14),
+    "PickPlaceBread": _place("PickPlaceBread", "move a loaf of bread into its bin", 14),
+    "PickPlaceCereal": _place("PickPlaceCereal", "move a box of cereals into its bin", 14),
 }
+_BY_ENV_NAME = {task.env_name: name for name, task in TASKS.items()}
 
 
 @dataclass(frozen=True)
@@ -161,15 +218,20 @@ def task_names() -> list[str]:
     return [*TOYS, *TASKS, *plugin_names(ENVS)]
 
 
+def own_name(name: str) -> str:
+    """Return what asyncflow calls a task that may be named as in robosuite, `PickPlaceCan`; others stay."""
+    return _BY_ENV_NAME.get(name, name)
+
+
 def find_task(name: str) -> Task:
     """Return a simulated task by its name.
 
     Raises:
         ConfigError: There is none of this name; the message names the nearest and all of them.
     """
-    if name in TASKS:
-        return TASKS[name]
-    by_folded = {known.casefold(): known for known in task_names()}
+    if own_name(name) in TASKS:
+        return TASKS[own_name(name)]
+    by_folded = {known.casefold(): known for known in [*_BY_ENV_NAME, *task_names()]}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(by_folded[match] for match in near)}?" if near else ";"
     raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
@@ -197,7 +259,7 @@ def is_plugin(config: EnvConfig) -> bool:
         ConfigError: It is not clear what is meant: the package took a name of asyncflow's own, or there is also an
             `env.env_meta`, which describes something else.
     """
-    is_own = config.task in TOYS or config.task in TASKS
+    is_own = config.task in TOYS or own_name(config.task) in TASKS
     if config.env_meta is None and is_own:
         refuse_taken_name(ENVS, config.task, "env.task")
     is_other = not is_own and config.task in plugin_names(ENVS)

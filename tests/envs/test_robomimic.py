@@ -198,12 +198,23 @@ def test_actions_are_limited_and_executed_as_robosuite_does(controller, tmp_path
     env.close()
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+def test_every_task_of_robosuite_is_known(lift):
+    from robosuite.environments.base import REGISTERED_ENVS  # noqa: PLC0415  seconds
+
+    assert set(REGISTERED_ENVS) <= {task.env_name for task in TASKS.values()}
+
+
+BENCHMARKED = ["Lift", "Can", "Square", "Stack", "Door", "ToolHang", "Transport", "TwoArmPegInHole"]
+OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in TASKS if task not in BENCHMARKED]
+
+
+@pytest.mark.parametrize("task", [*BENCHMARKED, *OTHERS])
 def test_every_task_builds_and_steps(task):
     env = build(task)
     env.reset(0)
     reward, success = env.step(np.zeros(env.spec.action_dim))
-    assert (reward, success) == (0.0, False)
+    assert reward < 0.1  # Wipe pays for contact, the others for success alone
+    assert not success
     assert np.isfinite(env.observe()).all()
     assert {key: np.size(value) for key, value in env.observe_all().items()} == TASKS[task].obs_sizes()
     assert env.spec.action_dim == TASKS[task].action_dim

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from asyncflow.config import EnvConfig
-from asyncflow.envs.tasks import load_env_meta, resolve_task, task_names
+from asyncflow.envs.tasks import TASKS, load_env_meta, resolve_task, task_names
 from asyncflow.errors import ConfigError
+from asyncflow.presets import choose_preset, load_config
 
 META = {"env_name": "Lift", "type": 1, "env_version": "1.5.2", "env_kwargs": {"robots": ["Panda"]}}
 
@@ -30,6 +31,20 @@ def test_an_unknown_task_is_one_line_with_the_nearest_and_all_names(name, near):
     assert "\n" not in message
     assert f"did you mean {near}" in message
     assert all(known in message for known in task_names())
+
+
+@pytest.mark.parametrize(("name", "own"), [("PickPlaceCan", "Can"), ("TwoArmTransport", "Transport"), ("Wipe", "Wipe")])
+def test_robosuites_own_names_are_taken(name, own):
+    assert resolve_task(EnvConfig(task=name)).task is TASKS[own]
+    assert load_config(None, {"env.task": name}).env.task == own
+    assert choose_preset({"env.task": name, "policy.checkpoint": None}) is None
+
+
+def test_robosuites_name_of_the_object_is_taken():
+    values = {"env.obs_keys": ["object-state"], "policy.mapping.obs.state": [{"key": "object-state"}]}
+    config = load_config(None, values)
+    assert config.env.obs_keys == ["object"]
+    assert [part.key for part in config.policy.mapping.obs.state] == ["object"]
 
 
 def test_the_configuration_wins_over_the_tasks_defaults():
