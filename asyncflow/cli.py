@@ -250,7 +250,8 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
 def tasks() -> int:
     """List the tasks."""
     from asyncflow.console import ConsoleReporter
-    from asyncflow.envs.tasks import TASKS, TOYS
+    from asyncflow.envs.task_table import TASKS
+    from asyncflow.envs.tasks import TOYS
     from asyncflow.plugins import ENVS, plugin_names
 
     rows = [[name, "-", summary] for name, summary in TOYS.items()]

@@ -19,7 +19,7 @@ from asyncflow.camera_data import read_clouds, read_images, take_point_settings
 from asyncflow.config import EnvConfig
 from asyncflow.demo_choice import ALL, choose_demonstrations, find_failures
 from asyncflow.envs.controllers import Limits, find_action_limits, name_robots
-from asyncflow.envs.tasks import TASKS, Task, check_env_meta, parse_env_meta
+from asyncflow.envs.tasks import check_env_meta, find_described_task, parse_env_meta
 from asyncflow.errors import ConfigError
 from asyncflow.finite import read_finite
 from asyncflow.presets import default_horizon
@@ -93,7 +93,7 @@ def _read_demonstrations(
     env_meta, source = _read_env_meta(file, path), f"--dataset {path}"
     point_settings = take_point_settings(env_meta, env_config, source)
     choice = choose_demonstrations(file, filter_key, source)
-    task = _find_task(env_meta, env_config, path)
+    task = find_described_task(env_meta, env_config, source)
     obs_keys = tuple(env_config.obs_keys or task.obs_keys)
     groups = [file["data"][name] for name in choice.names]
     for group in groups:
@@ -175,17 +175,6 @@ def _read_cameras(
         for camera in env_config.point_clouds
     }
     return images, clouds
-
-
-def _find_task(env_meta: dict[str, Any], env_config: EnvConfig, path: Path) -> Task:
-    """Return the dataset's task, or one made of the configuration's keys where asyncflow does not know it."""
-    name = env_meta.get("env_name")
-    for task in TASKS.values():
-        if task.env_name == name:
-            return task
-    if env_config.horizon is None or env_config.obs_keys is None:
-        raise ConfigError(f"--dataset {path}: asyncflow does not know {name}; set env.horizon and env.obs_keys")
-    return Task(str(name), env_config.horizon, "described by a dataset", tuple(env_config.obs_keys))
 
 
 def _read_env_meta(file: h5py.File, path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from asyncflow.camera_data import CLOUD_SUFFIX, IMAGE_SUFFIX, SETTINGS_KEY
 from asyncflow.config import EnvConfig
 from asyncflow.envs.controllers import find_action_limits, name_robots
 from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.tasks import TASKS, load_env_meta, resolve_task
+from asyncflow.envs.task_table import TASKS
+from asyncflow.envs.tasks import load_env_meta, resolve_task
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.experts import EXPERTS, Array, Expert, Obs
 from asyncflow.files import check_output, publish_file, temporary_name

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from asyncflow.config import Config, validate, values_by_key
-from asyncflow.envs.tasks import TASKS, TOYS, Task, find_task, load_env_meta, name_of_env, own_name, task_names
+from asyncflow.envs.task_table import TASKS, Task, own_name
+from asyncflow.envs.tasks import TOYS, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.files import expand_user
 from asyncflow.lerobot_folder import adopt_lerobot, is_lerobot_folder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hand_clock import HandClock
 
-from asyncflow.envs.tasks import TASKS
+from asyncflow.envs.task_table import MEASURED
 
 STEP_S, RESET_S = 0.25, 0.5  # exact in binary, so that sums are
 
@@ -284,7 +284,7 @@ def test_one_task_that_is_too_slow_ends_with_1_and_is_on_the_page(call):
     code, page = call({"Door": 2.5})
     assert code == 1
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ") and ">=" in line]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(TASKS)
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(MEASURED)
     assert [row for row in rows if "**no**" in row] == [row for row in rows if row.startswith("| Door |")]
 
 

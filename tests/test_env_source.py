@@ -81,9 +81,9 @@ def test_a_policy_of_another_task_is_refused(task):
         adopt_environment(EnvConfig(task=task), described("PickPlaceCan"))
 
 
-def test_an_environment_without_a_name_here_is_taken_by_its_own():
-    adopted = adopt_environment(EnvConfig(task="Knead"), described("Knead"))
-    assert adopted.env_meta["env_name"] == "Knead"
+def test_an_environment_without_a_shorter_name_here_is_taken_by_its_own():
+    adopted = adopt_environment(EnvConfig(task="Wipe"), described("Wipe"))
+    assert adopted.env_meta["env_name"] == "Wipe"
 
 
 def test_what_neither_policy_nor_task_knows_is_refused_by_name():
@@ -104,7 +104,7 @@ def test_simulators_are_built_as_the_policys_file_describes(policy_file, asked):
 
 def test_a_policy_of_other_robots_is_no_mistake(policy_file):
     """Its sizes are not those of the task's own robot."""
-    spec = EnvSpec({"state": (25,)}, 14, 33, env_meta=described(robots=["Panda", "Panda"]).env_meta, obs_keys=KEYS)
+    spec = EnvSpec({"state": (23,)}, 7, 33, env_meta=described(robots=["UR5e"]).env_meta, obs_keys=KEYS)
     check_start(lift(policy_file(spec)))
 
 

@@ -9,6 +9,7 @@ import torch
 
 from asyncflow.config import Config, EnvConfig, PolicyConfig
 from asyncflow.dataset import read_dataset
+from asyncflow.envs import tasks
 from asyncflow.errors import ConfigError
 from asyncflow.examples import cut_chunks
 from asyncflow.policies import make_policy
@@ -209,8 +210,14 @@ def test_the_horizon_is_that_with_which_the_task_is_trained(tmp_path, env_name, 
     assert load_policy_file(tmp_path / "policy.safetensors").env_spec.horizon == horizon
 
 
-def test_unknown_environment_needs_horizon_and_observations(tmp_path):
-    path = write(tmp_path / "demos.hdf5", meta=META | {"env_name": "Wipe"})
+def test_an_environment_that_robosuite_lacks_is_refused_before_anything_is_trained(tmp_path):
+    path = write(tmp_path / "demos.hdf5", meta=META | {"env_name": "Stack_D0"})
+    assert "env_name = 'Stack_D0' is no environment of robosuite; did you mean Stack?" in refused(path)
+
+
+def test_unknown_environment_needs_horizon_and_observations(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "plugin_names", lambda group: ["Knead"])
+    path = write(tmp_path / "demos.hdf5", meta=META | {"env_name": "Knead"})
     assert "set env.horizon and env.obs_keys" in refused(path)
     assert read_dataset(path, EnvConfig(horizon=50, obs_keys=["object"])).horizon == 50
 

@@ -21,7 +21,7 @@ from asyncflow.config import EnvConfig
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
 from asyncflow.envs.robomimic import build_env_meta, quiet
-from asyncflow.envs.tasks import TASKS
+from asyncflow.envs.task_table import TASKS
 from asyncflow.seeding import derive_seed
 
 NUM_ENVS, CHUNK_LENGTH, HORIZON = 16, 4, 120

@@ -23,7 +23,8 @@ _GAIN_LIMITS = {"kp_limits": (0, 300), "damping_ratio_limits": (0, 100)}  # robo
 _DEFAULT_ARM = {"type": "OSC_POSE"}  # of robots with a fixed base
 _BIMANUAL = ("Baxter",)
 _FIXED_ROBOTS = (*_BIMANUAL, "IIWA", "Jaco", "Kinova3", "Panda", "PandaDexLH", "PandaDexRH", "Sawyer", "UR5e", "XArm7")
-_NUM_JOINTS = {"UR5e": 6}  # the others' arms have 7
+_MOST_JOINTS = 7
+_NUM_JOINTS = {"UR5e": 6}  # the others' arms have the most
 
 Limits = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -32,6 +33,11 @@ def name_robots(env_kwargs: Mapping[str, Any]) -> list[str]:
     """Return robosuite's names of the robots of a description, which may name a single one by itself."""
     robots = env_kwargs.get("robots")
     return list(robots) if isinstance(robots, list | tuple) else [str(robots)]
+
+
+def is_single_arm(robot: str) -> bool:
+    """Tell whether a robot is known to have one arm only."""
+    return robot in _FIXED_ROBOTS and robot not in _BIMANUAL
 
 
 def convert_controllers(configs: Any, num_robots: int) -> list[dict[str, Any] | None]:
@@ -66,7 +72,9 @@ def _convert_robot(config: Any) -> dict[str, Any] | None:
     if not isinstance(config["body_parts"], dict):
         raise ConfigError(f"{KEY}.body_parts = {config['body_parts']!r}: expected a mapping of parts")
     parts = dict(config["body_parts"])
-    parts |= parts.pop("arms", {})  # robosuite's files nest the arms, what it builds has them beside the others
+    arms = parts.pop("arms", {})  # robosuite's files nest them; what it builds has them beside the other parts
+    if not isinstance(arms, dict) or _ARMS[0] not in (parts := parts | arms):
+        raise ConfigError(f"{KEY}.body_parts: there is no arm named {_ARMS[0]}; parts: {', '.join(map(str, parts))}")
     return config | {"body_parts": {name: _convert_part(name, part) for name, part in parts.items()}}
 
 
@@ -110,6 +118,9 @@ def _check_arm(arm: Any) -> None:
             _check_numbers(arm, key, _OSC_SIZES[kind])
         _check_numbers(arm, "kp", 6)
     _check_gain_limits(arm)
+    low, high = arm.get("input_min", -1), arm.get("input_max", 1)
+    if any(a >= b for a, b in zip(_spread(low, _MOST_JOINTS), _spread(high, _MOST_JOINTS), strict=False)):
+        raise ConfigError(f"{KEY}: input_max = {high} must exceed input_min = {low}")
 
 
 def _check_values(arm: dict[str, Any]) -> None:
@@ -170,7 +181,7 @@ def find_action_limits(configs: Any, robots: list[str], action_dim: int) -> Limi
         parts = dict.fromkeys(names, _DEFAULT_ARM) if controller is None else controller["body_parts"]
         if robot not in _FIXED_ROBOTS or not set(names) <= parts.keys():
             return None
-        arms += [_limit_arm(parts[name], _NUM_JOINTS.get(robot, 7)) for name in names]
+        arms += [_limit_arm(parts[name], _NUM_JOINTS.get(robot, _MOST_JOINTS)) for name in names]
     num_grippers, rest = divmod(action_dim - sum(len(low) for low, _ in arms), len(arms))
     if rest or num_grippers < 0:
         return None

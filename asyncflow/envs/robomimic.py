@@ -9,6 +9,8 @@ Shapes: A action size, D size of the `state` observation.
 from __future__ import annotations
 
 import contextlib
+import difflib
+import inspect
 import io
 import logging
 import sys
@@ -23,9 +25,11 @@ from numpy.typing import NDArray
 from asyncflow.caches import prepare_caches
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.cameras import Cameras, choose_gl
-from asyncflow.envs.controllers import convert_controllers, name_robots
-from asyncflow.envs.tasks import SimulatorSettings, Task
-from asyncflow.errors import EnvError
+from asyncflow.envs.controllers import name_robots
+from asyncflow.envs.env_meta import translate_kwargs
+from asyncflow.envs.task_table import Task
+from asyncflow.envs.tasks import SimulatorSettings
+from asyncflow.errors import ConfigError, EnvError
 
 
 class RobomimicEnv:
@@ -45,20 +49,23 @@ class RobomimicEnv:
             seed: Decides what an environment keeps for good, such as the size of Lift's cube.
 
         Raises:
-            EnvError: The simulator does not observe one of the `obs_keys`.
-            ConfigError: It lacks one of the cameras, or nothing here can render.
+            ConfigError: It lacks one of the `obs_keys` or cameras, nothing here can render, or robosuite cannot
+                simulate what the `env_meta` describes.
         """
         if settings.rendering_key:
             choose_gl(settings.rendering_key)
         prepare_caches()
         with quiet():
             env_meta = settings.env_meta or build_env_meta(settings.task)
-            self.env = _create(env_meta, seed, settings.obs_keys)
+            with contextlib.nullcontext() if settings.env_meta is None else _refuse_description(env_meta["env_name"]):
+                self.env = _create(env_meta, seed, settings.obs_keys)
+                self._action_limits = _read_action_limits(self.env.env)
+                if settings.env_meta is not None:
+                    _try_step(self.env.env, self._action_limits)
+                self._raw_obs: dict[str, Any] = self.env.env.reset()
             self._obs_keys = settings.obs_keys
-            self._raw_obs: dict[str, Any] = self.env.env.reset()
             self._step, self.notices = _find_step(self.env.env, settings.fast_step)
             self._cameras = Cameras(self.env.env.sim, settings) if settings.rendering_key else None
-        self._action_limits = _read_action_limits(self.env.env)
         low, high = self._action_limits.tolist()
         self.spec = EnvSpec(
             obs_shapes={"state": self.observe().shape, **settings.point_obs_shapes},
@@ -90,7 +97,9 @@ class RobomimicEnv:
         obs = self.observe_all()
         missing = [key for key in self._obs_keys if key not in obs]
         if missing:
-            raise EnvError(f"env.obs_keys: the simulator has no {', '.join(missing)}; it has {', '.join(sorted(obs))}")
+            raise ConfigError(
+                f"env.obs_keys: the simulator has no {', '.join(missing)}; it has {', '.join(sorted(obs))}"
+            )
         return np.concatenate([np.atleast_1d(obs[key]) for key in self._obs_keys], dtype=np.float32)
 
     def _count_numbers(self) -> tuple[int, ...]:
@@ -154,13 +163,60 @@ def _create(env_meta: dict[str, Any], seed: int, obs_keys: tuple[str, ...]) -> A
 
     # Process-wide in robomimic: every simulator of a process has the same observations.
     obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": list(obs_keys), "rgb": []}})
-    seeded = deepcopy(env_meta)
-    kwargs = seeded["env_kwargs"]
-    if kwargs.get("controller_configs") is not None:
-        kwargs["controller_configs"] = convert_controllers(kwargs["controller_configs"], len(name_robots(kwargs)))
+    kwargs = translate_kwargs(deepcopy(env_meta))
+    _check_names(env_meta["env_name"], kwargs)
     # A soft reset takes 1 ms instead of 100 and still draws everything anew but the objects' sizes.
-    seeded["env_kwargs"] |= {"seed": seed, "hard_reset": False}
-    return env_utils.create_env_from_metadata(seeded)
+    kwargs |= {"seed": seed, "hard_reset": False}
+    return env_utils.create_env_from_metadata({**env_meta, "env_kwargs": kwargs})
+
+
+def _check_names(env_name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse robots and keywords that the installed robosuite does not have."""
+    from robosuite.environments.base import REGISTERED_ENVS  # noqa: PLC0415
+    from robosuite.robots import ROBOT_CLASS_MAPPING  # noqa: PLC0415
+
+    for robot in name_robots(kwargs):
+        if robot not in ROBOT_CLASS_MAPPING:
+            known = ", ".join(ROBOT_CLASS_MAPPING)
+            raise ConfigError(f"env_kwargs.robots: robosuite has no robot {robot!r}; robots: {known}")
+    bases = REGISTERED_ENVS[env_name].__mro__ if env_name in REGISTERED_ENVS else ()
+    keywords = {name for base in bases for name in inspect.signature(base.__init__).parameters} - {
+        "self",
+        "args",
+        "kwargs",
+    }
+    for key in kwargs if keywords else ():
+        if key not in keywords:
+            near = difflib.get_close_matches(key, keywords, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; keywords: {', '.join(sorted(keywords))}"
+            raise ConfigError(f"env_kwargs.{key}: {env_name} takes no such keyword{hint}")
+
+
+@contextlib.contextmanager
+def _refuse_description(env_name: str) -> Iterator[None]:
+    """Make of what robosuite raises a refusal of the description; what the system raises stays its own."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"env.env_meta: {error}") from None
+    except (OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__} {error}".split())
+        raise ConfigError(
+            f"env.env_meta: robosuite cannot simulate {env_name} with these env_kwargs: {said}"
+        ) from error
+
+
+def _try_step(env: Any, limits: NDArray[np.float64]) -> None:
+    """Take a step from the middle of the limits: what every first step would raise shows before a run starts."""
+    env.reset()
+    obs, *_ = env.step(np.where(np.isfinite(limits).all(0), limits, 0.0).mean(0))
+    broken = [key for key, value in obs.items() if not np.isfinite(value).all()]
+    if broken:
+        raise ConfigError(
+            f"env_kwargs: after one step {broken[0]} is not finite; see gains and limits of the controller"
+        )
 
 
 def _read_action_limits(env: Any) -> NDArray[np.float64]:

@@ -1,6 +1,6 @@
-"""The tasks that asyncflow knows by name, and environment descriptions read from files.
+"""From a configuration to what is simulated: a task by its name, or a description of an environment from a file.
 
-Owns names, horizons and default observations. It must import neither torch nor a simulator: `asyncflow tasks` and
+It must import neither torch nor a simulator: `asyncflow tasks` and
 the check of a configuration answer at once.
 """
 
@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from asyncflow.envs.controllers import name_robots
+from asyncflow.envs.env_meta import check_robots, translate_kwargs
+from asyncflow.envs.task_table import BY_ENV_NAME, TASKS, Task, own_name
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.plain_values import MAX_DEPTH, is_deep
 from asyncflow.plugins import ENVS, plugin_names, refuse_taken_name
@@ -29,134 +31,8 @@ TOYS = {
 }
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
-_ARM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-_ROBOT_CAMERAS = ("robot0_robotview", "robot0_eye_in_hand")
 POINTS = "points."  # before the camera, in the key of a point cloud's shape
 POINT_SETTINGS = ("num_points", "point_bounds", "camera_size")  # keys of `env` with which point clouds are made
-_CAMERAS = ("frontview", "birdview", "agentview", "sideview", *_ROBOT_CAMERAS)
-# What robosuite observes of a Panda, and how many numbers each is.
-_ARM_OBS = {
-    "eef_pos": 3, "eef_quat": 4, "eef_quat_site": 4, "gripper_qpos": 2, "gripper_qvel": 2,
-    "joint_acc": 7, "joint_pos": 7, "joint_pos_cos": 7, "joint_pos_sin": 7, "joint_vel": 7,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Task:
-    """A simulated task.
-
-    Attributes:
-        env_name: robosuite's name of the environment.
-        horizon: Env steps until an episode is truncated.
-        summary: What the robot has to do.
-        obs_keys: robomimic's names of what `state` concatenates.
-        robots: robosuite's names of the arms.
-        env_kwargs: Further arguments of `robosuite.make`.
-        cameras: robosuite's names of the cameras.
-        object_size: How many numbers the observation `object` has.
-        arm_obs: What is observed of each arm, and how many numbers each is.
-        arm_action_dim: Size of the action of one arm and its gripper.
-    """
-
-    env_name: str
-    horizon: int
-    summary: str
-    obs_keys: tuple[str, ...] = (*_ARM_KEYS, "object")
-    robots: tuple[str, ...] = ("Panda",)
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
-    cameras: tuple[str, ...] = _CAMERAS
-    object_size: int = 0
-    arm_obs: Mapping[str, int] = field(default_factory=lambda: _ARM_OBS)
-    arm_action_dim: int = 7
-
-    @property
-    def action_dim(self) -> int:
-        """Size of an action."""
-        return self.arm_action_dim * len(self.robots)
-
-    def obs_sizes(self) -> dict[str, int]:
-        """Return what the simulator of a known task observes, by robomimic's names, and how many numbers each is."""
-        arms = {f"robot{arm}_{name}": n for arm in range(len(self.robots)) for name, n in self.arm_obs.items()}
-        return {"object": self.object_size, **arms}
-
-
-_HORIZON = 500  # of robosuite's benchmark; tasks of robomimic's and MimicGen's datasets have theirs
-_BIN_CAMERAS = ("frontview", "birdview", "agentview", *_ROBOT_CAMERAS)
-_SECOND_CAMERAS = ("robot1_robotview", "robot1_eye_in_hand")
-_TWO_ARMS: dict[str, Any] = {
-    "obs_keys": (*_ARM_KEYS, "robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos", "object"),
-    "robots": ("Panda", "Panda"),
-    "env_kwargs": {"env_configuration": "opposed"},
-}
-_NO_GRIPPER = {key: size for key, size in _ARM_OBS.items() if not key.startswith("gripper")}
-
-
-def _place(name: str, summary: str, object_size: int, horizon: int = _HORIZON) -> Task:
-    """Return a task of the two bins, which lack a camera."""
-    return Task(name, horizon, summary, cameras=_BIN_CAMERAS, object_size=object_size)
-
-
-TASKS: dict[str, Task] = {
-    "Lift": Task("Lift", 400, "lift a cube from the table", object_size=10),
-    "Can": _place("PickPlaceCan", "move a can into its bin", 14, horizon=400),
-    "Square": Task("NutAssemblySquare", 400, "put a square nut onto its peg", object_size=14),
-    "Stack": Task("Stack", 400, "put the red cube onto the green one", object_size=23),
-    "Door": Task("Door", 400, "turn the handle and open the door", object_size=14),
-    "ToolHang": Task("ToolHang", 700, "assemble a frame and hang a tool on it", object_size=44),
-    "Transport": Task(
-        "TwoArmTransport",
-        700,
-        "two arms hand a hammer over",
-        cameras=(*_CAMERAS, "shouldercamera0", "shouldercamera1", *_SECOND_CAMERAS),
-        object_size=41,
-        **_TWO_ARMS,
-    ),
-    "TwoArmLift": Task(
-        "TwoArmLift",
-        _HORIZON,
-        "two arms lift a pot",
-        cameras=(*_CAMERAS, *_SECOND_CAMERAS),
-        object_size=19,
-        **_TWO_ARMS,
-    ),
-    "TwoArmHandover": Task(
-        "TwoArmHandover",
-        _HORIZON,
-        "one arm hands a hammer to the other",
-        cameras=(*_CAMERAS, *_SECOND_CAMERAS),
-        object_size=16,
-        **_TWO_ARMS,
-    ),
-    "TwoArmPegInHole": Task(
-        "TwoArmPegInHole",
-        _HORIZON,
-        "two arms put a peg into a hole",
-        cameras=(*_CAMERAS, *_SECOND_CAMERAS),
-        object_size=17,
-        arm_obs=_NO_GRIPPER,
-        arm_action_dim=6,
-        **_TWO_ARMS
-        | {"obs_keys": ("robot0_eef_pos", "robot0_eef_quat", "robot1_eef_pos", "robot1_eef_quat", "object")},
-    ),
-    "Wipe": Task(
-        "Wipe",
-        _HORIZON,
-        "wipe the table clean",
-        obs_keys=("robot0_eef_pos", "robot0_eef_quat", "object"),
-        object_size=8,
-        arm_obs=_ARM_OBS | {"gripper_qpos": 0, "gripper_qvel": 0, "contact": 1},
-        arm_action_dim=6,
-    ),
-    "NutAssembly": Task("NutAssembly", _HORIZON, "put two nuts onto their pegs", object_size=28),
-    "NutAssemblyRound": Task("NutAssemblyRound", _HORIZON, "put a round nut onto its peg", object_size=14),
-    "NutAssemblySingle": Task("NutAssemblySingle", _HORIZON, "put one of two nuts onto its peg", object_size=15),
-    "PickPlace": _place("PickPlace", "move four things into their bins", 56),
-    "PickPlaceSingle": _place("PickPlaceSingle", "move one of four things into its bin", 15),
-    "PickPlaceMilk": _place("PickPlaceMilk", "move a milk carton into its bin", 14),
-    "PickPlaceBread": _place("PickPlaceBread", "move a loaf of bread into its bin", 14),
-    "PickPlaceCereal": _place("PickPlaceCereal", "move a box of cereals into its bin", 14),
-}
-_BY_ENV_NAME = {task.env_name: name for name, task in TASKS.items()}
 
 
 @dataclass(frozen=True)
@@ -218,11 +94,6 @@ def task_names() -> list[str]:
     return [*TOYS, *TASKS, *plugin_names(ENVS)]
 
 
-def own_name(name: str) -> str:
-    """Return what asyncflow calls a task that may be named as in robosuite, `PickPlaceCan`; others stay."""
-    return _BY_ENV_NAME.get(name, name)
-
-
 def find_task(name: str) -> Task:
     """Return a simulated task by its name.
 
@@ -231,7 +102,7 @@ def find_task(name: str) -> Task:
     """
     if own_name(name) in TASKS:
         return TASKS[own_name(name)]
-    by_folded = {known.casefold(): known for known in [*_BY_ENV_NAME, *task_names()]}
+    by_folded = {known.casefold(): known for known in [*BY_ENV_NAME, *task_names()]}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(by_folded[match] for match in near)}?" if near else ";"
     raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
@@ -239,8 +110,7 @@ def find_task(name: str) -> Task:
 
 def name_of_env(env_meta: Any) -> str:
     """Return what `env.task` calls the environment of a description; robosuite's name where the table lacks it."""
-    name = str(env_meta.get("env_name", "")) if isinstance(env_meta, dict) else ""
-    return next((known for known, task in TASKS.items() if task.env_name == name), name)
+    return own_name(str(env_meta.get("env_name", ""))) if isinstance(env_meta, dict) else ""
 
 
 def is_described(config: EnvConfig) -> bool:
@@ -284,7 +154,7 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
         _check_obs_keys(config, task)
     else:
         env_meta = load_env_meta(config.env_meta)  # only its simulator knows what it observes
-        task = _task_of_meta(env_meta, config)
+        task = find_described_task(env_meta, config, "env.env_meta")
     obs_keys = task.obs_keys if config.obs_keys is None else tuple(config.obs_keys)
     height, width = config.camera_size
     return SimulatorSettings(
@@ -339,14 +209,25 @@ def _check_obs_keys(config: EnvConfig, task: Task) -> None:
         raise ConfigError(f"env.obs_keys = {config.obs_keys}: {lacking}")
 
 
-def _task_of_meta(env_meta: dict[str, Any], config: EnvConfig) -> Task:
+def find_described_task(env_meta: dict[str, Any], config: EnvConfig, source: str) -> Task:
+    """Return the task of a checked description, or one made of the configuration's keys where it is a package's.
+
+    Raises:
+        ConfigError: It is a package's, and `env.horizon` or `env.obs_keys` is missing.
+    """
     name = env_meta["env_name"]
-    for task in TASKS.values():
-        if task.env_name == name:
-            return task
-    if config.horizon is None:
-        raise ConfigError(f"env.horizon = null: env.env_meta describes {name}, whose horizon is not known; set it")
-    return Task(name, config.horizon, "described by env.env_meta")
+    if name in BY_ENV_NAME:
+        task = TASKS[BY_ENV_NAME[name]]
+        has_one_robot = len(task.robots) == 2 and len(name_robots(env_meta["env_kwargs"])) == 1
+        return replace(task, obs_keys=tuple(map(_name_of_bimanual, task.obs_keys))) if has_one_robot else task
+    if config.horizon is None or config.obs_keys is None:
+        raise ConfigError(f"{source}: asyncflow does not know {name}; set env.horizon and env.obs_keys")
+    return Task(name, config.horizon, "described by a file", tuple(config.obs_keys))
+
+
+def _name_of_bimanual(key: str) -> str:
+    """Return what the arm of a second robot observes, in the words of one robot with two arms."""
+    return key.replace("robot0_", "robot0_right_").replace("robot1_", "robot0_left_")
 
 
 def load_env_meta(path: str | Path | dict[str, Any]) -> dict[str, Any]:
@@ -401,7 +282,26 @@ def check_env_meta(env_meta: Any, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: an environment of type {kind!r}{other}; allowed: {ROBOSUITE} (robosuite)")
     if not isinstance(env_meta["env_name"], str) or not isinstance(env_meta["env_kwargs"], dict):
         raise ConfigError(f"{source}: env_name must be text and env_kwargs a mapping")
+    _check_name(env_meta["env_name"], source)
+    try:
+        kwargs = translate_kwargs(env_meta)
+        if env_meta["env_name"] in BY_ENV_NAME:
+            task = TASKS[BY_ENV_NAME[env_meta["env_name"]]]
+            check_robots(kwargs, len(task.robots), task.env_name)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     return env_meta
+
+
+def _check_name(name: str, source: str) -> None:
+    """Refuse an environment that neither robosuite nor an installed package has, such as MimicGen's `Stack_D0`."""
+    if name in BY_ENV_NAME or name in plugin_names(ENVS):
+        return
+    near = difflib.get_close_matches(name, BY_ENV_NAME, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    raise ConfigError(
+        f"{source}: env_name = {name!r} is no environment of robosuite{hint} environments: {', '.join(BY_ENV_NAME)}"
+    )
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

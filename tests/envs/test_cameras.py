@@ -11,7 +11,8 @@ from rebuilt import show_last
 from asyncflow.config import EnvConfig
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.tasks import TASKS, resolve_task
+from asyncflow.envs.task_table import TASKS
+from asyncflow.envs.tasks import resolve_task
 from asyncflow.errors import ConfigError
 
 pytestmark = pytest.mark.sim

@@ -86,6 +86,8 @@ def test_one_description_serves_both_arms_of_a_robot_and_a_list_gives_each_its_o
         ({"type": "BASIC", "body_parts": 3}, "body_parts = 3: expected a mapping"),
         ("OSC_POSE", "expected a mapping with a type"),
         ([OSC, OSC, OSC], "3 controllers for 1 robots"),
+        (OSC | {"input_max": -1}, "input_max = -1 must exceed input_min = -1"),
+        ({"type": "BASIC", "body_parts": {"torso": {}}}, "no arm named right; parts: torso"),
     ],
 )
 def test_what_cannot_be_right_is_one_line(config, said):

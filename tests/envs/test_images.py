@@ -12,7 +12,8 @@ from asyncflow.envs import cameras
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.cameras import choose_gl
 from asyncflow.envs.chunks import ChunkBoard
-from asyncflow.envs.tasks import TASKS, resolve_task
+from asyncflow.envs.task_table import TASKS
+from asyncflow.envs.tasks import resolve_task
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
 from asyncflow.presets import load_config

@@ -14,7 +14,8 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
 from asyncflow.envs.point_clouds import View, choose_points, make_cloud, metric_depth, world_points
 from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.tasks import TASKS, resolve_task
+from asyncflow.envs.task_table import TASKS
+from asyncflow.envs.tasks import resolve_task
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
 from asyncflow.presets import load_config

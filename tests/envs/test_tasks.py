@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from asyncflow.config import EnvConfig
-from asyncflow.envs.tasks import TASKS, load_env_meta, resolve_task, task_names
+from asyncflow.envs import tasks
+from asyncflow.envs.task_table import TASKS
+from asyncflow.envs.tasks import load_env_meta, resolve_task, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.presets import choose_preset, load_config
 
@@ -80,12 +82,24 @@ def test_env_meta_brings_its_own_tasks_horizon(tmp_path):
     assert resolve_task(EnvConfig(env_meta=str(path))).horizon == 700
 
 
-def test_env_meta_of_a_task_without_a_known_horizon_asks_for_one(tmp_path):
-    path = tmp_path / "meta.json"
-    path.write_text(json.dumps(META | {"env_name": "Knead"}))
-    with pytest.raises(ConfigError, match=r"env\.horizon = null: .*Knead"):
+def test_env_meta_of_another_packages_environment_needs_horizon_and_observations(tmp_path, monkeypatch):
+    path = save_json(tmp_path / "meta.json", META | {"env_name": "Knead"})
+    monkeypatch.setattr(tasks, "plugin_names", lambda group: ["Knead"])
+    with pytest.raises(ConfigError, match=r"does not know Knead; set env\.horizon and env\.obs_keys"):
         resolve_task(EnvConfig(env_meta=str(path)))
-    assert resolve_task(EnvConfig(env_meta=str(path), horizon=50)).task.env_name == "Knead"
+    assert resolve_task(EnvConfig(env_meta=str(path), horizon=50, obs_keys=["dough"])).task.env_name == "Knead"
+
+
+def test_an_environment_that_robosuite_lacks_is_refused_with_the_nearest(tmp_path):
+    path = save_json(tmp_path / "meta.json", META | {"env_name": "Stack_D0"})
+    assert re.search(r"env_name = 'Stack_D0' is no environment of robosuite; did you mean Stack\?", refused(path))
+
+
+def test_a_robot_with_two_arms_observes_under_other_names(tmp_path):
+    meta = META | {"env_name": "TwoArmLift", "env_kwargs": {"robots": "Baxter"}}
+    settings = resolve_task(EnvConfig(env_meta=str(save_json(tmp_path / "meta.json", meta))))
+    assert settings.obs_keys[:2] == ("robot0_right_eef_pos", "robot0_right_eef_quat")
+    assert "robot0_left_eef_pos" in settings.obs_keys
 
 
 def test_env_meta_that_cannot_be_used_is_one_line(tmp_path):

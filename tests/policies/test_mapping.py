@@ -16,7 +16,7 @@ from torch import nn
 
 from asyncflow.config import Config, PolicyConfig, VLAConfig, validate, values_by_key
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.tasks import TASKS
+from asyncflow.envs.task_table import TASKS
 from asyncflow.errors import ConfigError
 from asyncflow.plugins import trust_class
 from asyncflow.policies import make_policy
