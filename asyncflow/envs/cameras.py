@@ -10,7 +10,11 @@ Shapes: C cameras of one kind, P points of a cloud.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import sys
+from collections.abc import Iterator
 from ctypes.util import find_library
 from typing import Any
 
@@ -26,10 +30,24 @@ _ADVICE = (
     "a GPU's driver brings EGL; without one install EGL (Debian: libegl1 libegl-mesa0) or OSMesa (Debian: libosmesa6); "
     "MUJOCO_GL=egl or MUJOCO_GL=osmesa chooses"
 )
+_EGL_DEVICE, _CUDA_DEVICES = "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
+_READ_ON_IMPORT = ("PYOPENGL_PLATFORM", _EGL_DEVICE)
+
+
+def import_robosuite() -> Any:
+    """Import robosuite and MuJoCo whatever the environment says of OpenGL, and return robosuite.
+
+    Both read it on import and fail where it names what is not installed, though nothing may be going to be rendered.
+    What renders chooses for itself.
+    """
+    if "robosuite" not in sys.modules:
+        with _variables(MUJOCO_GL="disable", **dict.fromkeys(_READ_ON_IMPORT)):
+            importlib.import_module("robosuite")
+    return sys.modules["robosuite"]
 
 
 def choose_gl(key: str = "env.cameras") -> None:
-    """Choose EGL, else OSMesa, unless the environment variable MUJOCO_GL does. Before robosuite is first imported.
+    """Choose EGL, else OSMesa, unless the environment variable MUJOCO_GL does.
 
     Args:
         key: Of the configuration, because of which there is something to render.
@@ -43,8 +61,6 @@ def choose_gl(key: str = "env.cameras") -> None:
         found = f"MUJOCO_GL = {chosen} is not installed" if chosen else "neither EGL nor OSMesa is installed"
         raise ConfigError(f"{key}: cannot render: {found}; {_ADVICE}")
     os.environ["MUJOCO_GL"] = chosen
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # robosuite would read a number there
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
 
 
 class Cameras:
@@ -114,12 +130,79 @@ class Cameras:
 
 
 def _create_context(sim: Any, key: str | None) -> Any:
-    from robosuite.utils.binding_utils import MjRenderContextOffscreen  # noqa: PLC0415  seconds
+    from robosuite.utils import binding_utils  # noqa: PLC0415  seconds
 
+    gl = os.environ["MUJOCO_GL"]
+    binding_utils._MUJOCO_GL = gl  # it was read when robosuite was imported
+    os.environ["PYOPENGL_PLATFORM"] = gl
     try:
-        return MjRenderContextOffscreen(sim, device_id=-1)
+        if gl == "egl":
+            _open_egl_display()
+        return binding_utils.MjRenderContextOffscreen(sim, device_id=-1)
     except Exception as error:  # whatever OpenGL, its loader or MuJoCo find missing
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"{key}: cannot render with MUJOCO_GL = {os.environ.get('MUJOCO_GL')}: {reason}; {_ADVICE}"
-        ) from None
+        raise ConfigError(f"{key}: cannot render with MUJOCO_GL = {gl}: {reason}; {_ADVICE}") from None
+
+
+def _open_egl_display() -> None:
+    """Let robosuite render on the first EGL device that works; it would read a number in `CUDA_VISIBLE_DEVICES`.
+
+    Raises:
+        ConfigError: None works, or `MUJOCO_EGL_DEVICE_ID` names none.
+    """
+    from robosuite.renderers.context import egl_context  # noqa: PLC0415  needs the library
+
+    if egl_context.EGL_DISPLAY:
+        return
+    problem = "there is none"
+    for device in order_egl_devices(len(egl_context.EGL.eglQueryDevicesEXT())):
+        egl_context.EGL_DISPLAY = None
+        try:
+            with _variables(**{_EGL_DEVICE: str(device)}):
+                context = egl_context.EGLGLContext(1, 1)
+            context.make_current()
+        except Exception as error:  # as above
+            problem = f"device {device}: {error}"
+        else:
+            context.free()
+            return
+    egl_context.EGL_DISPLAY = None
+    raise ConfigError(f"no EGL device works ({_name_devices()}): {problem}")
+
+
+def order_egl_devices(count: int) -> list[int]:
+    """Return which of `count` EGL devices to try, in this order.
+
+    `MUJOCO_EGL_DEVICE_ID` says which one; else the first number in `CUDA_VISIBLE_DEVICES` says which one comes first,
+    where it is one of them. A UUID, a MIG device or -1 is not.
+
+    Raises:
+        ConfigError: `MUJOCO_EGL_DEVICE_ID` is not the number of a device.
+    """
+    asked, devices = os.environ.get(_EGL_DEVICE, ""), [str(device) for device in range(count)]
+    if asked and asked not in devices:
+        raise ConfigError(f"{_EGL_DEVICE} is to be a number below {count}, the EGL devices here ({_name_devices()})")
+    first = os.environ.get(_CUDA_DEVICES, "").split(",")[0].strip()
+    return [int(asked)] if asked else sorted(range(count), key=lambda device: str(device) != first)
+
+
+def _name_devices() -> str:
+    return ", ".join(f"{name} = {os.environ.get(name, 'not set')}" for name in (_EGL_DEVICE, _CUDA_DEVICES))
+
+
+@contextlib.contextmanager
+def _variables(**values: str | None) -> Iterator[None]:
+    """Set environment variables for a while, or remove those that are None."""
+    saved = {name: os.environ.get(name) for name in values}
+    try:
+        _set_variables(values)
+        yield
+    finally:
+        _set_variables(saved)
+
+
+def _set_variables(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value

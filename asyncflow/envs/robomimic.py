@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from asyncflow.caches import prepare_caches
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.cameras import Cameras, choose_gl
+from asyncflow.envs.cameras import Cameras, choose_gl, import_robosuite
 from asyncflow.envs.controllers import name_robots
 from asyncflow.envs.env_meta import translate_kwargs
 from asyncflow.envs.task_table import Task
@@ -56,6 +56,7 @@ class RobomimicEnv:
             choose_gl(settings.rendering_key)
         prepare_caches()
         with quiet():
+            import_robosuite()
             env_meta = settings.env_meta or build_env_meta(settings.task)
             with contextlib.nullcontext() if settings.env_meta is None else _refuse_description(env_meta["env_name"]):
                 self.env = _create(env_meta, seed, settings.obs_keys)
@@ -139,7 +140,7 @@ class RobomimicEnv:
 def build_env_meta(task: Task) -> dict[str, Any]:
     """Return robomimic's description of a task: sparse reward, 20 Hz, robosuite's default arm controller."""
     with quiet():
-        import robosuite  # noqa: PLC0415  seconds, and only simulators need it
+        robosuite = import_robosuite()
         from robosuite.controllers import load_composite_controller_config  # noqa: PLC0415
 
         controller = load_composite_controller_config(controller="BASIC", robot=task.robots[0])

@@ -1,5 +1,8 @@
 """Images on their way from simulators: when they are rendered, where they land, and what an observation then holds."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -10,7 +13,7 @@ from fake_simulator import ACTION_DIM, HORIZON, SUCCEED, FakeSimulator
 from asyncflow.config import EnvConfig
 from asyncflow.envs import cameras
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.cameras import choose_gl
+from asyncflow.envs.cameras import choose_gl, order_egl_devices
 from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.task_table import TASKS
 from asyncflow.envs.tasks import resolve_task
@@ -152,6 +155,47 @@ def test_egl_is_chosen_before_osmesa_unless_the_user_says_otherwise(monkeypatch,
     monkeypatch.setenv("MUJOCO_GL", asked)
     choose_gl()
     assert cameras.os.environ["MUJOCO_GL"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("cuda", "order"),
+    [(None, [0, 1, 2]), ("", [0, 1, 2]), ("1", [1, 0, 2]), ("2,0", [2, 0, 1]), ("0,1", [0, 1, 2]), ("7", [0, 1, 2])]
+    + [(name, [0, 1, 2]) for name in ("-1", "NoDevFiles", "GPU-8932f937-d72c", "MIG-GPU-8932f937/1/0")],
+)
+def test_cameras_render_on_an_egl_device_that_exists_whatever_cuda_sees(monkeypatch, cuda, order):
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if cuda is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", cuda)
+    assert order_egl_devices(3) == order
+
+
+def test_the_user_says_which_egl_device(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "0")
+    assert order_egl_devices(2) == [0]
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "2")
+    with pytest.raises(ConfigError, match=r"below 2, .*MUJOCO_EGL_DEVICE_ID = 2, CUDA_VISIBLE_DEVICES = 1"):
+        order_egl_devices(2)
+
+
+HOSTILE = """
+import os
+from asyncflow.envs.cameras import import_robosuite
+names = "MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
+before = [os.environ[name] for name in names]
+import_robosuite()
+assert [os.environ[name] for name in names] == before
+"""
+
+
+@pytest.mark.sim
+def test_what_renders_nothing_does_not_depend_on_opengl():
+    """What shells and Dockerfiles set names libraries that are not installed, and robosuite would assert on import."""
+    hostile = {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}
+    hostile |= {"CUDA_VISIBLE_DEVICES": "GPU-8932f937", "MUJOCO_EGL_DEVICE_ID": "0"}
+    done = subprocess.run([sys.executable, "-c", HOSTILE], env=os.environ | hostile, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_images_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
