@@ -58,6 +58,6 @@ def test_with_pictures_of_another_size_than_the_default(tmp_path, follow):
     )
 
 
-def test_of_an_environment_that_the_table_lacks(tmp_path, follow):
-    write(tmp_path / "knead.hdf5", meta=META | {"env_name": "Knead"})
-    follow("--dataset", "knead.hdf5", "env.horizon=50", f"env.obs_keys=[{','.join(KEYS)}]")
+def test_of_a_task_without_a_preset(tmp_path, follow):
+    write(tmp_path / "wipe.hdf5", meta=META | {"env_name": "Wipe"})
+    follow("--dataset", "wipe.hdf5", "env.horizon=50", f"env.obs_keys=[{','.join(KEYS)}]")
