@@ -358,3 +358,20 @@ def test_the_command_line_recognises_a_folder(run_cli, folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"lerobot from {folder}" in done.stdout.replace("\n", "")
     assert (tmp_path / "run" / "checkpoints" / "last" / "lerobot" / "model.safetensors").exists()
+
+
+def test_code_that_a_vision_language_model_brings_is_neither_run_nor_asked_about(folder, tmp_path, monkeypatch):
+    """transformers would ask on a terminal whether to run it, and run it after a `y`."""
+    copy, vlm = shutil.copytree(folder, tmp_path / "copy"), tmp_path / "vlm"
+    vlm.mkdir()
+    (vlm / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd.Config"}}))
+    (vlm / "odd.py").write_text(
+        f"open({str(tmp_path / 'mark')!r}, 'w')\n"
+        "from transformers import PretrainedConfig\n"
+        "class Config(PretrainedConfig):\n    model_type = 'odd'\n"
+    )
+    change_config(copy, vlm_model_name=str(vlm))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(CheckpointError, match=r"LeRobot cannot build it: ValueError: .*custom code"):
+        build(copy)
+    assert not (tmp_path / "mark").exists()
