@@ -63,8 +63,8 @@ def test_every_minibatch_shows_what_cameras_saw_of_its_own_states(tmp_path, monk
     monkeypatch.setattr(FlowPolicy, "default_forward", watch)
     changes = {"algorithm.num_minibatches": 4, "buffer.max_policy_lag": 1, "trainer.total_updates": 2}
     start(tmp_path / "run", "toy", seen.toy | changes)
-    num_proximal = 4  # of the second update, whose data is stale
-    assert is_shown == [True] * (2 * 2 * 4 + num_proximal)
+    num_first, num_proximal = 1, 4  # before the first update; of the second one, whose data is stale
+    assert is_shown == [True] * (num_first + 2 * 2 * 4 + num_proximal)
 
 
 @pytest.mark.parametrize("buffer_type", ["standard", "vla"])
