@@ -27,6 +27,7 @@ from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import check_cameras, is_described, resolve_task
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.footprint import check_environments, check_rollouts
 from asyncflow.latency import EmulatedLatency
 from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot, with_export
@@ -112,6 +113,8 @@ def check_start(config: Config) -> Path:
         config = config.model_copy(update={"env": adopt_environment(config.env, start.env_spec)})
     check_cameras(config.env)
     spec = _foresee_spec(config, start)
+    check_environments(config.env.num_envs, spec, is_described(config.env))
+    check_rollouts(config, spec, resolve_device(config.trainer.device))
     if start is not None and config.env.env_meta is not None:
         has_widths = bool(start.env_spec.obs_widths) or mapping.obs.state is None
         is_known = is_sized and spec.obs_keys == start.env_spec.obs_keys and has_widths
@@ -241,11 +244,21 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
     """
     policy_config = without_weights(with_export(config.policy, resumed.path)) if resumed else config.policy
     seen = NameMapping(policy_config.mapping, spec).spec
-    policy = make_policy(policy_config, seen.obs_shapes, seen.action_dim, config.trainer.seed, seen.image_shapes)
+    file = None if resumed else _read_start(config)
+    stored = resumed.policy if resumed else file.tensors if file else None
+    num_stored = None if stored is None else sum(tensor.numel() for tensor in stored.values())
+    policy = make_policy(
+        policy_config,
+        seen.obs_shapes,
+        seen.action_dim,
+        config.trainer.seed,
+        seen.image_shapes,
+        num_stored=num_stored,
+    )
     if resumed is not None:
         check_tensors(policy.state_dict(), resumed.policy, str(resumed.path))
         policy.load_state_dict(resumed.policy)
-    elif (file := _read_start(config)) is not None:
+    elif file is not None:
         _check_origin(config.policy, file, spec)
         load_into(policy, file)
     else:

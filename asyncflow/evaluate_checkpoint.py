@@ -19,6 +19,7 @@ from asyncflow.envs.mapped import map_names
 from asyncflow.envs.tasks import TOYS
 from asyncflow.errors import CheckpointError
 from asyncflow.evaluate import EvalResult, evaluate
+from asyncflow.footprint import check_environments
 from asyncflow.policies import make_policy
 from asyncflow.policies.foreign import without_weights
 from asyncflow.policies.mapping import NameMapping
@@ -49,11 +50,17 @@ def evaluate_checkpoint(
     mapping = file.policy_config.mapping
     seen = NameMapping(mapping, file.env_spec).spec
     config_to_load = without_weights(file.policy_config)
+    num_envs = min(config.env.num_envs, num_episodes)
+    check_environments(num_envs, file.env_spec, is_simulated=bool(file.env_spec.env_meta))
     policy = make_policy(
-        config_to_load, seen.obs_shapes, seen.action_dim, config.trainer.seed, image_shapes=seen.image_shapes
+        config_to_load,
+        seen.obs_shapes,
+        seen.action_dim,
+        config.trainer.seed,
+        seen.image_shapes,
+        num_stored=sum(tensor.numel() for tensor in file.tensors.values()),
     )
     load_into(policy, file)
-    num_envs = min(config.env.num_envs, num_episodes)
     seed = derive_seed(config.trainer.seed, "report")
     built = _rebuild_env(file, config, num_envs, derive_seed(seed, "evaluation"))
     try:

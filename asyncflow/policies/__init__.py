@@ -11,6 +11,7 @@ from asyncflow.lerobot_folder import KIND as LEROBOT
 from asyncflow.lerobot_folder import match_cameras, open_lerobot
 from asyncflow.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
 from asyncflow.policies.base import Policy
+from asyncflow.policies.draft import check_size, is_large
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.foreign import find_model_class
 from asyncflow.policies.gaussian import GaussianPolicy
@@ -22,8 +23,14 @@ from asyncflow.weights import set_eval
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 
 
-def make_policy(
-    config: PolicyConfig, obs_shapes: Shapes, action_dim: int, seed: int, image_shapes: Shapes | None = None
+def make_policy(  # noqa: PLR0913  what builds a policy, and what is known of its weights
+    config: PolicyConfig,
+    obs_shapes: Shapes,
+    action_dim: int,
+    seed: int,
+    image_shapes: Shapes | None = None,
+    *,
+    num_stored: int | None = None,
 ) -> Policy:
     """Build a policy on the CPU; its weights depend on `config`, the shapes and `seed` alone.
 
@@ -34,14 +41,17 @@ def make_policy(
         action_dim: Size of one action.
         seed: The run's seed.
         image_shapes: Camera -> `(3, height, width)`, with n_obs_steps in front for a history.
+        num_stored: Numbers of the weights that will be loaded into it, which bound its size.
 
     Raises:
         ConfigError: The observations have no `state` vector, or point clouds that the policy cannot see, `config` is an
-            impossible combination, or an image is too small for its encoder.
+            impossible combination, an image is too small for its encoder, or memory does not suffice.
     """
     if config.kind in POLICY_KINDS and config.vla.model_class is None:
         _require_state(config, obs_shapes)
         _refuse_unseen(config, obs_shapes)
+        if config.kind != LEROBOT and not config.vla.lora_rank and is_large(config, obs_shapes, action_dim):
+            check_size(lambda: _build(config, obs_shapes, action_dim, image_shapes or {}), num_stored)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
