@@ -7,8 +7,9 @@ whether targets are absolute, and the frame that they refer to.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncflow.errors import ConfigError
@@ -22,6 +23,8 @@ _GAINS = {"fixed": (), "variable_kp": ("kp_limits",), "variable": ("damping_rati
 _GAIN_LIMITS = {"kp_limits": (0, 300), "damping_ratio_limits": (0, 100)}  # robosuite's defaults
 _DEFAULT_ARM = {"type": "OSC_POSE"}  # of robots with a fixed base
 _BIMANUAL = ("Baxter",)
+_ORDER_KEY = "composite_controller_specific_configs"
+_OLD_ORDER = ["right", "right_gripper", "left", "left_gripper"]  # of an action; robosuite 1.5 has the grippers last
 _FIXED_ROBOTS = (*_BIMANUAL, "IIWA", "Jaco", "Kinova3", "Panda", "PandaDexLH", "PandaDexRH", "Sawyer", "UR5e", "XArm7")
 _MOST_JOINTS = 7
 _NUM_JOINTS = {"UR5e": 6}  # the others' arms have the most
@@ -40,22 +43,32 @@ def is_single_arm(robot: str) -> bool:
     return robot in _FIXED_ROBOTS and robot not in _BIMANUAL
 
 
-def convert_controllers(configs: Any, num_robots: int) -> list[dict[str, Any] | None]:
+def convert_controllers(configs: Any, robots: Sequence[str], has_grippers: bool = True) -> list[dict[str, Any] | None]:
     """Return one composite controller of robosuite 1.5 for each robot; None means the robot's own.
+
+    Actions keep their order: in robosuite 1.4 each arm was followed by its gripper, in 1.5 both arms by both grippers.
 
     Args:
         configs: One description for all robots, or a list with one for each; of robosuite 1.4 or 1.5.
-        num_robots: How many robots there are.
+        robots: robosuite's names of the robots.
+        has_grippers: Whether the robots' arms end in grippers.
 
     Raises:
         ConfigError: robosuite could not build it, or not as its file means it.
     """
+    num_robots = len(robots)
     each = configs if isinstance(configs, list | tuple) else [configs] * num_robots
     if len(each) != num_robots and num_robots == 1 and len(each) == len(_ARMS):
         each = [each]  # one for each arm of a robot with two
     if len(each) != num_robots:
         raise ConfigError(f"{KEY}: {len(each)} controllers for {num_robots} robots; give one, or one for each")
-    return [_convert_robot(config) for config in each]
+    order = {_ORDER_KEY: {"body_part_ordering": _OLD_ORDER}} if has_grippers else {}
+    converted = []
+    for robot, config in zip(robots, each, strict=True):
+        controller = _convert_robot(config)
+        is_old = controller is not None and "body_parts" not in config
+        converted.append(controller | order if controller and is_old and robot in _BIMANUAL else controller)
+    return converted
 
 
 def _convert_robot(config: Any) -> dict[str, Any] | None:
@@ -166,28 +179,32 @@ def _is_number(value: Any) -> bool:
 def find_action_limits(configs: Any, robots: list[str], action_dim: int) -> Limits | None:
     """Return the lowest and the highest action that robosuite executes, without building it.
 
-    Absolute targets are not limited by robosuite: theirs are infinite. None for robots that
-    are more than arms.
+    Absolute targets are not limited by robosuite: theirs are infinite. None for robots that are more than arms.
 
     Args:
         configs: As of `convert_controllers`, which accepts it.
         robots: robosuite's names of the robots.
         action_dim: Size of an action; what the arms leave of it is the grippers'.
     """
-    controllers = convert_controllers(configs, len(robots))
-    arms: list[Limits] = []
+    controllers = convert_controllers(configs, robots)
+    arms: list[list[Limits]] = []
     for robot, controller in zip(robots, controllers, strict=True):
         names = _ARMS if robot in _BIMANUAL else _ARMS[:1]
         parts = dict.fromkeys(names, _DEFAULT_ARM) if controller is None else controller["body_parts"]
         if robot not in _FIXED_ROBOTS or not set(names) <= parts.keys():
             return None
-        arms += [_limit_arm(parts[name], _NUM_JOINTS.get(robot, _MOST_JOINTS)) for name in names]
-    num_grippers, rest = divmod(action_dim - sum(len(low) for low, _ in arms), len(arms))
+        arms.append([_limit_arm(parts[name], _NUM_JOINTS.get(robot, _MOST_JOINTS)) for name in names])
+    each = [arm for of_robot in arms for arm in of_robot]
+    num_grippers, rest = divmod(action_dim - sum(len(low) for low, _ in each), len(each))
     if rest or num_grippers < 0:
         return None
-    gripper = (1.0,) * num_grippers
-    low = tuple(bound for arm, _ in arms for bound in (*arm, *(-limit for limit in gripper)))
-    high = tuple(bound for _, arm in arms for bound in (*arm, *gripper))
+    gripper = ((-1.0,) * num_grippers, (1.0,) * num_grippers)
+    limits: list[Limits] = []
+    for controller, of_robot in zip(controllers, arms, strict=True):
+        is_old = ((controller or {}).get(_ORDER_KEY) or {}).get("body_part_ordering") == _OLD_ORDER
+        grippers = [gripper] * len(of_robot)
+        limits += itertools.chain(*zip(of_robot, grippers, strict=True)) if is_old else [*of_robot, *grippers]
+    low, high = (tuple(bound for part in limits for bound in part[side]) for side in (0, 1))
     return low, high
 
 

@@ -42,7 +42,10 @@ def translate_kwargs(env_meta: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = renamed | {key: value for key, value in given.items() if key not in (*_UNUSED, *_RENAMED)}
     _check_types(kwargs)
     if kwargs.get("controller_configs") is not None:
-        kwargs["controller_configs"] = convert_controllers(kwargs["controller_configs"], len(name_robots(kwargs)))
+        has_grippers = kwargs.get("gripper_types", "default") is not None
+        kwargs["controller_configs"] = convert_controllers(
+            kwargs["controller_configs"], name_robots(kwargs), has_grippers
+        )
     return kwargs
 
 

@@ -19,12 +19,12 @@ COMPOSITE = {"type": "BASIC", "body_parts": {"right": {**OSC, "input_type": "del
 
 
 def convert_one(config):
-    return convert_controllers(config, 1)[0]["body_parts"]["right"]
+    return convert_controllers(config, ["Panda"])[0]["body_parts"]["right"]
 
 
 def refused(config, num_robots=1):
     with pytest.raises(ConfigError) as error:
-        convert_controllers(config, num_robots)
+        convert_controllers(config, ["Panda"] * num_robots)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -58,18 +58,18 @@ def test_arms_that_are_nested_as_in_robosuites_files_are_found():
 
 
 def test_a_list_means_the_same_as_its_only_entry():
-    assert convert_controllers([OSC], 1) == convert_controllers(OSC, 1)
-    assert convert_controllers([OSC, OSC], 2) == convert_controllers(OSC, 2)
-    assert convert_controllers([COMPOSITE], 1) == convert_controllers(COMPOSITE, 1)
-    assert convert_controllers([None, OSC], 2)[0] is None
+    assert convert_controllers([OSC], ["Panda"]) == convert_controllers(OSC, ["Panda"])
+    assert convert_controllers([OSC, OSC], ["Panda"] * 2) == convert_controllers(OSC, ["Panda"] * 2)
+    assert convert_controllers([COMPOSITE], ["Panda"]) == convert_controllers(COMPOSITE, ["Panda"])
+    assert convert_controllers([None, OSC], ["Panda"] * 2)[0] is None
 
 
 def test_one_description_serves_both_arms_of_a_robot_and_a_list_gives_each_its_own():
-    both = convert_controllers(OSC, 1)[0]["body_parts"]
+    both = convert_controllers(OSC, ["Panda"])[0]["body_parts"]
     assert both["left"] == both["right"]
-    parts = convert_controllers([[OSC, OSC | {"kp": 40}]], 1)[0]["body_parts"]
+    parts = convert_controllers([[OSC, OSC | {"kp": 40}]], ["Panda"])[0]["body_parts"]
     assert (parts["right"]["kp"], parts["left"]["kp"]) == (150, 40)
-    assert convert_controllers([OSC, OSC | {"kp": 40}], 1)[0]["body_parts"] == parts
+    assert convert_controllers([OSC, OSC | {"kp": 40}], ["Panda"])[0]["body_parts"] == parts
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,10 @@ def test_one_description_serves_both_arms_of_a_robot_and_a_list_gives_each_its_o
 )
 def test_what_cannot_be_right_is_one_line(config, said):
     assert re.search(said, refused(config))
+
+
+def two_arms(arm):
+    return {"type": "BASIC", "body_parts": {"right": arm, "left": arm}}
 
 
 def limits(config, robots=("Panda",), action_dim=7):
@@ -119,6 +123,7 @@ def test_limits_of_several_arms_follow_each_other():
     absolute = OSC | {"control_delta": False}
     assert limits([OSC, absolute], ["Panda", "Panda"], 14)[1] == (1.0,) * 7 + (INF,) * 6 + (1.0,)
     assert limits(absolute, ["Baxter"], 14)[0] == ((-INF,) * 6 + (-1.0,)) * 2
+    assert limits(two_arms(absolute), ["Baxter"], 14)[0] == (-INF,) * 12 + (-1.0,) * 2
 
 
 def test_limits_that_only_a_simulator_knows_are_left_to_it():

@@ -179,6 +179,26 @@ def test_one_arms_description_serves_both_arms_of_a_robot(tmp_path):
     env.close()
 
 
+ABSOLUTE = OSC | {"control_delta": False}
+
+
+@pytest.mark.parametrize(
+    ("arms", "order"),
+    [
+        (ABSOLUTE, ["right", "right_gripper", "left", "left_gripper"]),
+        (
+            {"type": "BASIC", "body_parts": {"right": ABSOLUTE, "left": ABSOLUTE}},
+            ["right", "left", "right_gripper", "left_gripper"],
+        ),
+    ],
+)
+def test_two_arms_of_a_robot_take_actions_in_the_order_of_the_robosuite_that_described_it(tmp_path, arms, order):
+    env = build_described(tmp_path, arms, ["Baxter"], "TwoArmLift")
+    assert list(env.env.env.robots[0]._action_split_indexes) == order
+    assert (env.spec.action_low, env.spec.action_high) == find_action_limits(arms, ["Baxter"], 14)
+    env.close()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
