@@ -40,7 +40,7 @@ def read_value(key: str, text: str) -> Any:
 def _read_yaml(kind: Any, text: str) -> Any:
     inner = [_without_limits(each) for each in get_args(kind)]
     if get_origin(kind) in (list, dict) and set(inner) == {str}:
-        return yaml.load(text, yaml.BaseLoader)
+        return load_yaml(text, are_all_texts=True)
     value = load_yaml(text)
     if isinstance(value, list) and inner[:1] in ([int], [float]):
         return [_read_number(float, each) if isinstance(each, str) else each for each in value]

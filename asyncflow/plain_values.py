@@ -29,15 +29,15 @@ def _children(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def load_yaml(text: str) -> Any:
-    """Return what YAML means, as `yaml.safe_load` does.
+def load_yaml(text: str, are_all_texts: bool = False) -> Any:
+    """Return what YAML means, as `yaml.safe_load` does; or with every plain value as the text that it is.
 
     Raises:
         yaml.YAMLError: It is not YAML, or an alias means what it stands in.
         ValueError: With its aliases written out, it is larger than `MAX_YAML_VALUES`, or nested too deeply; also for a
             value that its own tag refuses.
     """
-    loader = yaml.SafeLoader(text)
+    loader: Any = (yaml.BaseLoader if are_all_texts else yaml.SafeLoader)(text)
     try:
         root = loader.get_single_node()
         if root is None:

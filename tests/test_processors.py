@@ -16,7 +16,7 @@ ONE_TASK = "envs/test_fast_step.py::test_every_task_is_equal_bit_for_bit[Lift]"
 MODES = (
     "test_trainer.py::test_vla_equals_standard_on_the_toy[flow-2]",
     "test_ppo.py::test_fresh_data_is_plain_ppo_exactly",
-    "test_launch.py::test_a_cut_and_resumed_run_equals_the_uncut_one[1-2-vla]",
+    "test_launch.py::test_a_cut_and_resumed_run_equals_the_uncut_one[2-1-vla]",
 )
 MORE_MODES = (
     "test_trainer.py::test_vla_equals_standard_with_a_vla_that_sees_pictures",

@@ -13,12 +13,18 @@ def decide(policy, obs) -> TensorDict:
 
 
 def assert_ratio_is_one_in_every_minibatch_shape(policy, obs):
-    """Evaluate six decisions whole and in parts; nothing was trained, so nothing may differ."""
+    """Evaluate six decisions whole and in parts; nothing was trained, so nothing may differ.
+
+    In another batch shape a product rounds differently, each processor in its way: a float32 mean is off by some 1e-7,
+    which its std, a tenth, makes some 1e-6 in each term of a log-prob.
+    """
     batch = decide(policy, obs)
-    for sizes in ([len(obs)], [1, 2, 3]):
+    steps = batch["denoise_inds"].shape[1] if "denoise_inds" in batch.keys() else 1  # noqa: SIM118  TensorDict
+    num_terms = steps * batch["actions"][0, : policy.n_action_steps].numel()
+    for sizes, tolerance in (([len(obs)], 1e-5), ([1, 2, 3], 1e-6 * num_terms)):
         parts = [policy.default_forward(part) for part in batch.split(sizes)]
         ratio = (torch.cat([part["log_probs"] for part in parts]) - batch["log_probs"]).exp()
-        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=tolerance)
         values = torch.cat([part["values"] for part in parts])
         torch.testing.assert_close(values, batch["values"], rtol=0, atol=1e-5)
 
