@@ -19,7 +19,7 @@ def assert_ratio_is_one_in_every_minibatch_shape(policy, obs):
     which its std, a tenth, makes some 1e-6 in each term of a log-prob.
     """
     batch = decide(policy, obs)
-    steps = batch["denoise_inds"].shape[1] if "denoise_inds" in batch.keys() else 1  # noqa: SIM118  TensorDict
+    steps = batch["chains"].shape[1] - 1 if "chains" in batch.keys() else 1  # noqa: SIM118  TensorDict
     num_terms = steps * batch["actions"][0, : policy.n_action_steps].numel()
     for sizes, tolerance in (([len(obs)], 1e-5), ([1, 2, 3], 1e-6 * num_terms)):
         parts = [policy.default_forward(part) for part in batch.split(sizes)]
