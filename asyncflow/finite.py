@@ -25,7 +25,7 @@ def read_finite(dataset: h5py.Dataset, source: str) -> Tensor:
     """
     stored = dataset[()]
     with np.errstate(over="ignore"):
-        numbers = torch.from_numpy(stored).float()
+        numbers = torch.from_numpy(stored.astype(np.float32))  # numpy reads types that torch lacks, big-endian ones too
     is_bad = ~numbers.isfinite()
     if bool(is_bad.any()):
         place = tuple(int(index) for index in is_bad.nonzero()[0])

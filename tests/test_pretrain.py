@@ -290,6 +290,17 @@ def test_a_truncated_dataset_is_refused(dataset, keep):
     assert "not an HDF5 file, or truncated" in refused(dataset)
 
 
+@pytest.mark.parametrize("kind", [">f8", ">f4", "longdouble", "float16"])
+def test_every_type_of_number_that_hdf5_holds_is_read(dataset, kind):
+    with h5py.File(dataset, "r+") as file:
+        demo = file["data/demo_0"]
+        expected = demo["actions"][()].astype(kind)
+        del demo["actions"]
+        demo["actions"] = expected
+    actions = read_dataset(dataset, EnvConfig(task="Lift")).actions[0]
+    torch.testing.assert_close(actions.numpy(), expected.astype(np.float32), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e39], ids=str)
 @pytest.mark.parametrize("array", ["actions", "obs/object"])
 def test_a_number_that_is_not_finite_in_float32_is_named(dataset, array, number):
