@@ -131,7 +131,9 @@ def _keep_successes(groups: list[h5py.Group], failures: list[int] | None, source
         ConfigError: The dataset does not tell them apart, or there are only failures.
     """
     if failures is None:
-        raise ConfigError(f"--only-successes: {source} does not tell: a demonstration has no `rewards`; leave it out")
+        raise ConfigError(
+            f"--only-successes: {source} does not tell: a demonstration has no `rewards` that tell it; leave it out"
+        )
     if len(failures) == len(groups):
         raise ConfigError(f"--only-successes: not one of {source}'s {len(groups)} demonstrations ever succeeds")
     return [group for place, group in enumerate(groups) if place not in failures]

@@ -13,6 +13,7 @@ import h5py
 from asyncflow.errors import ConfigError
 
 ALL, TRAIN, VALID = "all", "train", "valid"
+_IN_PARTS = ("NutAssembly", "PickPlace")  # robosuite pays for each of several objects
 _NEARLY = 0.999  # of the reward for success, which files may hold in float32
 
 
@@ -66,16 +67,17 @@ def _read_mask(mask: Any, names: Sequence[str], source: str) -> list[str]:
 def find_failures(groups: Sequence[h5py.Group], env_meta: dict[str, Any]) -> list[int] | None:
     """Return the places of demonstrations that never solve their task, by their rewards.
 
-    robosuite pays for success alone unless `reward_shaping` is on; then it pays less than `reward_scale` before.
+    robosuite pays for success alone unless `reward_shaping` is on, or a task has several parts; then it pays less than
+    `reward_scale` before.
 
     Returns:
-        None where one lacks rewards, so that it cannot be told.
+        None where it cannot be told: one lacks rewards, or the task pays as much for less.
     """
     scale = env_meta["env_kwargs"].get("reward_scale", 1.0)
-    is_shaped = bool(env_meta["env_kwargs"].get("reward_shaping", False))
-    if is_shaped and not isinstance(scale, int | float):
+    pays_before = bool(env_meta["env_kwargs"].get("reward_shaping", False)) or env_meta["env_name"] in _IN_PARTS
+    if env_meta["env_name"] == "Wipe" or (pays_before and not isinstance(scale, int | float)):
         return None
-    needed = _NEARLY * scale if is_shaped else 0.0
+    needed = _NEARLY * scale if pays_before else 0.0
     failures = []
     for place, group in enumerate(groups):
         rewards = group.get("rewards")

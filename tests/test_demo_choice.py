@@ -63,15 +63,21 @@ def test_what_cannot_be_chosen_is_refused_in_a_line(file, masks, key, message):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "failures"),
-    [({}, [0]), ({"reward_shaping": True}, [0, 1]), ({"reward_shaping": True, "reward_scale": 0.5}, [0])],
+    ("env_name", "kwargs", "failures"),
+    [
+        ("Lift", {}, [0]),
+        ("Lift", {"reward_shaping": True}, [0, 1]),
+        ("Lift", {"reward_shaping": True, "reward_scale": 0.5}, [0]),
+        ("NutAssembly", {}, [0, 1]),
+        ("Wipe", {}, None),
+    ],
 )
-def test_a_success_is_what_the_environment_pays_in_full(file, kwargs, failures):
+def test_a_success_is_what_the_environment_pays_in_full(file, env_name, kwargs, failures):
     groups = [file["data"][name] for name in NAMES[:3]]
     for group, best in zip(groups, (0.0, 0.6, 1.0), strict=True):
         group["rewards"] = np.array([0.0, best], dtype=np.float32)
-    assert find_failures(groups, {"env_kwargs": kwargs}) == failures
+    assert find_failures(groups, {"env_name": env_name, "env_kwargs": kwargs}) == failures
 
 
 def test_without_rewards_nobody_knows(file):
-    assert find_failures([file["data/demo_0"]], {"env_kwargs": {}}) is None
+    assert find_failures([file["data/demo_0"]], {"env_name": "Lift", "env_kwargs": {}}) is None
