@@ -31,7 +31,9 @@ def rewards_after_success(result: ChunkResult, gamma: float) -> Tensor:
 
 def warn_of_shaped_reward(env_meta: Mapping[str, Any]) -> str | None:
     """Return a line about an environment whose description asks for a shaped reward; None about any other."""
-    if not env_meta.get("env_kwargs", {}).get("reward_shaping"):
+    kwargs = env_meta.get("env_kwargs")  # a package's description may hold anything
+    is_shaped_by_default = env_meta.get("env_name") == "Wipe"
+    if not isinstance(kwargs, Mapping) or not kwargs.get("reward_shaping", is_shaped_by_default):
         return None
     return (
         "the environment's reward_shaping is true, and an episode ends at success: solving the task may pay less than "

@@ -41,7 +41,8 @@ def test_solving_pays_more_than_holding_the_cube_for_ever(solved_at):
 def test_a_description_that_asks_for_a_shaped_reward_is_told():
     assert "algorithm.success_value=continue" in warn_of_shaped_reward({"env_kwargs": {"reward_shaping": True}})
     assert warn_of_shaped_reward({"env_kwargs": {"reward_shaping": False}}) is None
-    assert warn_of_shaped_reward({}) is None
+    assert warn_of_shaped_reward({"env_name": "Wipe", "env_kwargs": {}}) is not None
+    assert warn_of_shaped_reward({}) is warn_of_shaped_reward({"env_kwargs": None}) is None
 
 
 def test_returns_that_favour_failure_are_told():
