@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,6 +130,10 @@ def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def _is_unfinished(path: Path) -> bool:
+    return re.fullmatch(r"\.(update_\d+|last|best)\.\d+\.tmp", path.name) is not None
+
+
 def point_at(run: Path, name: str, checkpoint: Path) -> None:
     """Let the link `checkpoints/<name>` mean `checkpoint`; a reader sees the old or the new one."""
     files.point_at(run / "checkpoints" / name, checkpoint.name)
@@ -155,13 +160,14 @@ def prune_checkpoints(run: Path, keep_last: int | None) -> None:
 
 def clean_checkpoints(run: Path) -> None:
     """Remove what a killed process left half done, and links that mean nothing. Only for the folder's only writer."""
-    for path in (run / "checkpoints").glob(f".*{REPLACED}"):
+    for path in (run / "checkpoints").glob(f".update_*{REPLACED}"):
         original = path.with_name(path.name[1 : -len(REPLACED)])
         if original.exists():
             shutil.rmtree(path)
         else:
             os.replace(path, original)
-    for path in (run / "checkpoints").glob(".*.tmp"):
+    # `checkpoints` may be a link to a folder in which others work, too: only what a run wrote there is removed.
+    for path in filter(_is_unfinished, (run / "checkpoints").glob(".*.tmp")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -113,7 +113,8 @@ class ThreadedCollector(Collector):
         if isinstance(self._error, ConfigError):
             raise self._error
         if self._error is not None:
-            raise CollectorError(f"the collector thread failed: {self._error}") from self._error
+            said = str(self._error) or type(self._error).__name__
+            raise CollectorError(f"the collector thread failed: {said}") from self._error
 
     def interrupt(self) -> None:
         """End a wait for simulators."""

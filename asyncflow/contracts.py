@@ -41,7 +41,7 @@ def name_of(thing: Any) -> str:
 def describe(value: Any) -> str:
     """Return a few words on a value that was not expected."""
     if getattr(value, "requires_grad", False):
-        return f"a tensor of shape {tuple(value.shape)} that requires a gradient"
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, that requires a gradient"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
     if isinstance(value, Mapping):

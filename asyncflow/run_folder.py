@@ -35,6 +35,8 @@ CHANGEABLE = (
     "env.emulated_latency_s", "trainer.emulated_spread", "trainer.emulated_variation", "logging.trace",
 )  # fmt: skip
 _WRITTEN = ("metrics.jsonl", "versions.json", "trace.json")  # by a new run, besides config.yaml and checkpoints
+# What a run opens to write, so that a link there would lead a stranger's folder to the user's own files.
+_WRITTEN_IN_PLACE = ("lock", "metrics.jsonl", "trace*.json", "events.out.tfevents.*")
 _KERNEL_VARIABLES = ("OPENBLAS_CORETYPE", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 _VERSIONS = TypeAdapter(dict[str, str])
 _PACKAGES = ("asyncflow", "torch", "tensordict", "robosuite", "robomimic", "mujoco", "numpy")
@@ -152,9 +154,13 @@ def lock_run_folder(folder: Path) -> int:
     """Become the only process that writes in a run folder, until it ends; returns the descriptor to close.
 
     Raises:
-        ConfigError: Another process trains there, or the folder cannot be written to.
+        ConfigError: Another process trains there, the folder cannot be written to, or one of the files in it that a
+            run writes is a symbolic link.
     """
     try:
+        links = [path for path in folder.iterdir() if path.is_symlink() and any(map(path.match, _WRITTEN_IN_PLACE))]
+        if links:
+            raise ConfigError(f"{links[0]}: is a symbolic link, through which a run writes nothing; remove it")
         descriptor = lock_file(folder / "lock")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot write in it: {error.strerror}") from None

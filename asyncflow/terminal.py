@@ -25,13 +25,13 @@ class LossyFile:
 
     def write(self, text: str | bytes) -> int:
         """Write, or lose what was to be written."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a ValueError: code from elsewhere has closed it
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush what can be flushed."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self._file.flush()
 
 
@@ -64,7 +64,7 @@ def finish_streams() -> None:
 
 def _finish(stream: TextIO | None, number: int) -> None:
     try:
-        if stream is not None:
+        if stream is not None and not stream.closed:
             stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -213,6 +213,15 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_is_removed(folder):
     assert names(folder) == ["last", "update_000001"]
 
 
+def test_what_others_keep_beside_checkpoints_stays(folder):
+    """`checkpoints` may be a link, which a stranger's run can point at any folder."""
+    save(folder, 1)
+    for name in (".mine.tmp", ".update_1.tmp", ".notes.replaced"):
+        (folder / "checkpoints" / name).mkdir()
+    clean_checkpoints(folder)
+    assert names(folder) == [".mine.tmp", ".notes.replaced", ".update_1.tmp", "last", "update_000001"]
+
+
 def test_a_state_that_is_not_the_one_written_is_damage(folder):
     path = save(folder, 1)
     state = json.loads((path / "state.json").read_text())

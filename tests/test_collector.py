@@ -98,3 +98,13 @@ def test_an_inline_wait_that_is_interrupted_is_a_stop():
     _, _, collector = build(env)
     with pytest.raises(BufferClosed):
         collector.next_rollout()
+
+
+def test_an_exception_without_a_message_is_named():
+    env = CountingEnv()
+    env.step_wait = lambda env_ids: (_ for _ in ()).throw(EOFError)
+    _, _, collector = build(env, num_slots=2, threaded=True)
+    collector.start()
+    with pytest.raises(CollectorError, match="the collector thread failed: EOFError"):
+        collector.next_rollout()
+    collector.close()

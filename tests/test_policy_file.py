@@ -13,7 +13,7 @@ from asyncflow import policy_file
 from asyncflow.checksums import describe_folder
 from asyncflow.config import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.errors import CheckpointError
+from asyncflow.errors import CheckpointError, ContractError
 from asyncflow.policies import Policy, make_policy
 from asyncflow.policy_file import (
     check_finite,
@@ -62,7 +62,7 @@ def test_limits_of_actions_are_kept_and_older_files_hold_one_number(tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [((0.0,), (1.0,)), ((2.0, 0.0), (1.0, 1.0))])
 def test_limits_that_do_not_fit_the_action_are_refused(low, high):
-    with pytest.raises(ValueError, match="action_low"):
+    with pytest.raises(ContractError, match="action_low"):
         replace(SPEC, action_low=low, action_high=high)
 
 

@@ -214,3 +214,19 @@ def test_names_that_are_no_paths_stay(tmp_path, monkeypatch, name):
 def test_damaged_versions_are_told(tmp_path, content):
     (tmp_path / "versions.json").write_text(content)
     assert changed_versions(tmp_path) == ["versions.json is missing or damaged"]
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "trace_000001.json", "events.out.tfevents.1.host.2"])
+def test_a_run_writes_through_no_link(folder, tmp_path, name):
+    """A stranger's run could otherwise overwrite a file of the user's."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=rf"{name}: is a symbolic link"):
+        lock_run_folder(folder)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_checkpoints_may_lie_on_another_disk(folder, tmp_path):
+    (folder / "checkpoints").rename(tmp_path / "elsewhere")
+    (folder / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    os.close(lock_run_folder(folder))

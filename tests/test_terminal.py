@@ -64,3 +64,11 @@ def test_what_cannot_be_written_is_lost_as_text_and_as_bytes() -> None:
     assert file.buffer.write(b"bytes") == 5
     file.flush()
     file.buffer.flush()
+
+
+def test_a_stream_that_other_code_closes_ends_nothing() -> None:
+    stream = io.StringIO()
+    file = LossyFile(stream)
+    stream.close()
+    assert file.write("lost") == 4
+    file.flush()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.tasks import POINTS
-from asyncflow.errors import EnvError
+from asyncflow.errors import ContractError, EnvError
 
 if TYPE_CHECKING:
     from tensordict import TensorDict  # loading it would double the time in which a worker process starts
@@ -68,15 +68,17 @@ class EnvSpec:
         """Check the limits of actions.
 
         Raises:
-            ValueError: They are not one for each dimension, or a low one is above its high one.
+            ContractError: They are not one for each dimension, or a low one is above its high one.
         """
         if {len(self.action_low), len(self.action_high)} - {0, self.action_dim}:
-            raise ValueError(
-                f"action_low has {len(self.action_low)} and action_high {len(self.action_high)} numbers "
+            raise ContractError(
+                f"EnvSpec.action_low has {len(self.action_low)} and action_high {len(self.action_high)} numbers "
                 f"for action_dim = {self.action_dim}"
             )
         if not all(low <= high for low, high in zip(self.action_low, self.action_high, strict=False)):
-            raise ValueError(f"action_low = {self.action_low} must not exceed action_high = {self.action_high}")
+            raise ContractError(
+                f"EnvSpec.action_low = {self.action_low} must not exceed action_high = {self.action_high}"
+            )
 
     @property
     def action_limits(self) -> tuple[Tensor, Tensor]:

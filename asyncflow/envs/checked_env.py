@@ -46,7 +46,7 @@ class CheckedVecEnv(VecEnv):
         self.num_envs = num_envs
         if getattr(env, "num_envs", None) != num_envs:
             raise broken(f"{self._name}.num_envs", "is", getattr(env, "num_envs", None), f"{num_envs}, as asked for")
-        self.notices = tuple(map(str, env.notices))
+        self.notices = self._check_notices(env.notices)
         self.spec = check_spec(getattr(env, "spec", None), self._name)
         # Its checkpoints name what builds it again, whatever it is made of.
         self._simulator_spec = replace(check_spec(env.simulator_spec, self._name), task=task)
@@ -94,6 +94,11 @@ class CheckedVecEnv(VecEnv):
     def close(self) -> None:
         """Stop the simulators."""
         self.env.close()
+
+    def _check_notices(self, notices: Any) -> tuple[str, ...]:
+        if not isinstance(notices, tuple | list) or not all(isinstance(notice, str) for notice in notices):
+            raise self._broken("notices", "is", notices, "a tuple of texts")
+        return tuple(notices)
 
     def _check_obs(self, obs: Any, num_rows: int, method: str, verb: str) -> TensorDict:
         """Return a copy of observations, [num_rows]."""

@@ -102,6 +102,8 @@ def check_spec(spec: Any, owner: str) -> EnvSpec:
     for key, shape in shapes.items():
         if key.startswith(POINTS) and (len(shape) not in (2, 3) or shape[-1] != 6):
             raise broken(f"{owner}.spec.obs_shapes", f"has for {key}", spec.obs_shapes[key], "(num_points, 6)")
+    if not isinstance(spec.env_meta, dict):
+        raise broken(f"{owner}.spec.env_meta", "is", spec.env_meta, "a dictionary, which may be empty")
     images = _check_shapes(spec.image_shapes, f"{owner}.spec.image_shapes")
     for camera, shape in images.items():
         if len(shape) not in (3, 4) or shape[-3] != 3:

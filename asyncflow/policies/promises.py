@@ -201,7 +201,9 @@ def _difference(first: Any, second: Any) -> float:
         if name in other and x.shape == other[name].shape and x.numel():
             a, b = (y.detach().double() for y in (x, other[name]))
             same = (a == b) | (a.isnan() & b.isnan())
-            off = torch.where(same, 0.0, (a - b).abs()).max() / a[a.isfinite()].abs().max().clamp(min=1.0)
+            off = torch.where(same, 0.0, (a - b).abs().nan_to_num(torch.inf)).max() / a.nan_to_num(
+                0, 0, 0
+            ).abs().max().clamp(min=1.0)
             worst = max(worst, off.item())
     return worst
 

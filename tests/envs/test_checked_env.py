@@ -116,6 +116,19 @@ def test_a_spec_or_a_number_of_environments_that_cannot_be_is_refused():
         CheckedVecEnv(Registered(), H, N + 1, "Mine")
 
 
+@pytest.mark.parametrize("notices", ["hello", None, (1,)])
+def test_notices_are_texts(notices):
+    env = Registered()
+    env.notices = notices
+    with pytest.raises(ContractError, match=r"Registered\.notices is .*; expected a tuple of texts"):
+        check(env)
+
+
+def test_a_description_that_is_none_is_refused():
+    with pytest.raises(ContractError, match=r"Registered\.spec\.env_meta is None; expected a dictionary"):
+        check(Registered(env_meta=None))
+
+
 class Careless(Registered):
     """It changes in place what it is given, and what it returned."""
 

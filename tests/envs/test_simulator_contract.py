@@ -40,7 +40,10 @@ def returning(**answers):
         ((0.0, "no"), "a tuple of 2: 0.0, 'no'"),
         ((0.0, 0.5), "a tuple of 2: 0.0, 0.5"),
         ((torch.ones(1), False), "a tuple of 2: Tensor of shape (1,), torch.float32, False"),
-        ((torch.ones((), requires_grad=True), False), "a tuple of 2: a tensor of shape () that requires a gradient,"),
+        (
+            (torch.ones((), requires_grad=True), False),
+            "a tuple of 2: a tensor of shape (), torch.float32, that requires a gradient,",
+        ),
     ],
 )
 def test_a_step_that_returns_anything_but_a_number_and_a_flag_is_refused_in_one_line(answer, came):

@@ -16,7 +16,7 @@ from asyncflow.errors import ConfigError, ContractError
 from asyncflow.launch import train
 from asyncflow.plugins import trust_class
 from asyncflow.policies import GaussianPolicy, make_policy
-from asyncflow.policies.promises import check_promises
+from asyncflow.policies.promises import _difference, check_promises
 from asyncflow.presets import load_config
 
 SPEC = EnvSpec({"state": (4,)}, 2, 10)
@@ -380,3 +380,9 @@ def test_a_ratio_away_from_one_before_the_first_step_ends_the_run(tmp_path, buff
     with pytest.raises(ContractError, match=r"Late: before any training, decisions have other log-probs in training"):
         train(load_config("toy_vla_tiny", TOY | changes), reporter)
     assert not reporter.rows
+
+
+def test_answers_that_are_nan_alone_can_be_compared():
+    nan = torch.full((2,), torch.nan)
+    assert _difference(nan, nan) == 0
+    assert _difference(nan, torch.zeros(2)) == torch.inf
