@@ -49,7 +49,8 @@ types: $(STAMP) ## Check the types.
 	$(BIN)/mypy
 
 docs: $(STAMP) ## Write the pages that are made from the code.
-	$(BIN)/python -c "from asyncflow.metrics import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
+	$(BIN)/python -c "from asyncflow.metrics.glossary import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
+	$(BIN)/python tools/rooms.py
 
 stress: $(STAMP) ## Inject every kind of fault and write docs/reliability.md; ten minutes. ARGS="--part cuts" runs a part.
 	OMP_NUM_THREADS=1 $(BIN)/python tools/stress.py $(ARGS)

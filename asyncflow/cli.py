@@ -29,8 +29,8 @@ from asyncflow.signals import EXIT_INTERRUPTED, interrupt_on_signals, stop_on_si
 from asyncflow.terminal import finish_streams, prepare_streams
 
 if TYPE_CHECKING:
-    from asyncflow.config import Config
-    from asyncflow.trainer import Trainer
+    from asyncflow.config.sections import Config
+    from asyncflow.run.trainer import Trainer
 
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, which some versions of typer carry inside
 _CONFIG_KEYS = {
@@ -93,10 +93,10 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
     folder = flags.pop("resume")
     _trust(flags.pop("trust_class"))
     resolved = _load(config, overrides, flags) if folder is None else _load_run(folder, config, overrides, flags)
-    from asyncflow.console import ConsoleReporter
+    from asyncflow.metrics.console import ConsoleReporter
 
     with _quiet_imports():
-        from asyncflow import launch
+        from asyncflow.run import launch
 
     def on_built(trainer: Trainer) -> None:
         stop_on_signals(trainer.request_stop)
@@ -135,11 +135,11 @@ def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) ->
     names = ("inference_latency_s", "env_latency_s", "update_latency_s", "num_updates")
     options = {name: flags.pop(name) for name in names} | {"is_sweep": is_sweep}
     resolved = _load(config, overrides, flags)
-    from asyncflow.console import ConsoleReporter
+    from asyncflow.metrics.console import ConsoleReporter
 
     with _quiet_imports():
-        from asyncflow.profile_report import report_profile
-        from asyncflow.profiling import ProfileOptions
+        from asyncflow.profile.measure import ProfileOptions
+        from asyncflow.profile.report import report_profile
 
     default = 1 if is_sweep else 3
     options["num_repeats"] = default if num_repeats is None else num_repeats
@@ -163,10 +163,10 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     if num_episodes < 1:
         raise ConfigError(f"--num-episodes {num_episodes}: must be at least 1")
     config = _load("lift", None, flags)
-    from asyncflow.console import describe_evaluation, progress_bar
+    from asyncflow.metrics.console import describe_evaluation, progress_bar
 
     with _quiet_imports():
-        from asyncflow.evaluate_checkpoint import evaluate_checkpoint
+        from asyncflow.run.evaluate_file import evaluate_checkpoint
 
     with progress_bar("episodes", num_episodes) as show:
         result = evaluate_checkpoint(checkpoint, config, num_episodes, show)
@@ -190,12 +190,12 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
 def demos(**flags: Any) -> int:
     """Write scripted, noised demonstrations in robomimic's layout."""
     task, out = flags.pop("task"), flags.pop("out")
-    from asyncflow.console import progress_bar
-    from asyncflow.overrides import write_value
-    from asyncflow.presets import load_config
+    from asyncflow.config.overrides import write_value
+    from asyncflow.config.presets import load_config
+    from asyncflow.metrics.console import progress_bar
 
     with _quiet_imports():
-        from asyncflow.demos import DemoOptions, collect_demos
+        from asyncflow.demos.record import DemoOptions, collect_demos
 
     seen = {name: split(flags.pop(name)) for name in ("cameras", "camera_size", "point_clouds")}
     env_config = load_config(None, {"env.task": task} | {f"env.{k}": v for k, v in seen.items() if v}).env
@@ -229,12 +229,12 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
-    from asyncflow.console import progress_bar
-    from asyncflow.presets import load_config, parse_overrides, start_from
+    from asyncflow.config.presets import load_config, parse_overrides, start_from
+    from asyncflow.metrics.console import progress_bar
 
     resolved = load_config(config, parse_overrides(overrides or []))  # without a preset: the dataset names its task
     with _quiet_imports():
-        from asyncflow.pretrain import PretrainOptions, pretrain
+        from asyncflow.demos.pretrain import PretrainOptions, pretrain
 
     out = out or f"{os.path.splitext(dataset)[0]}.safetensors"
     check_output(Path(out), flags["overwrite"], inputs=[dataset, config])
@@ -249,10 +249,10 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
 @app.command()
 def tasks() -> int:
     """List the tasks."""
-    from asyncflow.console import ConsoleReporter
-    from asyncflow.envs.task_table import TASKS
-    from asyncflow.envs.tasks import TOYS
-    from asyncflow.plugins import ENVS, plugin_names
+    from asyncflow.config.plugins import ENVS, plugin_names
+    from asyncflow.config.task_table import TASKS
+    from asyncflow.config.tasks import TOYS
+    from asyncflow.metrics.console import ConsoleReporter
 
     rows = [[name, "-", summary] for name, summary in TOYS.items()]
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
@@ -265,9 +265,9 @@ def tasks() -> int:
 def config(overrides: Overrides = None, config: Preset = None) -> int:
     """Show every key: its value in a run, its default and its meaning."""
     resolved = _load(config, overrides, {})
-    from asyncflow.config import describe_keys, values_by_key
-    from asyncflow.console import ConsoleReporter
-    from asyncflow.overrides import write_value
+    from asyncflow.config.overrides import write_value
+    from asyncflow.config.sections import describe_keys, values_by_key
+    from asyncflow.metrics.console import ConsoleReporter
 
     values = values_by_key(resolved)
     rows = [[key, write_value(values[key]), write_value(default), meaning] for key, default, meaning in describe_keys()]
@@ -276,7 +276,7 @@ def config(overrides: Overrides = None, config: Preset = None) -> int:
 
 
 def _trust(paths: list[str] | None) -> None:
-    from asyncflow.plugins import trust_class
+    from asyncflow.config.plugins import trust_class
 
     for path in paths or []:
         trust_class(path)
@@ -284,8 +284,8 @@ def _trust(paths: list[str] | None) -> None:
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
     """Return the configuration that a command line means; overrides win over flags, both over the preset."""
-    from asyncflow.envs.tasks import task_names
-    from asyncflow.presets import choose_preset, load_config, name_task, parse_overrides
+    from asyncflow.config.presets import choose_preset, load_config, name_task, parse_overrides
+    from asyncflow.config.tasks import task_names
 
     given = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
     given |= parse_overrides(overrides or [])
@@ -297,8 +297,8 @@ def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]
 
 def _load_run(folder: str, preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
     """Return the configuration with which a run goes on."""
-    from asyncflow.presets import parse_overrides
-    from asyncflow.run_folder import resume_config
+    from asyncflow.config.presets import parse_overrides
+    from asyncflow.run.folder import resume_config
 
     if preset is not None:
         raise ConfigError(f"--config {preset}: a resumed run keeps its own configuration; leave --config out")

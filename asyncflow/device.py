@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from asyncflow.config import CompileMode
+from asyncflow.config.sections import CompileMode
 from asyncflow.errors import ConfigError
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from asyncflow import cli, ppo
+from asyncflow import cli
+from asyncflow.ppo import ppo
 
 RunCli = Callable[..., CompletedProcess[str]]
 PROBE = "import sys; sys.argv = ['asyncflow', '--help']; from asyncflow.cli import run; run(['--help']); "

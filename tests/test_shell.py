@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncflow.config import Config
-from asyncflow.console import ConsoleReporter
+from asyncflow.config.sections import Config
+from asyncflow.metrics.console import ConsoleReporter
 from asyncflow.shell import command
 
 FOLDERS = [Path("a b"), Path("#1"), Path("it's"), Path('say "x"'), Path("$HOME"), Path("a;b"), Path("ü"), Path("-run")]

@@ -20,7 +20,7 @@ from asyncflow.signals import ENDING_SIGNALS, interrupt_on_signals, signals_held
 TOY = ["train", "--task", "Toy", "--logger", "none", "trainer.eval_interval=0"]
 ENDLESS = ["policy.emulated_latency_s=0.01", "trainer.total_updates=100000"]
 TWO_WORKERS = ["env.num_envs=2", "env.num_workers=2", "buffer.buffer_size=8", "algorithm.num_minibatches=2"]
-HELD_RUN = str(Path(__file__).with_name("held_run.py"))
+HELD_RUN = str(Path(__file__).parent / "support" / "held_run.py")
 PATIENCE_S = 120.0  # what is waited for comes in a second; a busy machine may take longer
 
 
@@ -145,7 +145,7 @@ def test_the_first_signal_saves_and_leaves_with_130_within_ten_seconds(launch, t
 
 def test_a_signal_after_the_reader_of_the_output_has_died_saves_too(hold_run, tmp_path):
     """Ctrl-C reaches the whole pipeline: in `asyncflow train |& tee log` the reader dies first."""
-    process = hold_run("asyncflow.trainer:Trainer._check_update", count=2)
+    process = hold_run("asyncflow.run.trainer:Trainer._check_update", count=2)
     process.stdout.close()
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=PATIENCE_S) == 130
@@ -165,7 +165,7 @@ def test_a_run_whose_output_goes_to_a_full_disk_trains_to_its_end(launch, tmp_pa
 
 def test_a_closed_terminal_that_tells_twice_does_not_cut_the_save_short(hold_run, tmp_path):
     """Its shell sends SIGHUP to its jobs, and the kernel sends it again."""
-    process = hold_run("asyncflow.trainer:Trainer._check_update", count=2)
+    process = hold_run("asyncflow.run.trainer:Trainer._check_update", count=2)
     os.killpg(process.pid, signal.SIGHUP)
     end = interrupt(process, signal.SIGHUP)
     assert end.is_clean, end
@@ -188,7 +188,7 @@ def test_what_nohup_has_a_program_ignore_stays_ignored():
 
 def test_workers_ignore_what_the_parent_handles(hold_run):
     """At the first decision both simulate; the signals reach them and multiprocessing's helper alike."""
-    process = hold_run("asyncflow.trainer:Trainer._check_update", *TWO_WORKERS, environment="fake", count=2)
+    process = hold_run("asyncflow.run.trainer:Trainer._check_update", *TWO_WORKERS, environment="fake", count=2)
     others = [pid for pid in members(process.pid) if pid != process.pid]
     assert len(others) >= 3
     with contextlib.ExitStack() as stack:
@@ -201,7 +201,7 @@ def test_workers_ignore_what_the_parent_handles(hold_run):
 
 
 def test_a_signal_before_the_run_is_built_ends_it(hold_run, tmp_path):
-    end = interrupt(hold_run("asyncflow.launch:build_parts"), signal.SIGTERM)
+    end = interrupt(hold_run("asyncflow.run.launch:build_parts"), signal.SIGTERM)
     assert end.is_clean, end
     assert not (tmp_path / "run").exists()
 
@@ -220,7 +220,7 @@ def test_a_signal_while_workers_are_started_leaves_none(hold_run, place, count):
 def test_an_update_that_takes_too_long_is_abandoned_and_the_boundary_before_it_is_saved(hold_run, tmp_path):
     """At full scale what `test_trainer` shows of an update abandoned after a stop; it waits out the time of grace."""
     slow_update = ["algorithm.emulated_latency_s=1.0", "algorithm.update_epochs=8", "algorithm.num_minibatches=8"]
-    process = hold_run("asyncflow.trainer:Trainer._check_update", *slow_update, count=2)  # second minibatch of 64
+    process = hold_run("asyncflow.run.trainer:Trainer._check_update", *slow_update, count=2)  # second minibatch of 64
     end = interrupt(process)
     assert end.is_clean, end
     assert saved_state(tmp_path / "run")["updates"] == 0
@@ -229,14 +229,14 @@ def test_an_update_that_takes_too_long_is_abandoned_and_the_boundary_before_it_i
 @pytest.mark.slow
 def test_a_signal_during_an_evaluation_leaves_it_owed(hold_run, tmp_path):
     """In a process what `test_launch` shows of an evaluation that a stop cut."""
-    end = interrupt(hold_run("asyncflow.trainer:Trainer._check_evaluation", "trainer.eval_interval=1", count=2))
+    end = interrupt(hold_run("asyncflow.run.trainer:Trainer._check_evaluation", "trainer.eval_interval=1", count=2))
     assert end.is_clean, end
     assert saved_state(tmp_path / "run")["is_evaluation_owed"]
 
 
 def test_a_signal_during_the_final_save_leaves_a_whole_checkpoint(hold_run, tmp_path):
     end = interrupt(
-        hold_run("asyncflow.checkpoint:publish_file", "trainer.total_updates=1", "trainer.save_interval=1000")
+        hold_run("asyncflow.run.checkpoint:publish_file", "trainer.total_updates=1", "trainer.save_interval=1000")
     )
     assert end.is_clean, end
     assert saved_state(tmp_path / "run")["updates"] == 1
@@ -246,7 +246,7 @@ def test_a_signal_during_the_final_save_leaves_a_whole_checkpoint(hold_run, tmp_
 def test_a_signal_in_a_profile_leaves_nothing(hold, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     profile = ["profile", "--task", "Toy", "--out", str(tmp_path / "profile")]
-    process = hold("asyncflow.trainer:Trainer._check_update", *profile, count=2)
+    process = hold("asyncflow.run.trainer:Trainer._check_update", *profile, count=2)
     assert len(list(tmp_path.glob("asyncflow_profile_*"))) == 1
     end = interrupt(process)
     assert end.is_clean, end
@@ -256,7 +256,7 @@ def test_a_signal_in_a_profile_leaves_nothing(hold, tmp_path, monkeypatch):
 @pytest.mark.parametrize("environment", ["fake", pytest.param("own", marks=pytest.mark.slow)])
 def test_the_second_signal_leaves_at_once_whatever_the_policy_does(hold_run, environment):
     endless_policy = [*TWO_WORKERS, f"policy.emulated_latency_s={10 * PATIENCE_S}"]
-    process = hold_run("asyncflow.latency:EmulatedLatency.wait", *endless_policy, environment=environment)
+    process = hold_run("asyncflow.rollout.latency:EmulatedLatency.wait", *endless_policy, environment=environment)
     os.killpg(process.pid, signal.SIGINT)
     wait_for_line(process, "stopping")
     end = interrupt(process)

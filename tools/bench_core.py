@@ -31,15 +31,15 @@ from bench_report import REPOSITORY, Finding, Part, finish, isolated, to_markdow
 from bench_workers import NUM_ENVS, bench_workers
 from numpy.typing import NDArray
 
-from asyncflow.buffer import BufferPlan, RolloutBuffer
-from asyncflow.config import Config
-from asyncflow.evaluate import EvalResult
-from asyncflow.launch import train
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import Config
 from asyncflow.policies import make_policy
-from asyncflow.policy_file import load_policy_file, resolve_checkpoint
-from asyncflow.presets import load_config
-from asyncflow.rollout_writer import plan_ring
-from asyncflow.trainer import Trainer
+from asyncflow.policies.policy_file import load_policy_file, resolve_checkpoint
+from asyncflow.rollout.buffer import BufferPlan, RolloutBuffer
+from asyncflow.rollout.writer import plan_ring
+from asyncflow.run.evaluate import EvalResult
+from asyncflow.run.launch import train
+from asyncflow.run.trainer import Trainer
 
 PAGE = REPOSITORY / "docs" / "benchmarks" / "core.md"
 PARTS = ("workers", "ring", "growth", "overlap")

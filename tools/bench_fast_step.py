@@ -19,10 +19,10 @@ import numpy as np
 from bench_report import REPOSITORY, describe_command, describe_machine, describe_setting, describe_software, isolated
 from numpy.typing import NDArray
 
-from asyncflow.config import EnvConfig
-from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.task_table import MEASURED, TASKS
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import MEASURED, TASKS
+from asyncflow.config.tasks import resolve_task
+from asyncflow.envs.robosuite.simulator import RobomimicEnv
 
 PAGE = REPOSITORY / "docs" / "benchmarks" / "fast_step.md"
 MIN_RATIO = 1.5
@@ -50,7 +50,7 @@ class Timing:
 def measure(task: str, num_blocks: int, num_steps: int, seed: int) -> Timing:
     """Time one task, the first block of both left out; the two ways take turns in going first."""
     env = RobomimicEnv(resolve_task(EnvConfig(task=task)), seed)  # imports robosuite, and keeps it quiet
-    from asyncflow.envs.fast_step import FastStep  # noqa: PLC0415  seconds, and only the measuring processes need it
+    from asyncflow.envs.robosuite.fast_step import FastStep  # noqa: PLC0415  seconds, and only the measuring processes need it
 
     steps = {"bare": env.env.env.step, "fast": FastStep(env.env.env).step}
     block_ms: dict[str, list[float]] = {name: [] for name in steps}
@@ -82,7 +82,7 @@ in the same state, bit for bit, or the measurement stops. Whole
 episodes of every task and controller are compared by `make test-all ARGS=tests/envs/test_fast_step.py`.
 
 Equality was seen on AMD EPYC, Intel Ice Lake and, by telling OpenBLAS which processor to take this one for
-(`OPENBLAS_CORETYPE`), with its kernels for Prescott, Haswell, SkylakeX and Zen; `tests/test_processors.py` repeats
+(`OPENBLAS_CORETYPE`), with its kernels for Prescott, Haswell, SkylakeX and Zen; `tests/run/test_processors.py` repeats
 that. Kernels for Prescott, which numpy 1.26 also takes on Emerald Rapids, round by where a matrix begins in memory:
 the fast step lays its matrices where robosuite's lie."""
 

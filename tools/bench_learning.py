@@ -28,15 +28,15 @@ import torch
 import yaml
 from bench_report import REPOSITORY, describe_command, describe_machine, describe_software
 
-from asyncflow.build import settle_environment
-from asyncflow.config import Config, validate
+from asyncflow.config.sections import Config, validate
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapped import map_names
-from asyncflow.evaluate import EvalResult, evaluate
 from asyncflow.policies import make_policy
-from asyncflow.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policies.policy_file import load_into, load_policy_file, resolve_checkpoint
+from asyncflow.run.build import settle_environment
+from asyncflow.run.evaluate import EvalResult, evaluate
 from asyncflow.seeding import derive_seed
 
 DATA = REPOSITORY / "docs" / "benchmarks" / "data"

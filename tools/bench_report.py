@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
-from asyncflow.run_folder import describe_versions
+from asyncflow.run.folder import describe_versions
 
 REPOSITORY = Path(__file__).parent.parent
 REPORTED = "reported"  # the target of a finding that has none

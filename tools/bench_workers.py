@@ -17,11 +17,11 @@ import torch
 from bench_report import REPORTED, Finding, Part, Turns, count_cores, isolated, take_turns, with_range
 from numpy.typing import NDArray
 
-from asyncflow.config import EnvConfig
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import TASKS
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
-from asyncflow.envs.robomimic import build_env_meta, quiet
-from asyncflow.envs.task_table import TASKS
+from asyncflow.envs.robosuite.simulator import build_env_meta, quiet
 from asyncflow.seeding import derive_seed
 
 NUM_ENVS, CHUNK_LENGTH, HORIZON = 16, 4, 120

@@ -31,7 +31,7 @@ from gpu_check_speed import Tables, check_inference, check_profiles
 from gpu_check_vla import check_vla
 from gpu_check_weights import hunt_on_device
 
-from asyncflow import inference
+from asyncflow.rollout import inference
 
 NUM_LEASES, NUM_WEIGHTS = 100, 2**24
 

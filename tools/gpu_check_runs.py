@@ -18,19 +18,19 @@ from bench_report import Finding
 from policies_inference import modes_on
 from torch import Tensor
 
-from asyncflow.buffer import RolloutBuffer
-from asyncflow.build import build_parts
-from asyncflow.config import CompileMode, Config
-from asyncflow.console import format_bytes
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import CompileMode, Config
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import ToyVecEnv
-from asyncflow.evaluate import EvalResult
-from asyncflow.launch import train
-from asyncflow.metrics import is_timing
+from asyncflow.metrics.console import format_bytes
+from asyncflow.metrics.glossary import is_timing
 from asyncflow.policies import Policy, make_policy
-from asyncflow.presets import load_config
-from asyncflow.rollout_writer import plan_ring
-from asyncflow.trainer import Trainer
+from asyncflow.rollout.buffer import RolloutBuffer
+from asyncflow.rollout.writer import plan_ring
+from asyncflow.run.build import build_parts
+from asyncflow.run.evaluate import EvalResult
+from asyncflow.run.launch import train
+from asyncflow.run.trainer import Trainer
 
 TOY, WIDE = "toy", "wide flow"
 NUM_UPDATES, NUM_PLACES = 4, 10

@@ -13,15 +13,15 @@ from gpu_check_runs import TOY, WIDE, Scale, new_policy
 from policies_inference import time_decisions
 from tensordict import TensorDict
 
-from asyncflow.config import Config
-from asyncflow.inference import make_sampler
-from asyncflow.profile_legs import Window, stage_times
-from asyncflow.profile_plot import describe_interval
-from asyncflow.profile_report import show, summarise
-from asyncflow.profile_run import num_warmup, run_leg
-from asyncflow.profiling import Profile, ProfileOptions, measure_profile
+from asyncflow.config.sections import Config
+from asyncflow.profile.leg import num_warmup, run_leg
+from asyncflow.profile.measure import Profile, ProfileOptions, measure_profile
+from asyncflow.profile.picture import describe_interval
+from asyncflow.profile.read import Window, stage_times
+from asyncflow.profile.report import show, summarise
+from asyncflow.rollout.inference import make_sampler
+from asyncflow.rollout.weights import make_acting_copy
 from asyncflow.seeding import policy_noise
-from asyncflow.weights import make_acting_copy
 
 DECISION_TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 EAGER = "none"

@@ -21,11 +21,11 @@ from policies_page import UPDATES, describe_spread
 from policies_parts import shape_of_preset
 from policies_settings import BASE_ON_GPU, PRESET, TINY_RUN, load
 
-from asyncflow.config import Config
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import Config
 from asyncflow.envs.base import EnvSpec
-from asyncflow.presets import load_config
-from asyncflow.profile_run import change
-from asyncflow.profiling import ProfileOptions
+from asyncflow.profile.leg import change
+from asyncflow.profile.measure import ProfileOptions
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 NUM_DECISIONS, NUM_UPDATES = 100, 5

@@ -16,9 +16,9 @@ from bench_report import Finding
 from stress_weights import LAGS, Hunt, Versioned
 from torch import nn
 
-from asyncflow import weights
-from asyncflow.streams import collector_stream
-from asyncflow.weights import WeightPublisher, changing_tensors, make_acting_copy
+from asyncflow.rollout import weights
+from asyncflow.rollout.streams import collector_stream
+from asyncflow.rollout.weights import WeightPublisher, changing_tensors, make_acting_copy
 
 MAX_STALL_CYCLES = 1_000_000  # half a millisecond of an H100
 NUM_WITHOUT_EVENTS = 40

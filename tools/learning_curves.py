@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from asyncflow.evaluate import wilson_interval
+from asyncflow.run.evaluate import wilson_interval
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from learning_curves import Curve, Curves, Point, difference_interval, pool_fina
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from asyncflow.evaluate import wilson_interval
+from asyncflow.run.evaluate import wilson_interval
 
 PAGES = Path(__file__).parent.parent / "docs" / "benchmarks"
 MODES = ("standard", "vla")

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from asyncflow.config import Config, EnvConfig
-from asyncflow.demos import DemoOptions, collect_demos
-from asyncflow.evaluate import EvalResult
-from asyncflow.evaluate_checkpoint import evaluate_checkpoint
-from asyncflow.policy_file import ASSETS
-from asyncflow.presets import load_config
-from asyncflow.pretrain import PretrainOptions, pretrain
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import Config, EnvConfig
+from asyncflow.demos.pretrain import PretrainOptions, pretrain
+from asyncflow.demos.record import DemoOptions, collect_demos
+from asyncflow.policies.policy_file import ASSETS
+from asyncflow.run.evaluate import EvalResult
+from asyncflow.run.evaluate_file import evaluate_checkpoint
 
 ENV = EnvConfig(task="Lift", horizon=120)
 DEMOS = DemoOptions(num_demos=20, seed=0, action_noise=0.15, grasp_offset=0.03)

@@ -20,7 +20,7 @@ from overlap_training import (
     time_ratio,
 )
 
-from asyncflow.profile_model import Interval, log_ratio_interval
+from asyncflow.profile.model import Interval, log_ratio_interval
 
 TWO_STAGES_CEILING, TWO_STAGES_SHARE = 2.0, 0.97
 THREE_STAGES_CEILING, MIN_THREE_STAGES = 3.0, 2.6

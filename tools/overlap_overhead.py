@@ -19,11 +19,11 @@ from bench_records import Place
 from bench_report import isolated
 from overlap_settings import Settings
 
-from asyncflow.config import Config
-from asyncflow.evaluate import EvalResult
-from asyncflow.launch import train
-from asyncflow.profile_model import Interval, log_ratio_interval, mean
-from asyncflow.trainer import Trainer
+from asyncflow.config.sections import Config
+from asyncflow.profile.model import Interval, log_ratio_interval, mean
+from asyncflow.run.evaluate import EvalResult
+from asyncflow.run.launch import train
+from asyncflow.run.trainer import Trainer
 
 IS_ON = (False, True, True, False)  # within a block of the first run; the second one's are the others
 NUM_WARMUP_UPDATES = 3  # critic warm-up, Adam's state, both lanes in step

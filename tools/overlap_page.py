@@ -30,7 +30,7 @@ from overlap_training import (
     time_to,
 )
 
-from asyncflow.profile_model import mean
+from asyncflow.profile.model import mean
 
 TITLES = {
     "two_stages": "Two equal stages",

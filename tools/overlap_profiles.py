@@ -13,9 +13,9 @@ from bench_records import Place, figures_of
 from bench_report import isolated, run_profile
 from overlap_settings import Settings
 
-from asyncflow.profile_legs import Window, stage_times
-from asyncflow.profile_run import num_warmup, run_leg
-from asyncflow.profiling import ProfileOptions, emulate
+from asyncflow.profile.leg import num_warmup, run_leg
+from asyncflow.profile.measure import ProfileOptions, emulate
+from asyncflow.profile.read import Window, stage_times
 
 TASKS = ("Toy", "Lift")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench_records import select
 
-from asyncflow.presets import load_config, parse_overrides
+from asyncflow.config.presets import load_config, parse_overrides
 
 NAME = "overlap"
 CURVES = "emulated"  # the learning curves, a folder among the data

@@ -20,8 +20,8 @@ from bench_report import REPOSITORY
 from learning_curves import Curve, Curves, Point, difference_interval, pool_final, read_curves
 from overlap_settings import CURVES, FINE_CURVES, Settings
 
-from asyncflow.profile_model import Interval, mean
-from asyncflow.profiling import ProfileOptions, emulate
+from asyncflow.profile.measure import ProfileOptions, emulate
+from asyncflow.profile.model import Interval, mean
 
 THRESHOLD = 0.95
 NUM_DRAWS = 2000

@@ -44,9 +44,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from asyncflow.config import AlgorithmConfig
+from asyncflow.config.sections import AlgorithmConfig
 from asyncflow.policies.gaussian import GaussianPolicy
-from asyncflow.ppo import PPO
+from asyncflow.ppo.ppo import PPO
 
 
 @dataclass(frozen=True)

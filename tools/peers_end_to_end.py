@@ -22,10 +22,10 @@ from peers_torchrl import run_torchrl
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
-from asyncflow import launch
-from asyncflow.config import Config
-from asyncflow.presets import load_config
-from asyncflow.profile_run import Watcher
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import Config
+from asyncflow.profile.leg import Watcher
+from asyncflow.run import launch
 
 NUM_WARMUP = 2  # updates: both lanes in step, caches and allocators warm
 MIN_SPEEDUP = 1.5

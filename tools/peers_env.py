@@ -16,9 +16,9 @@ from bench_workers import CHUNK_LENGTH, HORIZON
 from numpy.typing import NDArray
 from peers_setting import GAMMA
 
-from asyncflow.config import EnvConfig
-from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.tasks import resolve_task
+from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.seeding import derive_seed
 
 

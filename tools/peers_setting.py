@@ -13,10 +13,10 @@ from bench_workers import CHUNK_LENGTH, HORIZON, NUM_ENVS
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.buffer import Rollout, RolloutInfo
 from asyncflow.envs.base import ChunkResult
 from asyncflow.policies.gaussian import GaussianPolicy
-from asyncflow.rollout_writer import outcome_fields
+from asyncflow.rollout.buffer import Rollout, RolloutInfo
+from asyncflow.rollout.writer import outcome_fields
 
 STATE_DIM, ACTION_DIM, HIDDEN, STD = 19, 7, [256, 256], 0.5
 CHUNK_DIM = CHUNK_LENGTH * ACTION_DIM

@@ -13,7 +13,7 @@ from peers_contenders import Contender, make_asyncflow, make_cleanrl, make_rsl_r
 from peers_setting import ACTION_DIM, CHUNK_LENGTH, HIDDEN, NUM_EPOCHS, NUM_MINIBATCHES, STATE_DIM, STD, make_batch
 from torch.distributions import Distribution
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.policies import make_policy
 from asyncflow.policies.gaussian import GaussianPolicy
 

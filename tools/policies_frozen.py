@@ -21,15 +21,15 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from asyncflow.buffer import BufferPlan, Rollout, RolloutInfo
-from asyncflow.build import NUM_OPTIMIZER_COPIES
-from asyncflow.config import Config
+from asyncflow.config.sections import Config
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import Policy
-from asyncflow.ppo import PPO, Step
-from asyncflow.profile_run import change
+from asyncflow.ppo.ppo import PPO, Step
+from asyncflow.profile.leg import change
 from asyncflow.resources import check_memory
-from asyncflow.rollout_writer import plan_ring
+from asyncflow.rollout.buffer import BufferPlan, Rollout, RolloutInfo
+from asyncflow.rollout.writer import plan_ring
+from asyncflow.run.build import NUM_OPTIMIZER_COPIES
 
 # How a backbone is treated: `trained`, or frozen and `run_again` by the update on what was observed, or frozen and its
 # features `kept` in the ring.

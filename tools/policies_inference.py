@@ -20,17 +20,17 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from asyncflow.config import CompileMode, Config
+from asyncflow.config.sections import CompileMode, Config
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec
-from asyncflow.inference import Sampler, make_sampler
 from asyncflow.policies import Policy, make_policy
-from asyncflow.profile_run import change
+from asyncflow.profile.leg import change
+from asyncflow.rollout.inference import Sampler, make_sampler
+from asyncflow.rollout.staging import Staging
+from asyncflow.rollout.streams import collector_stream
+from asyncflow.rollout.weights import make_acting_copy
 from asyncflow.seeding import policy_noise
-from asyncflow.staging import Staging
-from asyncflow.streams import collector_stream
-from asyncflow.weights import make_acting_copy
 
 BATCHES = (16, 1)
 NUM_WARMUP = 3

@@ -14,8 +14,8 @@ from policies_frozen import KEPT, RUN_AGAIN, TRAINED, VARIANTS
 from policies_judge import judge, measured_flops, median_s, preset_gflops
 from policies_settings import CPU, SIZES, SUBJECTS
 
-from asyncflow.console import format_bytes
-from asyncflow.profile_plot import describe_interval
+from asyncflow.metrics.console import format_bytes
+from asyncflow.profile.picture import describe_interval
 
 NEEDS_GPU, MISSING = "needs a GPU", "not measured yet"
 UPDATES = {

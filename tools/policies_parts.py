@@ -15,10 +15,10 @@ from policies_frozen import VARIANTS, extent_of, measure_updates, plan_bytes
 from policies_inference import BATCHES, find_spec, measure_decisions
 from policies_settings import PRESET, SIZES, SUBJECTS, Settings, load
 
-from asyncflow.config import Config
+from asyncflow.config.sections import Config
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.profile_run import change
+from asyncflow.profile.leg import change
 
 NUM_SLOTS = 2  # of `vla` with its default lag
 KEPT_AS = {  # what the ring keeps of observations

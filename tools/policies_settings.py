@@ -13,8 +13,8 @@ from typing import Any
 from bench_records import select
 from bench_report import count_cores
 
-from asyncflow.config import Config
-from asyncflow.presets import load_config, parse_overrides
+from asyncflow.config.presets import load_config, parse_overrides
+from asyncflow.config.sections import Config
 
 NAME = "policies"
 CPU = "cpu"

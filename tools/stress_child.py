@@ -14,14 +14,15 @@ from functools import partial
 
 from stress_simulator import FaultPlan, FaultySimulator
 
-from asyncflow import build, cli, launch
-from asyncflow.buffer import Rollout
-from asyncflow.config import EnvConfig
+from asyncflow import cli
+from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import AsyncflowError
+from asyncflow.rollout.buffer import Rollout
+from asyncflow.run import build, launch
+from asyncflow.run.trainer import Trainer
 from asyncflow.signals import interrupt_on_signals
-from asyncflow.trainer import Trainer
 
 
 class DisturbedVecEnv(WorkerVecEnv):

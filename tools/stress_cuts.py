@@ -13,7 +13,7 @@ from pathlib import Path
 from stress_process import Command, check_rows, find_differences, find_left_behind, read_rows
 from stress_report import Checks, Row
 
-from asyncflow.checkpoint import list_checkpoints
+from asyncflow.run.checkpoint import list_checkpoints
 
 NUM_UPDATES = 30
 _RUN = (

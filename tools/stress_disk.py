@@ -17,8 +17,8 @@ from pathlib import Path
 from stress_process import Command, check_rows, find_differences
 from stress_report import Checks, Row
 
-from asyncflow.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.errors import CheckpointError
+from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 
 NUM_UPDATES, SAVE_INTERVAL = 40, 3
 _SIZE_MIB = 4

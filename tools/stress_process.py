@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from stress_report import Checks
 
-from asyncflow.checkpoint import list_checkpoints, load_checkpoint
-from asyncflow.metrics import is_timing
+from asyncflow.metrics.glossary import is_timing
+from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 
 TOOLS = Path(__file__).parent
 _END_TIMEOUT_S = 180.0

@@ -15,7 +15,7 @@ from stress_report import Checks, Row
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.buffer import BufferPlan, Rollout, RolloutBuffer, RolloutInfo
+from asyncflow.rollout.buffer import BufferPlan, Rollout, RolloutBuffer, RolloutInfo
 
 NUM_STEPS, NUM_ENVS = 2, 4
 SIZE = NUM_STEPS * NUM_ENVS

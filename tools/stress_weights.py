@@ -10,7 +10,7 @@ import torch
 from stress_report import Checks, Row
 from torch import nn
 
-from asyncflow.weights import WeightPublisher, changing_tensors
+from asyncflow.rollout.weights import WeightPublisher, changing_tensors
 
 LAGS = range(5)
 _TIMEOUT_S = 60.0

@@ -10,10 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
-from asyncflow.envs.tasks import TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
+from asyncflow.config.tasks import TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
 
 if TYPE_CHECKING:
-    from asyncflow.config import EnvConfig
+    from asyncflow.config.sections import EnvConfig
     from asyncflow.envs.base import VecEnv
 
 __all__ = ["make_vec_env", "task_names"]
@@ -44,7 +44,7 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
     settings = resolve_task(config)
     prepare_caches()  # here, so that it is told once and not by every worker
 
-    from asyncflow.envs.robomimic import RobomimicEnv  # noqa: PLC0415
+    from asyncflow.envs.robosuite.simulator import RobomimicEnv  # noqa: PLC0415
     from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
 
     return WorkerVecEnv(partial(RobomimicEnv, settings), config, num_envs, chunk_length, seed)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from asyncflow.config.tasks import POINTS
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.envs.tasks import POINTS
 from asyncflow.errors import ContractError, EnvError
 
 if TYPE_CHECKING:

@@ -14,13 +14,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from asyncflow.config import EnvConfig
-from asyncflow.contracts import broken, describe, name_of
+from asyncflow.config.contracts import broken, describe, name_of
+from asyncflow.config.plugins import ENVS, build_plugin
+from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvSpec, Fault, VecEnv
 from asyncflow.envs.contract import check_spec
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ContractError
-from asyncflow.plugins import ENVS, build_plugin
 
 _FLAGS = ("terminated", "truncated", "broken")
 _COUNTS = ("executed", "episode_length")

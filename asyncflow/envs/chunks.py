@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asyncflow.contracts import name_of
+from asyncflow.config.contracts import name_of
 from asyncflow.envs.base import RENDERED, EnvSpec, Fault
 from asyncflow.envs.contract import CheckedSimulator
 from asyncflow.errors import ContractError, EnvError

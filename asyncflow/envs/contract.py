@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.contracts import broken, check_callable, name_of
+from asyncflow.config.contracts import broken, check_callable, name_of
+from asyncflow.config.tasks import POINTS
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.tasks import POINTS
 from asyncflow.errors import ContractError
 
 _REAL = "fiub"  # kinds of dtypes that hold real numbers

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from asyncflow.config.policy import MappingConfig
 from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import ConfigError
-from asyncflow.policies.mapping import NameMapping
-from asyncflow.policy_config import MappingConfig
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

@@ -18,10 +18,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from asyncflow.config.tasks import POINTS, TOY, TOY_IMAGES, TOY_POINTS
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv
 from asyncflow.envs.chunks import check_actions, nonfinite_fault
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.envs.tasks import POINTS, TOY, TOY_IMAGES, TOY_POINTS
 from asyncflow.errors import EnvError
 from asyncflow.seeding import derive_seed
 

@@ -25,7 +25,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.config import EnvConfig
+from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv, as_slice
 from asyncflow.envs.chunks import ChunkBoard, check_actions
 from asyncflow.envs.journal import EpisodeJournal

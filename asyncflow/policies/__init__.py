@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from asyncflow.config import POLICY_KINDS, PolicyConfig
+from asyncflow.config.lerobot_folder import KIND as LEROBOT
+from asyncflow.config.lerobot_folder import match_cameras, open_lerobot
+from asyncflow.config.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
+from asyncflow.config.sections import POLICY_KINDS, PolicyConfig
 from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
-from asyncflow.lerobot_folder import KIND as LEROBOT
-from asyncflow.lerobot_folder import match_cameras, open_lerobot
-from asyncflow.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
 from asyncflow.policies.base import Policy
 from asyncflow.policies.draft import check_size, is_large
 from asyncflow.policies.flow import FlowPolicy
-from asyncflow.policies.foreign import find_model_class
 from asyncflow.policies.gaussian import GaussianPolicy
-from asyncflow.policies.image_encoder import Shapes
-from asyncflow.policies.vla import VLAPolicy, build_vla
+from asyncflow.policies.networks.image_encoder import Shapes
+from asyncflow.policies.vla.foreign import find_model_class
+from asyncflow.policies.vla.policy import VLAPolicy, build_vla
+from asyncflow.rollout.weights import set_eval
 from asyncflow.seeding import derive_seed
-from asyncflow.weights import set_eval
 
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 
@@ -96,7 +96,7 @@ def _build_lerobot(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, im
     folder = open_lerobot(config)  # before the import, which it allows
     cameras = match_cameras(folder, config, obs_shapes, action_dim, image_shapes)
 
-    from asyncflow.policies.lerobot import build_lerobot  # noqa: PLC0415  an optional extra, seconds to load
+    from asyncflow.policies.lerobot.policy import build_lerobot  # noqa: PLC0415  an optional extra, seconds to load
 
     return build_lerobot(config, folder, cameras, image_shapes)
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import ConfigError
-from asyncflow.policies.image_encoder import Shapes
+from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.resources import check_memory
 
 MAX_UNCHECKED = 1 << 24  # numbers; a draft takes as long as a small policy

@@ -16,11 +16,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.policies.base import Normalizer, mlp
 from asyncflow.policies.flow_sampler import Steps, Velocity
-from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
-from asyncflow.policies.point_encoder import build_point_encoder
+from asyncflow.policies.networks.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.networks.point_encoder import build_point_encoder
 from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32

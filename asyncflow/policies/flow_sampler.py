@@ -19,7 +19,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import ConfigError
 
 Steps = int | slice | Tensor

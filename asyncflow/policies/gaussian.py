@@ -14,12 +14,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
-from asyncflow.policies.image_encoder import Shapes, build_image_encoder, encode, num_inputs
-from asyncflow.policies.point_encoder import build_point_encoder
+from asyncflow.policies.networks.image_encoder import Shapes, build_image_encoder, encode, num_inputs
+from asyncflow.policies.networks.point_encoder import build_point_encoder
 
 
 class GaussianPolicy(Policy):

@@ -17,7 +17,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.policies.base import Mode, Normalizer, Policy
 from asyncflow.policies.flow_sampler import FlowSampler, Velocity
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from rebuilt import show_last
 
-from asyncflow.config import EnvConfig
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import TASKS
+from asyncflow.config.tasks import resolve_task
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.task_table import TASKS
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.errors import ConfigError
 
 pytestmark = pytest.mark.sim

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from asyncflow.envs.controllers import convert_controllers, find_action_limits
+from asyncflow.config.controllers import convert_controllers, find_action_limits
 from asyncflow.errors import ConfigError
 
 INF = math.inf

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncflow.envs.env_meta import check_robots, translate_kwargs
+from asyncflow.config.env_meta import check_robots, translate_kwargs
 from asyncflow.errors import ConfigError
 
 KWARGS = {"robots": ["Panda"], "control_freq": 20}

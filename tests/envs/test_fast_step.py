@@ -17,12 +17,12 @@ from robosuite.utils.observables import (
     sensor,
 )
 
-from asyncflow.config import EnvConfig
-from asyncflow.envs.fast_observables import ObservableClock
-from asyncflow.envs.fast_step import FastStep
-from asyncflow.envs.robomimic import RobomimicEnv, build_env_meta
-from asyncflow.envs.task_table import MEASURED, TASKS
-from asyncflow.envs.tasks import SimulatorSettings, resolve_task
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import MEASURED, TASKS
+from asyncflow.config.tasks import SimulatorSettings, resolve_task
+from asyncflow.envs.robosuite.fast_observables import ObservableClock
+from asyncflow.envs.robosuite.fast_step import FastStep
+from asyncflow.envs.robosuite.simulator import RobomimicEnv, build_env_meta
 
 pytestmark = pytest.mark.sim
 SEED = 3

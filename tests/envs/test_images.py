@@ -10,16 +10,16 @@ import pytest
 import torch
 from fake_simulator import ACTION_DIM, HORIZON, SUCCEED, FakeSimulator
 
-from asyncflow.config import EnvConfig
-from asyncflow.envs import cameras
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import TASKS
+from asyncflow.config.tasks import resolve_task
 from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.cameras import choose_gl, order_egl_devices
 from asyncflow.envs.chunks import ChunkBoard
-from asyncflow.envs.task_table import TASKS
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.envs.robosuite import cameras
+from asyncflow.envs.robosuite.cameras import choose_gl, order_egl_devices
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
-from asyncflow.presets import load_config
 
 N, H, SIZE = 3, 4, (16, 20)
 CAMERAS = ("left", "right")
@@ -181,7 +181,7 @@ def test_the_user_says_which_egl_device(monkeypatch):
 
 HOSTILE = """
 import os
-from asyncflow.envs.cameras import import_robosuite
+from asyncflow.envs.robosuite.cameras import import_robosuite
 names = "MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
 before = [os.environ[name] for name in names]
 import_robosuite()

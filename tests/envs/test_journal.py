@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_simulator import ACTION_DIM, SUCCEED, FakeSimulator
 
-from asyncflow.config import EnvConfig
+from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.toy import ToyVecEnv

@@ -6,8 +6,8 @@ from fake_simulator import MortalSimulator
 from inline_worker import simulators, work_inline
 from silent import TOY, assert_equal, go_on, outcome, start
 
-from asyncflow import build
-from asyncflow.checkpoint import list_checkpoints, load_checkpoint
+from asyncflow.run import build
+from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.seeding import derive_seed
 
 DOOMED = derive_seed(0, "episode", 1, 1)  # of environment 1: decisions 5 to 9, of which the rollout ends with 7

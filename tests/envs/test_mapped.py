@@ -4,11 +4,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from asyncflow.config.policy import MappingConfig
 from asyncflow.envs.mapped import MappedVecEnv, map_names
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError
-from asyncflow.evaluate import evaluate
-from asyncflow.policy_config import MappingConfig
+from asyncflow.run.evaluate import evaluate
 
 N, H = 3, 2
 GOAL_FIRST = [{"key": "state", "slice": [2, 4]}, {"key": "state", "slice": [0, 2]}]

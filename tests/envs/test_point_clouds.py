@@ -8,17 +8,17 @@ import torch
 from fake_simulator import ACTION_DIM, HORIZON, FakeSimulator
 from rebuilt import show_last
 
-from asyncflow.config import EnvConfig
-from asyncflow.envs import cameras
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import TASKS
+from asyncflow.config.tasks import resolve_task
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
-from asyncflow.envs.point_clouds import View, choose_points, make_cloud, metric_depth, world_points
-from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.task_table import TASKS
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.envs.robosuite import cameras
+from asyncflow.envs.robosuite.point_clouds import View, choose_points, make_cloud, metric_depth, world_points
+from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
-from asyncflow.presets import load_config
 
 N, H, P = 3, 4, 5
 CLOUDS = ("left", "right")

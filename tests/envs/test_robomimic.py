@@ -12,13 +12,13 @@ from scipy.spatial.transform import Rotation
 from test_controllers import OSC
 from test_journal import assert_resumes_bit_for_bit, random_chunks
 
-from asyncflow.config import EnvConfig
+from asyncflow.config.controllers import find_action_limits
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import MEASURED, TASKS
+from asyncflow.config.tasks import resolve_task
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
-from asyncflow.envs.controllers import find_action_limits
-from asyncflow.envs.robomimic import RobomimicEnv
-from asyncflow.envs.task_table import MEASURED, TASKS
-from asyncflow.envs.tasks import resolve_task
+from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.errors import ConfigError
 from asyncflow.seeding import derive_seed
 

@@ -9,12 +9,12 @@ import h5py
 import pytest
 import torch
 
-from asyncflow.config import EnvConfig
-from asyncflow.envs import tasks
-from asyncflow.envs.task_table import TASKS
-from asyncflow.envs.tasks import load_env_meta, resolve_task, task_names
+from asyncflow.config import tasks
+from asyncflow.config.presets import choose_preset, load_config
+from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import TASKS
+from asyncflow.config.tasks import load_env_meta, resolve_task, task_names
 from asyncflow.errors import ConfigError
-from asyncflow.presets import choose_preset, load_config
 
 META = {"env_name": "Lift", "type": 1, "env_version": "1.5.2", "env_kwargs": {"robots": ["Panda"]}}
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from asyncflow.config import EnvConfig
+from asyncflow.config.sections import EnvConfig
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvInterrupted
 from asyncflow.envs.toy import ToyVecEnv

@@ -10,10 +10,10 @@ from silent import TOY, record, start
 from test_smolvla import PADDED, STEPS, TRAIN, N, build, initial_noise, noise_of, observe
 from tiny_smolvla import write_policy, write_vlm
 
-from asyncflow.build import build_parts
+from asyncflow.config.presets import load_config
 from asyncflow.errors import CheckpointError
-from asyncflow.evaluate_checkpoint import evaluate_checkpoint
-from asyncflow.presets import load_config
+from asyncflow.run.build import build_parts
+from asyncflow.run.evaluate_file import evaluate_checkpoint
 
 IMAGES = {"policy.mapping.obs.images": {"top_image": "observation.images.front"}}
 MAPPED = TRAIN | {

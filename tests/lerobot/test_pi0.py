@@ -39,10 +39,10 @@ from test_smolvla import TRAIN as TRAIN_SMOLVLA
 from tiny_pi0 import float32, their_actions, tiny_sizes, write_cache, write_policy
 from tiny_smolvla import ACTION_DIM, CAMERA, CHUNK, STATE, STATE_DIM, STATS
 
-from asyncflow.build import build_parts
+from asyncflow.config.presets import load_config
 from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.evaluate_checkpoint import evaluate_checkpoint
-from asyncflow.presets import load_config
+from asyncflow.run.build import build_parts
+from asyncflow.run.evaluate_file import evaluate_checkpoint
 
 TRAIN = TRAIN_SMOLVLA | {"policy.horizon": CHUNK}
 EXPERT = ("gemma_expert", ".action_", "state_proj")

@@ -13,14 +13,14 @@ from silent import TOY, assert_equal, go_on, outcome, record, start
 from tensordict import TensorDict
 from tiny_smolvla import ACTION_DIM, CHUNK, STATE_DIM, STATS, their_actions, write_policy, write_vlm
 
-from asyncflow.build import build_parts
-from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.evaluate_checkpoint import evaluate_checkpoint
 from asyncflow.policies import make_policy
-from asyncflow.policies.vla import VLAPolicy
-from asyncflow.policy_file import load_into, load_policy_file
-from asyncflow.presets import load_config
+from asyncflow.policies.policy_file import load_into, load_policy_file
+from asyncflow.policies.vla.policy import VLAPolicy
+from asyncflow.run.build import build_parts
+from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.seeding import policy_noise
 
 N, STEPS, PADDED = 3, 4, 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.seeding import policy_noise

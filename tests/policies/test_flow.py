@@ -4,7 +4,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.policies import make_policy
 from asyncflow.policies.flow import time_features
 

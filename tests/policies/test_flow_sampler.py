@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies.flow_sampler import FlowSampler, floor_std, step_grid, step_weights, transition, uniform_index
 

@@ -12,17 +12,17 @@ from silent import TOY, Silent, go_on, start
 from tensordict import TensorDict
 from torch import nn
 
-from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.config.plugins import trust_class
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.errors import ConfigError
-from asyncflow.evaluate_checkpoint import evaluate_checkpoint
-from asyncflow.launch import train
-from asyncflow.plugins import trust_class
 from asyncflow.policies import VLAPolicy, make_policy
-from asyncflow.policies.foreign import ForeignPolicy, without_weights
-from asyncflow.presets import load_config
+from asyncflow.policies.vla.foreign import ForeignPolicy, without_weights
+from asyncflow.run.evaluate_file import evaluate_checkpoint
+from asyncflow.run.launch import train
 from asyncflow.seeding import policy_noise
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {"width": 16, "horizon": 2, "action_dim": 2}
 N = 4
 
@@ -235,7 +235,7 @@ def test_actions_of_another_shape_are_refused():
 
 def test_a_class_that_cannot_be_imported_is_found_before_simulators_are_built(tmp_path, monkeypatch):
     changes = {"policy.vla.model_class": "nowhere.Model", "logging.out": str(tmp_path / "run")}
-    monkeypatch.setattr("asyncflow.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.run.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     with pytest.raises(ConfigError, match="No module named 'nowhere'"):
         train(load_config("toy_vla_tiny", TOY | changes), Silent())
 

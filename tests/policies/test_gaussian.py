@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 from torch.distributions import Normal
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 

@@ -11,11 +11,11 @@ from camera_promises import (
 from tensordict import TensorDict
 from torch.nn import functional
 
-from asyncflow.config import PolicyConfig
+from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
-from asyncflow.policies.image_encoder import NUM_KEYPOINTS, ImageEncoder, SpatialSoftmax, random_shift
+from asyncflow.policies.networks.image_encoder import NUM_KEYPOINTS, ImageEncoder, SpatialSoftmax, random_shift
 
 N, D, A, SIZE = 6, 5, 3, (36, 40)
 SPEC = EnvSpec({"state": (D,)}, A, 10, image_shapes=dict.fromkeys(("left", "right"), (3, *SIZE)))

@@ -10,13 +10,13 @@ import torch
 from silent import TOY, Silent
 from tensordict import TensorDict
 
-from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.config.presets import load_config
+from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.errors import ConfigError
-from asyncflow.launch import train
 from asyncflow.policies import make_policy
-from asyncflow.presets import load_config
+from asyncflow.rollout.weights import changing_tensors
+from asyncflow.run.launch import train
 from asyncflow.seeding import policy_noise
-from asyncflow.weights import changing_tensors
 
 N = 4
 LORA = TOY | {"policy.vla.lora_rank": 2, "trainer.total_updates": 3}

@@ -10,12 +10,12 @@ from camera_promises import (
 )
 from tensordict import TensorDict
 
-from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.config.plugins import trust_class
+from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.plugins import trust_class
 from asyncflow.policies import make_policy
-from asyncflow.policies.point_encoder import NUM_FEATURES, PointEncoder, PointNet
+from asyncflow.policies.networks.point_encoder import NUM_FEATURES, PointEncoder, PointNet
 
 N, D, A, P = 6, 5, 3, 50
 CLOUDS = {"points.left": (P, 6), "points.right": (P, 6)}

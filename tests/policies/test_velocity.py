@@ -9,12 +9,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from asyncflow.config import PolicyConfig, VLAConfig
-from asyncflow.plugins import trust_class
+from asyncflow.config.plugins import trust_class
+from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.policies import make_policy
 from asyncflow.policies.velocity import VelocityPolicy
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE = {"model_class": "my_vla.MyVLA", "model_config": {"width": 16, "horizon": 3, "action_dim": 2}}
 N, P, A, K = 5, 3, 2, 4
 POLICIES = [("flow", {}), ("vla", {"instruction": "lift"}), ("vla", EXAMPLE)]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from asyncflow.config import PolicyConfig, VLAConfig
+from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
-from asyncflow.policies.vla_model import END, SIZES, VLAModel, VLAShape, tokenize
+from asyncflow.policies.vla.model import END, SIZES, VLAModel, VLAShape, tokenize
 from asyncflow.seeding import policy_noise
 
 N, STATE_DIM, ACTION_DIM = 6, 5, 2

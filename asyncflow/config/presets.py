@@ -1,0 +1,242 @@
+"""Presets and overrides: from YAML files and command lines to a validated configuration.
+
+Owns how values are read and which of them win. It must not know what a key means.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from asyncflow.config.lerobot_folder import adopt_lerobot, is_lerobot_folder
+from asyncflow.config.overrides import read_value, write_value
+from asyncflow.config.plain_values import load_yaml
+from asyncflow.config.plugins import trust_class
+from asyncflow.config.sections import Config, validate, values_by_key
+from asyncflow.config.task_table import TASKS, Task, own_name
+from asyncflow.config.tasks import TOYS, find_task, load_env_meta, name_of_env, task_names
+from asyncflow.errors import ConfigError
+from asyncflow.files import expand_user
+
+PATH_KEYS = ("env.env_meta", "policy.checkpoint", "policy.vla.model_path")
+# YAML's own, and what its constructors let through: bytes that are no text, `!!int x`, `!!bool x`, thousands of `[`.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+
+
+def choose_preset(values: dict[str, Any]) -> str | None:
+    """Return the preset of the task that was asked for; the lift preset's weights fit no other task.
+
+    Args:
+        values: Dotted key -> value, as a command line gives them.
+
+    Raises:
+        ConfigError: The task does not exist, or has neither a preset nor weights to start from.
+    """
+    task = values.get("env.task", "Lift")
+    if not isinstance(task, str):
+        return None  # the validation will say what is wrong with it
+    task = own_name(task)
+    if (task in TASKS or task in TOYS) and task.lower() in preset_names():
+        return task.lower()
+    if task not in task_names():
+        find_task(task)  # which says what is near
+    if "policy.checkpoint" not in values:
+        raise ConfigError(
+            f"env.task = {task!r}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "
+            "one), --config, or policy.checkpoint=null to start from scratch"
+        )
+    return None
+
+
+def name_task(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the task of the policy to start from, or of `env.env_meta`, where they name none.
+
+    Args:
+        preset: As for `load_config`.
+        values: Dotted key -> value, as a command line gives them.
+
+    Raises:
+        ConfigError: The preset, the checkpoint or the description cannot be read.
+    """
+    sections = apply_overrides(read_preset(preset) if preset else {}, deepcopy(values))
+    env, policy = (sections.get(name) or {} for name in ("env", "policy"))
+    if not isinstance(env, dict) or not isinstance(policy, dict) or "task" in env:
+        return values
+    described, checkpoint = env.get("env_meta"), policy.get("checkpoint")
+    if isinstance(described, str | dict):
+        name = name_of_env(load_env_meta(described if isinstance(described, dict) else expand_user(described)))
+        return values | {"env.task": name} if name in TASKS else values
+    if not isinstance(checkpoint, str) or is_lerobot_folder(expand_user(checkpoint)):
+        return values
+    from asyncflow.policies.policy_file import read_env_spec, resolve_checkpoint  # noqa: PLC0415  torch takes seconds to load
+
+    spec = read_env_spec(resolve_checkpoint(checkpoint))
+    name = spec.task or name_of_env(spec.env_meta)
+    return values | {"env.task": name} if name else values
+
+
+def start_from(preset: str | None, overrides: list[str], path: Path, env_keys: dict[str, Any]) -> list[str | Path]:
+    """Return the words behind `asyncflow train` with which a run starts from a pre-trained policy.
+
+    Args:
+        preset: That of the pre-training.
+        overrides: Those of the pre-training.
+        path: The policy file.
+        env_keys: Dotted key -> what the policy was made for; said only where the run would take another.
+    """
+    values = parse_overrides(overrides)
+    taken = values_by_key(load_config(preset, values))
+    is_task_free = "env.task" in name_task(preset, values | {"policy.checkpoint": str(path)}).keys() - values.keys()
+    kept = [each for each in overrides if each.partition("=")[0] != "policy.checkpoint"]
+    needed = {key: value for key, value in env_keys.items() if value != taken[key]}
+    if is_task_free:
+        needed.pop("env.task", None)
+    words = [f"{key}={write_value(value)}" for key, value in needed.items()]
+    return [*(["--config", preset] if preset else []), "--checkpoint", path, *kept, *words]
+
+
+def preset_names() -> list[str]:
+    """Return the names of the shipped presets."""
+    return sorted(path.stem for path in _preset_folder().glob("*.yaml"))
+
+
+def _preset_folder() -> Path:
+    installed = Path(__file__).parents[1] / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
+
+
+def load_config(preset: str | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Build a validated configuration of the user's own: a model's class that it names may be imported.
+
+    Args:
+        preset: A shipped preset's name or the path of a YAML file; None means the defaults.
+        overrides: Dotted key -> value, applied last.
+
+    Raises:
+        ConfigError: An unknown preset or key, a wrong type or an impossible combination; the message is one line.
+    """
+    values = apply_overrides(read_preset(preset) if preset else {}, overrides or {})
+    trust_named_class(values)
+    env = values.get("env")
+    if isinstance(env, dict) and isinstance(env.get("task"), str):
+        env["task"] = own_name(env["task"])
+    return validate(anchor_paths(adopt_lerobot(values)))
+
+
+def anchor_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values with the paths in them made absolute: a run may go on from another folder.
+
+    What is no file or folder here stays as it is: a shipped name, one that `from_pretrained` knows, or a mistake.
+    """
+    anchored = deepcopy(values)
+    for key in PATH_KEYS:
+        *parents, leaf = key.split(".")
+        section: Any = anchored
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(leaf), str):
+            section[leaf] = anchor(section[leaf])
+    return anchored
+
+
+def anchor(name: Any) -> Any:
+    """Return a path as an absolute one, and anything else as it is."""
+    if not isinstance(name, str):
+        return name
+    path = expand_user(name)
+    try:
+        return str(path.absolute()) if path.exists() and not _is_shipped(name) else name
+    except (OSError, ValueError):  # a name that no file can have
+        return name
+
+
+def _is_shipped(name: str) -> bool:
+    return (Path(__file__).parents[1] / "assets" / f"{name}.safetensors").is_file()
+
+
+def trust_named_class(values: dict[str, Any]) -> None:
+    """Trust the model's class that nested values name, which must be the user's own and not those of a file."""
+    found: Any = values
+    for key in ("policy", "vla", "model_class"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if isinstance(found, str):
+        trust_class(found)
+
+
+def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values with dotted keys replaced.
+
+    Raises:
+        ConfigError: A key goes through something that is not a section.
+    """
+    for key, value in overrides.items():
+        _set_dotted(values, key, value)
+    return values
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """Return the nested values of a preset's YAML file.
+
+    Raises:
+        ConfigError: The preset does not exist or is not a YAML mapping.
+    """
+    path = Path(preset) if preset.endswith((".yaml", ".yml")) else _preset_folder() / f"{preset}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"--config {preset}: no such preset or file; presets: {', '.join(preset_names())}")
+    try:
+        return read_sections(path)
+    except ValueError as error:
+        raise ConfigError(f"--config {preset}: {error}") from None
+
+
+def default_horizon(task: Task) -> int:
+    """Return the env steps after which `asyncflow train` ends an episode of a task, unless it is told otherwise."""
+    for name, known in TASKS.items():
+        if known is task and name.lower() in preset_names():
+            return load_config(name.lower()).env.horizon or task.horizon
+    return task.horizon
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """Return the nested values that a YAML file holds.
+
+    Raises:
+        ValueError: It is not YAML, or no mapping; the message is one line that does not name the file.
+    """
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except _YAML_ERRORS as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Parse `key.sub=value` arguments, each value by the type of its key.
+
+    Raises:
+        ConfigError: An argument without `=`, or a list or mapping that is not YAML.
+    """
+    parsed = {}
+    for argument in arguments:
+        key, separator, text = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{argument!r} is not an override; write section.key=value")
+        try:
+            parsed[key] = read_value(key, text)
+        except _YAML_ERRORS:
+            raise ConfigError(f"{key}: cannot read the value {text!r}") from None
+    return parsed
+
+
+def _set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key}: {parent} is not a section")
+    values[leaf] = value

@@ -1,0 +1,89 @@
+"""Examples: what pre-training draws from demonstrations, an observation and the actions that followed it.
+
+Owns the cutting of chunks and histories, and the augmentation of images; point clouds stay as they are. It must not
+know the file that demonstrations come from, nor what learns from them.
+
+Shapes: B examples in a batch, M steps of all demonstrations, L of one, O env steps of a history (n_obs_steps),
+P predicted actions (horizon), A action size, D state size, Q points of a cloud.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from asyncflow.policies.networks.image_encoder import random_shift
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One example a step of every demonstration.
+
+    Attributes:
+        states: [M, D].
+        images: Camera -> [M, 3, height, width] uint8.
+        frames: [M, O] int64 rows of `states`, `images` and `points` that the example observes, oldest first.
+        chunks: [M, P, A] actions that follow.
+        points: Camera -> [M, Q, 6] float32.
+    """
+
+    states: Tensor
+    images: dict[str, Tensor]
+    frames: Tensor
+    chunks: Tensor
+    points: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def observe(self, rows: Tensor, generator: torch.Generator, max_shift: int) -> TensorDict:
+        """Return the observations [B] of examples `rows` [B], as an environment would give them.
+
+        Args:
+            rows: Which examples.
+            generator: Shifts the images, and draws nothing where there are none.
+            max_shift: Pixels by which images are shifted at most, down or up and right or left.
+        """
+        frames, size = self.frames[rows], [len(rows)]
+        if frames.shape[1] == 1:  # without a history there is no dimension for it
+            frames = frames.squeeze(1)
+        obs = TensorDict({"state": self.states[frames]}, batch_size=size)
+        if self.images:
+            offsets = torch.randint(-max_shift, max_shift + 1, (len(rows), 2), generator=generator)
+            shifted = {camera: random_shift(images[frames], offsets) for camera, images in self.images.items()}
+            obs["images"] = TensorDict(shifted, batch_size=size)
+        if self.points:
+            obs["points"] = TensorDict({k: points[frames] for k, points in self.points.items()}, batch_size=size)
+        return obs
+
+
+def cut_chunks(actions: list[Tensor], horizon: int) -> Tensor:
+    """Return the [M, P, A] actions from every step on; the last action repeats past an episode's end.
+
+    Args:
+        actions: One [L, A] tensor a demonstration.
+        horizon: P.
+    """
+    chunks = []
+    for each in actions:
+        steps = torch.arange(len(each))[:, None] + torch.arange(horizon)
+        chunks.append(each[steps.clamp(max=len(each) - 1)])
+    return torch.cat(chunks)
+
+
+def cut_histories(lengths: list[int], n_obs_steps: int) -> Tensor:
+    """Return the [M, O] rows that every step observes; the first one repeats before an episode's beginning.
+
+    Args:
+        lengths: Steps of each demonstration; they follow one another.
+        n_obs_steps: O.
+    """
+    histories, start = [], 0
+    for length in lengths:
+        steps = torch.arange(length)[:, None] + torch.arange(1 - n_obs_steps, 1)
+        histories.append(start + steps.clamp(min=0))
+        start += length
+    return torch.cat(histories)

@@ -1,0 +1,1 @@
+"""robosuite behind robomimic."""

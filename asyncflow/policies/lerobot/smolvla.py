@@ -1,0 +1,197 @@
+"""SmolVLA (arXiv:2506.01844) as LeRobot has it, with the methods of a velocity field.
+
+Owns how LeRobot's model is asked for what `VLAPolicy` needs. It must not know how a policy is trained. It loads
+LeRobot, an optional extra.
+
+The prefix runs by LeRobot's own code, once a decision. The expert's layers are LeRobot's modules too, but are called
+here: for J denoising steps at once, on keys and values of the prefix that were computed once.
+
+Shapes: N decisions, S tokens of the prefix without padding, W width of the vision-language model, L layers of the
+expert, H attention heads, G of them for keys and values, F size of a head, E width of the expert, J denoising steps
+evaluated at once, P predicted actions, A action size, M action size with the model's padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, make_att_2d_masks, standardise_state_dict
+from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from asyncflow.config.lerobot_folder import LeRobotFolder
+from asyncflow.config.sections import PolicyConfig
+from asyncflow.policies.lerobot.model import LeRobotModel
+from asyncflow.policies.networks.image_encoder import Shapes
+from asyncflow.policies.vla.model import KeysValues, ValueHead
+
+
+class ExpertLayer(NamedTuple):
+    """One layer of the expert, and the layer of the vision-language model whose keys and values it sees.
+
+    Attributes:
+        number: Which layer of the vision-language model that is.
+        modules: LeRobot's layer.
+        is_cross: Whether its tokens see the prefix alone, by keys and values of the expert's own; otherwise they also
+            see the actions before them.
+    """
+
+    number: int
+    modules: Any
+    is_cross: bool
+
+
+class SmolVLA(LeRobotModel):
+    """LeRobot's SmolVLA with the methods of a velocity field, and a value head on the prefix.
+
+    Attributes:
+        value_head: Sees the vision-language model's last features.
+    """
+
+    words: Tensor
+    is_word: Tensor
+    kept: Tensor | None
+    lerobot_class = SmolVLAPolicy
+    overrides = {"load_vlm_weights": False}  # noqa: RUF012  those of the folder take their place
+
+    def __init__(self, folder: LeRobotFolder, cameras: Mapping[str, str], config: PolicyConfig) -> None:
+        """Read a folder; see `LeRobotModel`. `config` gives the instruction and the value head's size.
+
+        Raises:
+            CheckpointError: Its model cannot be built, or its tensors do not fit it.
+        """
+        super().__init__(folder, cameras)
+        self.width: int = self.text_config.hidden_size
+        self.value_head = ValueHead(self.width, config.critic_hidden_sizes)
+        words, is_word = self.read_instruction(config.instruction)
+        self.register_buffer("words", words, persistent=False)  # a checkpoint serves another instruction too
+        self.register_buffer("is_word", is_word, persistent=False)
+        self.register_buffer("kept", None, persistent=False)
+        self._with_expert.processor = None  # as the tokenizer
+
+    @property
+    def _with_expert(self) -> Any:
+        return self.flow.vlm_with_expert
+
+    @property
+    def text_config(self) -> Any:
+        """The sizes of the language model."""
+        return self._with_expert.config.text_config
+
+    @property
+    def backbone(self) -> nn.ModuleDict:
+        """All of what `encode_prefix` runs; a view, so that the state dict keeps LeRobot's names."""
+        return nn.ModuleDict({"vlm": self._with_expert.vlm, "state": self.flow.state_proj})
+
+    def _rename(self, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        renamed: dict[str, Tensor] = standardise_state_dict(stored, set(self.lerobot.state_dict()), verbose=False)[0]
+        return renamed
+
+    def look_at_black(self, image_shapes: Shapes) -> None:
+        """Denoise a step on black pictures; it also shows which tokens of every prefix are padding.
+
+        Raises:
+            Exception: Whatever the model's code fails with.
+        """
+        with torch.no_grad():
+            _, is_token, _ = self._embed_prefix(self.black_obs(image_shapes))
+        if not bool(is_token.all()):
+            self.kept = is_token[0].nonzero().squeeze(1)
+        super().look_at_black(image_shapes)
+
+    def _embed_prefix(self, obs: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
+        """Return LeRobot's tokens of the prefix, which of them are no padding, and where a causal block begins."""
+        batch = self.normalize_obs(obs)
+        pictures, is_picture = self.lerobot.prepare_images(batch)
+        words, is_word = (x.expand(len(obs), -1) for x in (self.words, self.is_word))
+        embedded: tuple[Tensor, Tensor, Tensor] = self.flow.embed_prefix(
+            pictures, is_picture, words, is_word, state=self.lerobot.prepare_state(batch)
+        )
+        return embedded
+
+    def encode_prefix(self, obs: TensorDictBase) -> Tensor:
+        """Return what the expert and the value see of observations, `[N, S, 2 L G F + W]`.
+
+        For every token the keys and values of each layer that the expert attends to, then its last features.
+        """
+        tokens, is_token, is_causal = self._embed_prefix(obs)
+        (features, _), cache = self._with_expert.forward(
+            attention_mask=make_att_2d_masks(is_token, is_causal),
+            position_ids=is_token.cumsum(1) - 1,
+            past_key_values=None,
+            inputs_embeds=[tokens, None],
+            use_cache=True,
+            fill_kv_cache=True,
+        )
+        seen = [cache[layer.number][part] for layer in self._layers() for part in ("key_states", "value_states")]
+        prefix = torch.cat([*(part.flatten(2) for part in seen), features], -1)
+        return prefix if self.kept is None else prefix.index_select(1, self.kept)
+
+    def cache_prefix(self, prefix: Tensor) -> KeysValues:
+        """Return keys and values `[N, H, S, F]` of a prefix for each layer of the expert."""
+        text, layers = self.text_config, self._layers()
+        shape = (len(layers), 2, text.num_key_value_heads, text.head_dim)
+        parts = prefix[..., : -self.width].unflatten(-1, shape).unbind(2)
+        return [self._keys_values(layer, *part.unbind(2)) for layer, part in zip(layers, parts, strict=True)]
+
+    def _keys_values(self, layer: ExpertLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if layer.is_cross:
+            attention = layer.modules.self_attn
+            keys, values = attention.k_proj(keys.flatten(2)), attention.v_proj(values.flatten(2))
+            keys, values = self.split_heads(keys), self.split_heads(values)
+        return self.spread_heads(keys), self.spread_heads(values)
+
+    def velocity(self, cache: KeysValues, x: Tensor, time: Tensor) -> Tensor:
+        """Return the velocity `[N, J, P, M]` of `x [N, J, P, M]` at `time [N, J]`, from 1 (noise) to 0 (action).
+
+        An action sees those before it alone, so that the first P of a chunk do not depend on the rest of it.
+        """
+        config = self.lerobot.config
+        tokens = self.embed_actions(x, time, (config.min_period, config.max_period)).flatten(1, 2)
+        place = torch.arange(x.shape[1] * x.shape[2], device=x.device)
+        chunk, step = place // x.shape[2], (place % x.shape[2])[None]
+        is_before = (chunk[:, None] == chunk) & (place[:, None] >= place)
+        for layer, keys_values in zip(self._layers(), cache, strict=True):
+            tokens = tokens + self._attend(layer, tokens, keys_values, step, is_before)
+            tokens = tokens + layer.modules.mlp(layer.modules.post_attention_layernorm(tokens))
+        velocity: Tensor = self.flow.action_out_proj(self._with_expert.lm_expert.norm(tokens).float())
+        return velocity.view(x.shape)
+
+    def _attend(
+        self, layer: ExpertLayer, tokens: Tensor, keys_values: tuple[Tensor, Tensor], step: Tensor, is_before: Tensor
+    ) -> Tensor:
+        """Return what the tokens `[N, J P, E]` of J chunks see; all chunks query one cache, which is not repeated."""
+        attention, (keys, values) = layer.modules.self_attn, keys_values
+        normed, mask = layer.modules.input_layernorm(tokens), None
+        num_seen = keys.shape[2]
+        place = step if layer.is_cross else step + num_seen
+        query = apply_rope(self.split_heads(attention.q_proj(normed)), place).transpose(1, 2)
+        if not layer.is_cross:
+            own = (
+                apply_rope(self.split_heads(attention.k_proj(normed)), place),
+                self.split_heads(attention.v_proj(normed)),
+            )
+            keys, values = (torch.cat([x, self.spread_heads(y)], 2) for x, y in zip(keys_values, own, strict=True))
+            mask = torch.cat([is_before.new_ones(len(is_before), num_seen), is_before], 1)
+        seen = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+        result: Tensor = attention.o_proj(seen.transpose(1, 2).flatten(2))
+        return result
+
+    def _layers(self) -> list[ExpertLayer]:
+        model = self._with_expert
+        every, has_cross = model.self_attn_every_n_layers, "cross" in model.attention_mode
+        _, layers = model.get_model_layers([model.get_vlm_model().text_model, model.lm_expert])
+        return [
+            ExpertLayer(number, modules, has_cross and not (every > 0 and number % every == 0))
+            for number, modules in enumerate(layers)
+            if modules is not None
+        ]
+
+    def value(self, prefix: Tensor) -> Tensor:
+        """Return V `[N]` of a prefix."""
+        value: Tensor = self.value_head(prefix[..., -self.width :])
+        return value

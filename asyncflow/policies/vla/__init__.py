@@ -1,0 +1,1 @@
+"""Vision-language-action policies: our own, and models from elsewhere."""

@@ -1,0 +1,347 @@
+"""PPO on one rollout: what an update trains on, its epochs and minibatches, and what it reports.
+
+Owns the order of an update, which happens as a whole or not at all. It must not know which thread collected the
+rollout, nor which policy it trains.
+
+Shapes: T decisions, N environments, B decisions of a minibatch (`num_minibatches` divides T * N), K denoising steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from asyncflow.config.sections import AlgorithmConfig
+from asyncflow.errors import TrainingError
+from asyncflow.policies.base import Policy
+from asyncflow.ppo.gae import Transitions, compute_gae, compute_n_step
+from asyncflow.ppo.losses import (
+    behavior_weights,
+    can_be_squared,
+    explained_variance,
+    kl_estimate,
+    masked_mean,
+    normalize,
+    objective_terms,
+    policy_loss,
+    policy_statistics,
+    sum_steps,
+    value_loss,
+)
+from asyncflow.ppo.optimizer import GuardedAdam
+from asyncflow.rollout.buffer import Rollout
+from asyncflow.seeding import permutation
+
+
+class Step(NamedTuple):
+    """What a minibatch leaves behind, on the device and without gradient.
+
+    Attributes:
+        policy_loss: [].
+        value_loss: [].
+        norms: Gradient norms of actor and critic, [2].
+        log_probs: [B] or [B, K].
+        entropy: [B].
+        is_usable: Whether a step was taken, [].
+        is_finite: Whether loss and gradients were finite, [].
+    """
+
+    policy_loss: Tensor
+    value_loss: Tensor
+    norms: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    is_usable: Tensor
+    is_finite: Tensor
+
+
+class PPO:
+    """Trains one policy on one rollout after another. Used by the main thread only.
+
+    Attributes:
+        optimizer: Adam, with a step size each for actor and critic.
+        num_nonfinite_steps: Minibatches of the run that were skipped because a number was not finite.
+    """
+
+    def __init__(self, policy: Policy, config: AlgorithmConfig, seed: int, total_updates: int | None = None) -> None:
+        """Create the optimizer, and allocate what undoes an update."""
+        self.policy = policy
+        self.config = config
+        self.num_nonfinite_steps = 0
+        self._seed, self._total_updates = seed, total_updates
+        self._actor = [p for p in policy.actor_parameters() if p.requires_grad]
+        self._critic = [p for p in policy.critic_parameters() if p.requires_grad]
+        groups = [
+            {"params": self._actor, "lr": config.learning_rate},
+            {"params": self._critic, "lr": config.critic_learning_rate},
+        ]
+        named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.optimizer = GuardedAdam(groups, named, eps=1e-5)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state by name, not copied; with the policy's weights, all that training goes on from.
+
+        A parameter that was never trained, such as the actor's during the critic's warm-up, has no state.
+        """
+        return self.optimizer.state_tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state_tensors` of another PPO returned.
+
+        Raises:
+            CheckpointError: A tensor is unknown, missing or of another shape; nothing was changed.
+        """
+        self.optimizer.load_state_tensors(tensors)
+
+    def update(self, rollout: Rollout, version: int, on_minibatch: Callable[[], None]) -> dict[str, float]:
+        """Train on a rollout and return the `train/` metrics. Whatever is raised, nothing was changed then.
+
+        Args:
+            rollout: What to train on; only read.
+            version: Updates that the policy has seen.
+            on_minibatch: Called before every minibatch; may raise to abandon the update.
+
+        Raises:
+            TrainingError: More minibatches of the run were skipped than `algorithm.max_nonfinite_steps`.
+        """
+        with self._undone_on_error():
+            rates = self.learning_rates(version)
+            for group, rate in zip(self.optimizer.param_groups, rates.values(), strict=True):
+                group["lr"] = rate
+            batch = self._prepare(rollout, version)
+            table, num_epochs = self._run_epochs(batch, version, on_minibatch)
+            metrics = self._summarise(table, batch, num_epochs)
+            self._count_skipped(int(metrics["train/nonfinite_skipped"]))
+        return metrics | rates
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        num_nonfinite_steps = self.num_nonfinite_steps
+        buffers = {name: buffer.detach().clone() for name, buffer in self.policy.named_buffers()}
+        self.optimizer.remember()
+        try:
+            yield
+        except BaseException:  # a KeyboardInterrupt too
+            self.optimizer.put_back()
+            for name, buffer in buffers.items():  # a running mean, for one, moves with every forward
+                self.policy.get_buffer(name).copy_(buffer)
+            self.num_nonfinite_steps = num_nonfinite_steps
+            raise
+
+    def _run_epochs(self, batch: TensorDict, version: int, on_minibatch: Callable[[], None]) -> tuple[Tensor, int]:
+        """Take all steps of an update; return the minibatches' table of numbers and the number of epochs."""
+        is_warmup, epochs = version < self.config.critic_warmup_updates, range(self.config.update_epochs)
+        orders = torch.stack([permutation(self._seed, version, epoch, len(batch)) for epoch in epochs])
+        steps: list[Step] = []
+        seen: list[TensorDict] = []
+        for order in orders.to(batch.device):
+            taken, logged = self._run_epoch(self._shuffle(batch, order), is_warmup, on_minibatch)
+            steps += taken
+            seen.append(logged)
+            if self._is_kl_exceeded(taken, logged):
+                break
+        return self._tabulate(steps, TensorDict.cat(seen)), len(seen)
+
+    def _run_epoch(
+        self, minibatches: TensorDict, is_warmup: bool, on_minibatch: Callable[[], None]
+    ) -> tuple[list[Step], TensorDict]:
+        """Take an epoch's steps. Returned are they and `_LOGGED`, and no reference to the rest of this copy."""
+        steps = []
+        for minibatch in minibatches.unbind(0):
+            on_minibatch()
+            steps.append(self._step(minibatch, is_warmup))
+        return steps, minibatches.select(*_LOGGED)
+
+    def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
+        """Return an epoch's minibatches, [num_minibatches, B], with what no step changes of their objectives."""
+        size = [self.config.num_minibatches, len(batch) // self.config.num_minibatches]
+
+        def pick(x: Tensor) -> Tensor:
+            return x.index_select(0, order).view(*size, *x.shape[1:])
+
+        minibatches = batch.exclude(*_OUTCOME).apply(pick, batch_size=size)
+        assert minibatches is not None  # only an `apply` to nothing returns that
+        return minibatches.update(objective_terms(minibatches, self.config.clip_coef, self.config.dual_clip))
+
+    def _count_skipped(self, num_skipped: int) -> None:
+        self.num_nonfinite_steps += num_skipped
+        limit = self.config.max_nonfinite_steps
+        if self.num_nonfinite_steps > limit:
+            raise TrainingError(
+                f"training diverged: steps of {self.num_nonfinite_steps} minibatches were skipped for a number "
+                f"that was not finite; algorithm.max_nonfinite_steps = {limit}"
+            )
+
+    def _is_kl_exceeded(self, steps: list[Step], minibatches: TensorDict) -> bool:
+        if self.config.target_kl is None:
+            return False
+        kl = self._tabulate(steps, minibatches)[:, _METRICS.index("prox_kl")].nanmean()  # NaN if all were skipped
+        return bool(kl > self.config.target_kl)  # sync: once per epoch, only with target_kl
+
+    def learning_rates(self, version: int) -> dict[str, float]:
+        """Return the step sizes of actor and critic in the update of a version, by their metric names."""
+        config, fraction = self.config, 1.0
+        if config.lr_schedule == "linear" and self._total_updates:
+            fraction = 1 - version / self._total_updates
+        rates = {"learning_rate": config.learning_rate, "critic_learning_rate": config.critic_learning_rate}
+        return {f"train/{name}": rate * fraction for name, rate in rates.items()}
+
+    def _prepare(self, rollout: Rollout, version: int) -> TensorDict:
+        """Return the flat batch [T*N] with proximal log-probs, behavior weights, advantages and returns."""
+        batch: TensorDict = rollout.data.clone()
+        piece = batch.numel() // self.config.num_minibatches
+        with torch.no_grad():
+            self._add_advantages(batch, rollout, piece)
+            batch["obs"] = rollout.obs[:-1].clone()
+            batch = batch.flatten(0, 1)
+            self._add_proximal(batch, rollout.policy_version != version, piece)
+            if self.config.normalize_advantages:
+                batch["advantages"] = normalize(batch["advantages"], batch["valid"])
+        return batch
+
+    def _add_advantages(self, batch: TensorDict, rollout: Rollout, piece: int) -> None:
+        """Add `values`, `advantages` and `returns`, [T, N], from today's value function, and `is_lost`.
+
+        A decision with a number that is not finite, or too large to be squared and added up, becomes invalid before
+        anything is accumulated or normalised, so that it spoils no other one; `is_lost` says which were valid until
+        then.
+        """
+        given, transitions = batch["valid"], self._transitions(batch, rollout, piece)
+        is_usable = can_be_squared(transitions.errors)
+        transitions = transitions.without(~(given & is_usable))
+        advantages, returns = self._estimate(transitions)
+        is_usable &= can_be_squared(advantages) & can_be_squared(returns)  # small numbers may add up to a large one
+        batch["valid"], batch["is_lost"] = given & is_usable, given & ~is_usable
+        batch["values"] = transitions.values
+        batch["advantages"], batch["returns"] = (x.masked_fill(~is_usable, 0.0) for x in (advantages, returns))
+
+    def _transitions(self, batch: TensorDict, rollout: Rollout, piece: int) -> Transitions:
+        """Return what the estimator needs, with today's values, [T, N]."""
+        values = self._values(rollout.obs, piece)
+        finals = self._values(rollout.final_obs, piece).gather(0, batch["final_index"])
+        next_values = torch.where(batch["truncated"], finals, values[1:])
+        boundary = batch["terminated"] | batch["truncated"]
+        return Transitions(
+            batch["rewards"], values[:-1], next_values, batch["discounts"], batch["terminated"], boundary
+        )
+
+    def _estimate(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
+        """Return advantages and returns, [T, N], by the estimator of the configuration."""
+        config = self.config
+        if config.advantage == "n_step":
+            return compute_n_step(transitions, config.n_step)
+        return compute_gae(transitions, 1.0 if config.advantage == "monte_carlo" else config.gae_lambda)
+
+    def _values(self, obs: TensorDictBase, piece: int) -> Tensor:
+        """Return V of observations [R, N], computed `piece` at a time, [R, N]."""
+        pieces = obs.clone().flatten(0, 1).split(piece)
+        return torch.cat([self.policy.get_value(p) for p in pieces]).view(obs.batch_size)
+
+    def _add_proximal(self, batch: TensorDict, is_stale: bool, piece: int) -> None:
+        """Add `proximal` log-probs and the `weights` that correct for staleness.
+
+        Data of the version that is being trained keeps its stored log-probs, so that it is plain PPO exactly.
+        """
+        batch["behavior"] = batch["log_probs"]
+        batch["proximal"] = batch["log_probs"]
+        batch["weights"] = torch.ones_like(batch["advantages"])
+        batch["is_weight_clipped"] = torch.zeros_like(batch["valid"])
+        if not (is_stale and self.config.decoupled):
+            return
+        pieces = [self.policy.default_forward(p)["log_probs"] for p in batch.split(piece)]
+        batch["proximal"] = torch.cat(pieces)
+        log_weight = sum_steps(batch["proximal"] - batch["behavior"]) * self.policy.log_prob_terms
+        batch["weights"], batch["is_weight_clipped"] = behavior_weights(
+            log_weight, self.config.behavior_weight, self.config.behavior_weight_max
+        )
+
+    def _step(self, batch: TensorDict, is_warmup: bool) -> Step:
+        """Take one optimizer step, unless a number is not finite or no decision is valid."""
+        config, share = self.config, batch["share"]
+        out = self.policy.default_forward(batch)
+        log_probs, values, entropy = (out[name].detach() for name in ("log_probs", "values", "entropy"))
+        actor = policy_loss(log_probs, batch)
+        critic = value_loss(values, batch, config.clip_coef if config.clip_value_loss else None)
+        loss, gradients = critic.value, {"values": config.vf_coef * critic.gradient}
+        if not is_warmup:
+            # Whatever its weight: an entropy that is not finite is that of a broken policy.
+            loss, gradients["log_probs"] = loss + actor.value + (entropy * share).sum(), actor.gradient
+            if config.ent_coef:
+                gradients["entropy"] = -config.ent_coef * share
+        norms = self._differentiate(out, gradients)
+        is_finite = (loss + norms.sum()).isfinite()
+        is_usable = is_finite & batch["valid"].any()  # zero gradients would still move weights by their momentum
+        self.optimizer.step_if(is_usable)
+        return Step(actor.value, critic.value, norms, log_probs, entropy, is_usable, is_finite)
+
+    def _differentiate(self, out: TensorDict, gradients: dict[str, Tensor]) -> Tensor:
+        """Go on from the gradients with respect to `out`, and clip; return the norms of actor and critic, [2]."""
+        for parameter in (*self._actor, *self._critic):
+            parameter.grad = None
+        names = [name for name in gradients if out[name].requires_grad]  # frozen parameters may leave none
+        torch.autograd.backward([out[name] for name in names], [gradients[name] for name in names])
+        return self.optimizer.clip_gradients(self.config.max_grad_norm)
+
+    def _tabulate(self, steps: list[Step], minibatches: TensorDict) -> Tensor:
+        """Return `_METRICS` of M minibatches, NaN if skipped, and whether for a number that was not finite, [M, 10].
+
+        What is only logged is computed here, of all minibatches at once: in each it would cost as much as its loss.
+
+        Args:
+            steps: Of each minibatch.
+            minibatches: [M, B] `_LOGGED`.
+        """
+        done = Step(*(torch.stack(column) for column in zip(*steps, strict=True)))
+        entropy = (done.entropy * minibatches["share"]).sum(-1)
+        logged = policy_statistics(done.log_probs, minibatches, self.config.clip_coef)
+        columns = [done.policy_loss, done.value_loss, entropy, *logged, *done.norms.unbind(1)]
+        table = torch.where(done.is_usable, torch.stack(columns).float(), torch.nan)
+        is_skipped = ~done.is_finite | (minibatches["is_lost"].any(-1) & ~minibatches["valid"].any(-1))
+        return torch.cat([table, is_skipped.float().unsqueeze(0)]).T
+
+    def _summarise(self, table: Tensor, batch: TensorDict, num_epochs: int) -> dict[str, float]:
+        valid = batch["valid"]
+        behavior_kl = masked_mean(kl_estimate(batch["proximal"] - batch["behavior"]), valid)
+        extra = torch.stack(
+            [
+                behavior_kl,
+                masked_mean(batch["weights"], valid),
+                (batch["weights"] * valid).max(),
+                masked_mean(batch["is_weight_clipped"].float(), valid),
+                explained_variance(batch["values"], batch["returns"], valid),
+                batch["is_lost"].sum().float(),
+            ]
+        )
+        means, num_skipped = table[:, :-1].nanmean(0), table[:, -1:].sum(0)  # over the minibatches that were trained
+        numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
+        metrics = dict(zip((*_METRICS, "nonfinite_skipped", *_OF_THE_BATCH), numbers, strict=True))
+        return {f"train/{name}": number for name, number in (metrics | {"num_epochs": num_epochs}).items()}
+
+
+_METRICS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approx_kl",
+    "prox_kl",
+    "clip_fraction",
+    "dual_clip_fraction",
+    "grad_norm",
+    "critic_grad_norm",
+)
+_OF_THE_BATCH = (
+    "behavior_kl",
+    "is_weight_mean",
+    "is_weight_max",
+    "is_weight_clipped_fraction",
+    "explained_variance",
+    "nonfinite_decisions",
+)
+_LOGGED = ("valid", "is_lost", "share", "advantages", "highest_ratio", "proximal", "behavior")
+# `_LOGGED` is what is read after an epoch, `_OUTCOME` what neither a loss nor a policy reads, and no epoch shuffles.
+_OUTCOME = ("rewards", "discounts", "executed", "terminated", "truncated", "final_index", "is_weight_clipped")

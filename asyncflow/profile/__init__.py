@@ -1,0 +1,1 @@
+"""What overlap gives, and what limits it."""

@@ -1,0 +1,1 @@
+"""Collecting: policy, simulators, ring, weights."""

@@ -1,0 +1,114 @@
+"""Evaluates a policy file in the environment that it carries, whatever preset it was trained with.
+
+Owns the way from a file to an evaluation. It must not know about runs or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from asyncflow.config.sections import Config, EnvConfig
+from asyncflow.config.tasks import TOYS
+from asyncflow.device import resolve_device
+from asyncflow.envs import make_vec_env
+from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.mapped import map_names
+from asyncflow.envs.mapping import NameMapping
+from asyncflow.envs.source import read_description
+from asyncflow.errors import CheckpointError
+from asyncflow.policies import make_policy
+from asyncflow.policies.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
+from asyncflow.policies.vla.foreign import without_weights
+from asyncflow.run.evaluate import EvalResult, evaluate
+from asyncflow.run.footprint import check_environments
+from asyncflow.seeding import derive_seed
+
+
+def evaluate_checkpoint(
+    checkpoint: str, config: Config, num_episodes: int, on_progress: Callable[[int], None] = lambda _: None
+) -> EvalResult:
+    """Run exactly `num_episodes` episodes, none of which a run evaluates itself on.
+
+    A run chooses its best checkpoint by its own evaluations, so on the same episodes it would look better than it is.
+
+    Args:
+        checkpoint: A run, a checkpoint folder, a policy file or shipped weights.
+        config: Supplies the seed, the device, the number of environments and of workers; the rest is the file's.
+        num_episodes: Episodes to run.
+        on_progress: Called before every decision with the number of finished episodes.
+
+    Raises:
+        ConfigError: The checkpoint or the device does not exist, or its `policy.mapping` does not fit its environment.
+        EnvError: A simulator failed.
+    """
+    file = load_policy_file(resolve_checkpoint(checkpoint))
+    device = resolve_device(config.trainer.device)
+    torch.set_num_threads(config.trainer.num_threads)
+    mapping = file.policy_config.mapping
+    seen = NameMapping(mapping, file.env_spec).spec
+    config_to_load = without_weights(file.policy_config)
+    num_envs = min(config.env.num_envs, num_episodes)
+    check_environments(num_envs, file.env_spec, is_simulated=bool(file.env_spec.env_meta))
+    policy = make_policy(
+        config_to_load,
+        seen.obs_shapes,
+        seen.action_dim,
+        config.trainer.seed,
+        seen.image_shapes,
+        num_stored=sum(tensor.numel() for tensor in file.tensors.values()),
+    )
+    load_into(policy, file)
+    seed = derive_seed(config.trainer.seed, "report")
+    built = _rebuild_env(file, config, num_envs, derive_seed(seed, "evaluation"))
+    try:
+        _check_same(built, file)
+        env = map_names(built, mapping)
+        return evaluate(policy.to(device), env, num_episodes, seed, on_progress)
+    finally:
+        built.close()
+
+
+def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> VecEnv:
+    """Build the environment that a policy file describes, with its own controller, observations and horizon.
+
+    Raises:
+        CheckpointError: The file does not say which environment that is, or the one of its name has become another.
+    """
+    spec, chunk_length = file.env_spec, file.policy_config.n_action_steps
+    if spec.task in TOYS:
+        return make_vec_env(EnvConfig(task=spec.task, horizon=spec.horizon), chunk_length, num_envs, seed)
+    if not spec.task and not spec.env_meta:
+        raise CheckpointError(
+            f"{file.path}: names no environment to evaluate it in: neither a task (EnvSpec.task, the name that a "
+            "package registered) nor an env_meta"
+        )
+    changes: dict[str, Any] = {"horizon": spec.horizon, "obs_keys": list(spec.obs_keys) or None}
+    changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
+    changes |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
+    for shape in spec.image_shapes.values():
+        changes["camera_size"] = list(shape[-2:])
+    if spec.task:
+        changes |= {"task": spec.task, "env_meta": None}
+        return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
+    # The default task, in whose place env_meta stands.
+    changes |= {"task": EnvConfig().task, "env_meta": read_description(spec)}
+    return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
+
+
+def _check_same(env: VecEnv, file: PolicyFile) -> None:
+    """Refuse another environment than the policy was made for, such as that of a newer version of a package.
+
+    Raises:
+        CheckpointError: Observations or actions have other sizes.
+    """
+    made_for, built = (_describe_sizes(spec) for spec in (file.env_spec, env.simulator_spec))
+    if made_for != built:
+        raise CheckpointError(f"{file.path}: made for an environment of {made_for}; what it names has {built}")
+
+
+def _describe_sizes(spec: EnvSpec) -> str:
+    shapes = {name: list(shape) for name, shape in sorted((spec.obs_shapes | spec.image_shapes).items())}
+    return f"observations {shapes} and actions of {spec.action_dim}"

@@ -1,0 +1,153 @@
+"""Launching: a new run, or one that goes on from its newest checkpoint.
+
+Owns the order in which a run's folder, parts and trainer come to be and are closed. It must not know the loop.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from asyncflow.config.lerobot_folder import with_export
+from asyncflow.config.sections import Config
+from asyncflow.device import resolve_device
+from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.policies import find_policy_code
+from asyncflow.run.build import Parts, build_parts, check_start, tell_environment
+from asyncflow.run.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    clean_checkpoints,
+    find_newest,
+    list_checkpoints,
+    point_at,
+)
+from asyncflow.run.folder import changed_versions, create_run_folder, lock_run_folder, write_config
+from asyncflow.run.progress import Progress
+from asyncflow.run.trainer import Reporter, Trainer
+
+
+def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None] = lambda trainer: None) -> Trainer:
+    """Train a new run from beginning to end and return its closed trainer.
+
+    Args:
+        config: The run.
+        reporter: Told what happens.
+        on_built: Given the trainer before it runs, so that a signal handler can stop it.
+
+    Raises:
+        ConfigError: The run cannot be built as asked.
+        CollectorError: Collecting failed.
+        TrainingError: Training failed.
+    """
+    folder = check_start(config)
+    if (told := tell_environment(config)) is not None:
+        reporter.notice(told)
+    with ExitStack() as stack:
+
+        def announce(ring_bytes: int) -> None:
+            nonlocal folder
+            folder, descriptor = create_run_folder(folder, config)
+            stack.callback(os.close, descriptor)
+            reporter.start(config, folder, ring_bytes, str(resolve_device(config.trainer.device)))
+
+        parts = build_parts(config, announce)
+        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter), on_built, reporter)
+
+
+def resume(
+    folder: Path, config: Config, reporter: Reporter, on_built: Callable[[Trainer], None] = lambda trainer: None
+) -> Trainer:
+    """Go on with a run from its newest checkpoint that is whole, to the end; return its closed trainer.
+
+    Args:
+        folder: The run folder.
+        config: The run, as `run_folder.resume_config` returns it.
+        reporter: Told what happens.
+        on_built: Given the trainer before it runs, so that a signal handler can stop it.
+
+    Raises:
+        CheckpointError: Every checkpoint is damaged.
+        ConfigError: The run is finished, another process trains in the folder, or the folder names a model's class
+            that the user did not.
+        CollectorError: Collecting failed.
+        TrainingError: Training failed.
+    """
+    with ExitStack() as stack:
+        stack.callback(os.close, lock_run_folder(folder))
+        try:
+            checkpoint = _find_start(folder, reporter)
+            _check_unfinished(config, checkpoint)
+            find_policy_code(with_export(config.policy, checkpoint.path) if checkpoint else config.policy)
+            write_config(folder, config)
+        except OSError as error:
+            raise CheckpointError(f"--resume {folder}: {error.filename}: {error.strerror}") from None
+        if (told := tell_environment(config, checkpoint)) is not None:
+            reporter.notice(told)
+        for change in changed_versions(folder):
+            reporter.notice(f"since this run began, {change}: it may differ from an uncut one")
+        device = str(resolve_device(config.trainer.device))
+        parts = build_parts(config, lambda num_bytes: reporter.start(config, folder, num_bytes, device), checkpoint)
+        if checkpoint is not None:
+            _tell_risen_step_size(config, checkpoint, parts, reporter)
+        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter, checkpoint), on_built, reporter)
+
+
+def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
+    """Return where a run goes on; None at its beginning, if it was cut before its first checkpoint."""
+    clean_checkpoints(folder)
+    if not list_checkpoints(folder):
+        reporter.notice(f"{folder} has no checkpoint yet: beginning at update 0")
+        return None
+    checkpoint, problems = find_newest(folder)
+    for problem in problems:
+        reporter.notice(problem)
+    reporter.notice(f"going on from {checkpoint.path}")
+    best = checkpoint_path(folder, checkpoint.state["best_update"])
+    if best.exists():  # the process may have been killed before the link was moved
+        point_at(folder, "best", best)
+    return checkpoint
+
+
+def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, parts: Parts, reporter: Reporter) -> None:
+    """Say that a linear schedule begins again higher: it falls over more updates than it did."""
+    key, updates = "train/learning_rate", parts.progress.updates
+    before, now = checkpoint.state["row"].get(key, math.inf), parts.ppo.learning_rates(updates)[key]
+    if now > before:
+        reporter.notice(
+            f"algorithm.lr_schedule = linear falls over trainer.total_updates = {config.trainer.total_updates}, more "
+            f"than the run had: the step size rises from {before:.3g} in update {updates} to {now:.3g} in the next"
+        )
+
+
+def _check_unfinished(config: Config, checkpoint: Checkpoint | None) -> None:
+    if checkpoint is None:
+        return
+    clocks = Progress(updates=checkpoint.state["updates"], env_steps=checkpoint.state["env_steps"])
+    if clocks.is_at_end(config.trainer) and not checkpoint.state["is_evaluation_owed"]:
+        raise ConfigError(
+            f"--resume {checkpoint.path.parent.parent}: the run is finished after {clocks.updates} updates and "
+            f"{clocks.env_steps} env steps; raise trainer.total_updates or trainer.total_env_steps to go on"
+        )
+
+
+def _run(
+    stack: ExitStack,
+    parts: Parts,
+    make_trainer: Callable[[], Trainer],
+    on_built: Callable[[Trainer], None],
+    reporter: Reporter,
+) -> Trainer:
+    for notice in parts.env.notices:
+        reporter.notice(notice)
+    with ExitStack() as on_failure:
+        on_failure.callback(parts.close)  # a trainer that cannot be built leaves no simulators behind
+        trainer = make_trainer()
+        on_failure.pop_all()
+    stack.callback(trainer.close)
+    on_built(trainer)
+    trainer.run()
+    return trainer

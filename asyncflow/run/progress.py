@@ -1,0 +1,89 @@
+"""Progress: how far a run is, as a checkpoint stores it.
+
+Owns the three clocks and what is counted beside them. It must not know how a run is trained.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from asyncflow.config.sections import TrainerConfig
+from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.rollout.episodes import Episode, split_by_start
+from asyncflow.run.checkpoint import Checkpoint
+
+_PLAIN = ("env_steps", "decisions", "updates", "next_rollout", "best_success", "best_update")
+
+
+@dataclass
+class Progress:
+    """How far a run is, at the boundary after an update. The three clocks are never mixed.
+
+    Attributes:
+        env_steps: Executed simulator steps of all trained decisions.
+        decisions: Trained decisions.
+        updates: Updates, which is the version of the weights.
+        next_rollout: Number of the rollout that the next update trains on, or a later one.
+        faults: How many of each kind were survived.
+        best_success: Of the best evaluation after an update that was saved; -1 before the first.
+        best_update: That update; 0 before the first.
+        episodes: Those that ended and are not counted in a row yet: others that began with them may be open still.
+        journal: What rebuilds the episodes that are open where the next rollout begins; None at the beginning.
+    """
+
+    env_steps: int = 0
+    decisions: int = 0
+    updates: int = 0
+    next_rollout: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    best_success: float = -1.0
+    best_update: int = 0
+    episodes: list[Episode] = field(default_factory=list)
+    journal: EpisodeJournal | None = None
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Progress:
+        """Return how far the run was that wrote a checkpoint."""
+        state, journal = checkpoint.state, checkpoint.groups.get("journal")
+        return cls(
+            **{name: state[name] for name in _PLAIN},
+            faults=Counter(state["faults"]),
+            episodes=[Episode(*values) for values in state.get("episodes", [])],
+            journal=EpisodeJournal.from_tensors(journal) if journal else None,
+        )
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what `from_checkpoint` reads, but for the journal."""
+        return {name: value for name, value in vars(self).items() if name != "journal"}
+
+    @property
+    def clocks(self) -> dict[str, int]:
+        """The three clocks by their metric names."""
+        return {"env_steps": self.env_steps, "decisions": self.decisions, "updates": self.updates}
+
+    def take_episodes(self, ended: Iterable[Episode], end: int) -> list[Episode]:
+        """Take over episodes that ended, and return those that began before decision `end`, which count now."""
+        counted, self.episodes = split_by_start([*self.episodes, *ended], end)
+        return counted
+
+    def fault_metrics(self) -> dict[str, float]:
+        """Return the `health/` counts of what was survived."""
+        restarts = self.faults["died"] + self.faults["raised"] + self.faults["timeout"]
+        return {
+            "health/worker_restarts": float(restarts),
+            "health/env_timeouts": float(self.faults["timeout"]),
+            "health/nonfinite_episodes": float(self.faults["nonfinite"]),
+        }
+
+    def is_best(self, success_rate: float) -> bool:
+        """Tell whether an evaluation of this update beats all before."""
+        return self.updates > 0 and success_rate > self.best_success
+
+    def is_at_end(self, limits: TrainerConfig) -> bool:
+        """Tell whether a limit of the run is reached."""
+        return (limits.total_updates is not None and self.updates >= limits.total_updates) or (
+            limits.total_env_steps is not None and self.env_steps >= limits.total_env_steps
+        )

@@ -1,0 +1,67 @@
+"""Environments in worker processes for the tests of them, with fake simulators, and what is done to them."""
+
+import gc
+import multiprocessing
+import os
+import signal
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from fake_simulator import ACTION_DIM, FakeSimulator
+
+from asyncflow.config.sections import EnvConfig
+from asyncflow.envs.base import ChunkResult
+from asyncflow.envs.workers import WorkerVecEnv
+from asyncflow.seeding import derive_seed
+
+N, H, SEED = 5, 4, 3
+IDLE = torch.zeros(2, H, ACTION_DIM)
+
+
+def make(num_workers: int, num_envs: int = N, make_simulator=FakeSimulator, **keys) -> WorkerVecEnv:
+    config = EnvConfig(**{"num_workers": num_workers, "max_restarts": 0} | keys)
+    return WorkerVecEnv(make_simulator, config, num_envs, H, SEED)
+
+
+def command(kind: int, env: int) -> torch.Tensor:
+    actions = IDLE.clone()
+    actions[env, 1, kind] = 1.0
+    return actions
+
+
+def run(vec_env: WorkerVecEnv, actions: torch.Tensor, env_ids: range = range(2)) -> ChunkResult:
+    vec_env.step_async(actions, env_ids)
+    return vec_env.step_wait(env_ids)
+
+
+def tensors(result: ChunkResult) -> dict[str, torch.Tensor]:
+    values = {
+        entry.name: getattr(result, entry.name) for entry in fields(result) if entry.name not in ("faults", "spans")
+    }
+    return values | {"obs": result.obs["state"], "final_obs": result.final_obs["state"]}
+
+
+def process_of(vec_env: WorkerVecEnv) -> multiprocessing.Process:
+    return vec_env._workers[0]._process
+
+
+def first_draw(env: int, episode: int) -> float:
+    return float(np.float32(np.random.default_rng(derive_seed(SEED, "episode", env, episode)).uniform()))
+
+
+def kill(vec_env: WorkerVecEnv) -> None:
+    process_of(vec_env).kill()
+    process_of(vec_env).join()
+
+
+def stop(vec_env: WorkerVecEnv) -> None:
+    os.kill(process_of(vec_env).pid, signal.SIGSTOP)
+
+
+def left_behind() -> tuple[set, set[Path], int]:
+    """Return the child processes, the shared memory and the number of descriptors of this process."""
+    gc.collect()  # what earlier tests have let go of may hold some until then
+    shared_memory = set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
+    return set(multiprocessing.active_children()), shared_memory, len(os.listdir("/proc/self/fd"))
