@@ -229,8 +229,9 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
     dataset, out = flags.pop("dataset"), flags.pop("out")
     if dataset is None:
         raise ConfigError("--dataset FILE is missing; `asyncflow demos` writes one")
-    from asyncflow.config.presets import load_config, parse_overrides, start_from
+    from asyncflow.config.presets import load_config, parse_overrides
     from asyncflow.metrics.console import progress_bar
+    from asyncflow.run.start import start_from
 
     resolved = load_config(config, parse_overrides(overrides or []))  # without a preset: the dataset names its task
     with _quiet_imports():
@@ -284,8 +285,9 @@ def _trust(paths: list[str] | None) -> None:
 
 def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]) -> Config:
     """Return the configuration that a command line means; overrides win over flags, both over the preset."""
-    from asyncflow.config.presets import choose_preset, load_config, name_task, parse_overrides
+    from asyncflow.config.presets import load_config, parse_overrides
     from asyncflow.config.tasks import task_names
+    from asyncflow.run.start import choose_preset, name_task
 
     given = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
     given |= parse_overrides(overrides or [])

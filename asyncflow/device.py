@@ -6,7 +6,6 @@ import re
 
 import torch
 
-from asyncflow.config.sections import CompileMode
 from asyncflow.errors import ConfigError
 
 
@@ -30,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check_compile(mode: CompileMode, device: torch.device) -> None:
+def check_compile(mode: str, device: torch.device) -> None:
     """Refuse a CUDA graph of what does not run on CUDA.
 
     Raises:

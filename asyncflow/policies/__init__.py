@@ -10,14 +10,13 @@ from asyncflow.config.plugins import POLICIES, build_plugin, load_plugin, refuse
 from asyncflow.config.sections import POLICY_KINDS, PolicyConfig
 from asyncflow.envs.base import point_shapes
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Policy
+from asyncflow.policies.base import Policy, set_eval
 from asyncflow.policies.draft import check_size, is_large
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.policies.vla.foreign import find_model_class
 from asyncflow.policies.vla.policy import VLAPolicy, build_vla
-from asyncflow.rollout.weights import set_eval
 from asyncflow.seeding import derive_seed
 
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]

@@ -195,3 +195,9 @@ def mlp(sizes: list[int], output_gain: float = 1.0) -> nn.Sequential:
         nn.init.zeros_(linear.bias)
         layers += [linear] if is_last else [linear, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
+
+
+def set_eval(policy: nn.Module) -> None:
+    """Put every module into evaluation mode, also one whose own `train` would do otherwise."""
+    for module in policy.modules():
+        module.training = False

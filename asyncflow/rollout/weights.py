@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncflow.errors import AsyncflowError
+from asyncflow.policies.base import set_eval
 from asyncflow.rollout.streams import record_event, wait_event
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -148,9 +149,3 @@ def make_acting_copy(policy: Module) -> Module:
     acting = copy.deepcopy(policy, shared)
     set_eval(acting)
     return acting
-
-
-def set_eval(policy: nn.Module) -> None:
-    """Put every module into evaluation mode, also one whose own `train` would do otherwise."""
-    for module in policy.modules():
-        module.training = False

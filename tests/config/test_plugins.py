@@ -6,7 +6,7 @@ import pytest
 import torch
 from silent import TOY, Silent, record
 
-from asyncflow.config.presets import choose_preset, load_config
+from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig, PolicyConfig
 from asyncflow.envs import make_vec_env, task_names
 from asyncflow.envs.base import EnvSpec
@@ -18,6 +18,7 @@ from asyncflow.policies.policy_file import save_policy
 from asyncflow.run.build import check_start
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
+from asyncflow.run.start import choose_preset
 
 PACKAGE = """
 import os

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from silent import Silent
 
-from asyncflow.config.presets import load_config, name_task
+from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig, PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.source import adopt_environment, restore_environment, tell_change, tell_edit
@@ -19,6 +19,7 @@ from asyncflow.run.build import build_parts, check_start
 from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
+from asyncflow.run.start import name_task
 
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"], "control_freq": 20}}
 KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")

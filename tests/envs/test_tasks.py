@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from asyncflow.config import tasks
-from asyncflow.config.presets import choose_preset, load_config
+from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import load_env_meta, resolve_task, task_names
 from asyncflow.errors import ConfigError
+from asyncflow.run.start import choose_preset
 
 META = {"env_name": "Lift", "type": 1, "env_version": "1.5.2", "env_kwargs": {"robots": ["Panda"]}}
 
