@@ -47,6 +47,7 @@ def simulate_with(make_simulator):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` may have had the tests themselves ignore
     place, count, environment, *sys.argv[1:] = sys.argv[1:]
     hold_at(place, int(count))
     if environment != "own":
