@@ -159,10 +159,13 @@ def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) ->
 def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     """Measure how often a policy succeeds, with a 95 % interval."""
     _trust(flags.pop("trust_class"))
-    num_episodes = flags.pop("num_episodes")
-    if num_episodes < 1:
-        raise ConfigError(f"--num-episodes {num_episodes}: must be at least 1")
+    num_episodes, num_envs = flags.pop("num_episodes"), flags.pop("num_envs")
+    for name, number in {"--num-episodes": num_episodes, "--num-envs": num_envs}.items():
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} {number}: must be at least 1")
     config = _load("lift", None, flags)
+    if num_envs is not None:  # no multiple of it is collected, as the configuration of a run would ask
+        config = config.model_copy(update={"env": config.env.model_copy(update={"num_envs": num_envs})})
     from asyncflow.metrics.console import describe_evaluation, progress_bar
 
     with _quiet_imports():

@@ -92,6 +92,7 @@ def test_version(run_cli: RunCli) -> None:
         (["train", "--task", "Can"], ["'Can'", "--checkpoint"]),
         (["eval"], ["checkpoint"]),
         (["eval", "lift_flow", "--num-episodes", "0"], ["--num-episodes 0"]),
+        (["eval", "lift_flow", "--num-envs", "0"], ["--num-envs 0"]),
         (["pretrain"], ["--dataset"]),
     ],
     ids=" ".join,
@@ -262,7 +263,7 @@ def test_a_toy_run_trains_and_says_what_comes_next(
     assert lines[-1].startswith("next: asyncflow eval ")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["updates"] for row in rows] == [1, 2, 3]
-    evaluation = run_here(*lines[-1].split()[2:])
+    evaluation = run_here(*lines[-1].split()[2:], "--num-envs", "7")  # of which no run collects a multiple
     assert evaluation.stdout.endswith("exactly 200 episodes\n"), evaluation.stderr
     assert "already holds a run" in refusal(run_here(*toy_run(out)))
 
