@@ -182,6 +182,11 @@ def test_a_class_that_loads_itself_is_given_the_path():
         ("elsewhere.N", {}, r"policy.vla.model_class = elsewhere.N: not a torch.nn.Module, but int"),
         ("builtins.dict", {}, r"policy.vla.model_class = builtins.dict: not a torch.nn.Module"),
         ("my_vla.MyVLA", {"model_config": {"wide": 3}}, r"cannot build it: .*unexpected keyword argument 'wide'"),
+        (
+            "asyncflow.policies.vla.policy.VLAPolicy",
+            {"model_config": {"config": 1, "model": 2, "action_dim": 3}},
+            "cannot build it",
+        ),
         ("elsewhere.ActorCritic", {"model_path": "none.safetensors"}, r"policy.vla.model_path = none.safetensors: "),
         ("elsewhere.ActorCritic", {"freeze": True}, r"policy.freeze_backbone = true: .* has no encode_prefix"),
     ],

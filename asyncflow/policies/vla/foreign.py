@@ -68,7 +68,7 @@ def load_model(config: VLAConfig) -> nn.Module:
             model = cls.from_pretrained(config.model_path, **arguments)
         else:
             model = cls(**arguments)
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, AttributeError, OSError) as error:
         raise ConfigError(
             f"policy.vla.model_class = {config.model_class}: cannot build it: {_one_line(error)}"
         ) from error
