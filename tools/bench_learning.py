@@ -242,7 +242,7 @@ def find_checkpoints(run: Run) -> dict[int, Path]:
 
 
 class Evaluator:
-    """Evaluates policy files of one seed, each with the result of `asyncflow eval FILE --seed SEED`.
+    """Evaluates policy files of one seed, on the episodes that a run evaluates itself on; `asyncflow eval` runs others.
 
     That command builds simulators for one file; here all files share them, which saves most of the time.
     """
