@@ -162,7 +162,10 @@ def test_a_folder_that_holds_what_a_run_would_write_is_refused_and_left_alone(tm
 def test_a_folder_with_other_files_may_become_a_run(tmp_path):
     (tmp_path / "run.log").write_text("what the run prints")
     config = load_config("toy", {"logging.out": str(tmp_path)})
-    os.close(create_run_folder(name_run_folder(config), config)[1])
+    folder, descriptor = create_run_folder(name_run_folder(config), config)
+    os.close(descriptor)
+    assert folder == tmp_path
+    assert (tmp_path / "run.log").read_text() == "what the run prints"
 
 
 def test_a_file_system_without_locks_refuses_no_run(folder, monkeypatch, capsys):
