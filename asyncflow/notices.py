@@ -1,4 +1,4 @@
-"""What is told once on standard error, from wherever it is noticed: asyncflow went on, but not as it usually does."""
+"""Tells something once on standard error: asyncflow goes on, but not as it usually does."""
 
 from __future__ import annotations
 

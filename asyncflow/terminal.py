@@ -20,7 +20,7 @@ class LossyFile:
 
     @property
     def buffer(self) -> LossyFile:
-        """What takes bytes."""
+        """The stream for bytes, as forgiving as this one."""
         return LossyFile(self._file.buffer)
 
     def write(self, text: str | bytes) -> int:

@@ -1,4 +1,4 @@
-"""Which demonstrations of a dataset are used: robomimic's filter keys, and those that solve their task.
+"""Chooses demonstrations of a dataset: by robomimic's filter keys, and those that solve their task.
 
 Owns what `mask/` and `rewards` mean. It must not know what is read from a demonstration, nor what learns from it.
 """

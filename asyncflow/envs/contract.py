@@ -1,4 +1,4 @@
-"""What is asked of a simulator and of a spec from elsewhere, checked where it comes in.
+"""Checks simulators and specs from elsewhere against their contract, at every call.
 
 A broken contract is a `ContractError`, which ends the run in one line: to try again would not help. A simulator gets
 copies and its results are copied, so that neither side can change what the other one keeps.

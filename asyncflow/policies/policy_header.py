@@ -1,6 +1,6 @@
-"""What a policy file says about itself, checked before anything is built from it.
+"""The schema of a policy file's description of itself, checked before anything is built from it.
 
-Owns the schema of the description. How large the policy may be is for those to say who build it (`make_policy`).
+How large the policy may be is checked where it is built (`make_policy`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a model from elsewhere promises, tried once before a run: two decisions, together and alone, twice each.
+"""Tries a model from elsewhere once before a run: two decisions, together and alone, twice each.
 
-A model that breaks one of these promises trains all the same, on ratios that mean nothing. docs/your_policy.md says the
+A model that breaks its contract trains all the same, on ratios that mean nothing. docs/your_policy.md says the
 same in words.
 
 Shapes: J denoising steps evaluated at once, P predicted actions, A action size, M width of a chunk.

@@ -1,4 +1,4 @@
-"""What a success is worth: it ends its episode, and with it every reward that would have followed.
+"""The value of a success, which ends its episode and with it every reward that would have followed.
 
 With a sparse reward, 1 at success, that is right. With a shaped one, which also pays for being near success, solving
 the task earns less than nearly solving it until the horizon, the more so as truncation bootstraps from the value of

@@ -1,6 +1,6 @@
-"""What environments and rollouts take at least, counted from sizes alone, before a simulator or a ring is built.
+"""Least memory of environments and rollouts, counted from sizes alone, before a simulator or a ring is built.
 
-Owns lower bounds: what fits here may still be refused once everything is known (`plan_ring`).
+These are lower bounds: what fits here may still be refused once everything is known (`plan_ring`).
 """
 
 from __future__ import annotations

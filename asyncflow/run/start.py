@@ -1,4 +1,4 @@
-"""What a command line means where it leaves something out: the task, its preset, and the command that comes next.
+"""Completes a command line that leaves something out (the task, its preset), and writes the command that comes next.
 
 Loads torch only where a policy file has to say which task it was made for.
 """

@@ -1,7 +1,6 @@
-"""What `state.json` and the tensors of a checkpoint must be like, checked before anything is built from them.
+"""The schema of `state.json` and of a checkpoint's tensors, checked before anything is built from them.
 
-Owns the schema. What it lets through has the right names, types and ranges; whether it fits a run is for those to say
-who take it over.
+It checks names, types and ranges. Whether a state fits a run is checked where the run is built.
 """
 
 from __future__ import annotations
