@@ -1,4 +1,4 @@
-"""Chooses the environment of a run: its checkpoint's, else `env.env_meta`, else its first policy's, else the task's own.
+"""Chooses a run's environment: its checkpoint's, else `env.env_meta`, else its first policy's, else the task's own.
 
 A policy learned under the controllers and the frequency that its file describes, and `asyncflow eval` measures it
 there; so training goes on there too, unless `env.env_meta` says otherwise. A run that goes on needs no other file.
