@@ -32,7 +32,7 @@ from asyncflow.config.sections import Config, validate
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
-from asyncflow.envs.mapped import map_names
+from asyncflow.envs.mapping import NameMapping, map_names
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_into, load_policy_file, resolve_checkpoint
 from asyncflow.run.build import settle_environment
@@ -255,7 +255,7 @@ class Evaluator:
         torch.set_num_threads(config.trainer.num_threads)
         env_config = settle_environment(config).env
         env = make_vec_env(env_config, config.policy.n_action_steps, num_envs, seed)
-        self._env: VecEnv = map_names(env, config.policy.mapping)
+        self._env: VecEnv = map_names(env, NameMapping(config.policy.mapping, env.spec))
 
     def __enter__(self) -> Evaluator:
         return self

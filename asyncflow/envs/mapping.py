@@ -1,7 +1,8 @@
 """From a simulator's names and units to a model's: which images and numbers a model sees, and what its actions mean.
 
-Owns the meaning of `policy.mapping` and its check against what environments offer. It must not know a policy: whoever
-stands behind it sees the model's names alone, and its actions are the model's own.
+`NameMapping` is `policy.mapping`, checked against what environments offer; `MappedVecEnv` puts it around environments.
+Names are mapped here alone, on the way to and from the simulators: policies, ring and log-probs hold what the model
+sees and decides, simulators and their journal hold their own.
 
 Shapes: n environments, O env steps of a history (n_obs_steps), D size of the model's state, H executed actions,
 A size of the simulator's action, M size of the model's.
@@ -20,7 +21,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.config.policy import ActionMapping, MappingConfig, StatePart
-from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ConfigError
 
 KEY = "policy.mapping"
@@ -32,7 +34,9 @@ class NameMapping:
     """`policy.mapping` for one kind of environments.
 
     Attributes:
+        source: What the environments offer, in their own names.
         spec: What a policy must fit, in the model's names; the environments' own where nothing is mapped.
+        parts: As `MappingConfig.parts`; empty where nothing is mapped.
     """
 
     def __init__(self, config: MappingConfig, spec: EnvSpec) -> None:
@@ -52,6 +56,7 @@ class NameMapping:
         self._offset = None if action.offset is None else torch.tensor(action.offset)
         self._has_actions = action != ActionMapping()
         self._limits = spec.action_limits
+        self.source, self.parts = spec, config.parts
         self.spec = self._describe(spec, action.size or spec.action_dim)
 
     def map_obs(self, obs: TensorDict) -> TensorDict:
@@ -83,6 +88,51 @@ class NameMapping:
             low, high = (-math.inf,) * action_dim, (math.inf,) * action_dim  # clipped once they are the simulator's
             spec = replace(spec, action_dim=action_dim, action_low=low, action_high=high)
         return spec
+
+
+class MappedVecEnv(VecEnv):
+    """Others' environments; see `VecEnv` for what the methods do."""
+
+    def __init__(self, env: VecEnv, mapping: NameMapping) -> None:
+        """Take over environments, which nobody else uses from now on."""
+        self.env, self.num_envs, self.spec, self.notices = env, env.num_envs, mapping.spec, env.notices
+        self._mapping = mapping
+
+    @property
+    def simulator_spec(self) -> EnvSpec:
+        """What the environments can be built from again."""
+        return self.env.simulator_spec
+
+    def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
+        """Start or rebuild episodes; the journal holds the simulator's actions."""
+        return self._mapping.map_obs(self.env.reset(seed, journal))
+
+    def journal(self) -> EpisodeJournal:
+        """Return the simulators' journal."""
+        return self.env.journal()
+
+    def step_async(self, actions: Tensor, env_ids: range) -> None:
+        """Start one chunk of the model's actions, [n, H, M], in each of `env_ids`."""
+        self.env.step_async(self._mapping.map_actions(actions), env_ids)
+
+    def step_wait(self, env_ids: range) -> ChunkResult:
+        """Wait for a chunk, and map what it led to."""
+        result = self.env.step_wait(env_ids)
+        obs, final_obs = (self._mapping.map_obs(each) for each in (result.obs, result.final_obs))
+        return replace(result, obs=obs, final_obs=final_obs)
+
+    def interrupt(self) -> None:
+        """End every wait for simulators."""
+        self.env.interrupt()
+
+    def close(self) -> None:
+        """Stop the simulators."""
+        self.env.close()
+
+
+def map_names(env: VecEnv, mapping: NameMapping) -> VecEnv:
+    """Return environments in the model's names; the same ones where nothing is mapped."""
+    return MappedVecEnv(env, mapping) if mapping.parts else env
 
 
 def check_names(config: MappingConfig, spec: EnvSpec) -> None:

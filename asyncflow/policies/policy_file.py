@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from asyncflow.config.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.config.robomimic_file import load_robomimic_file
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import expand_user, follow, write_atomically
 from asyncflow.policies.policy_header import read_policy_config, read_spec
@@ -58,6 +60,15 @@ class PolicyFile:
     tensors: dict[str, Tensor]
     policy_config: PolicyConfig
     env_spec: EnvSpec
+
+    @cached_property
+    def mapping(self) -> NameMapping:
+        """How the policy's names follow from those of `env_spec`.
+
+        Raises:
+            ConfigError: The two do not fit together.
+        """
+        return NameMapping(self.policy_config.mapping, self.env_spec)
 
 
 def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig, env_spec: EnvSpec) -> None:

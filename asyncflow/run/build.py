@@ -23,8 +23,7 @@ from asyncflow.device import check_compile, resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.envs.mapped import map_names
-from asyncflow.envs.mapping import NameMapping, check_names
+from asyncflow.envs.mapping import NameMapping, check_names, map_names
 from asyncflow.envs.source import adopt_environment, restore_environment, tell_change, tell_edit
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.metrics.timing import OverlapClock
@@ -107,7 +106,7 @@ def check_start(config: Config) -> Path:
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
     folder = name_run_folder(config)
-    start, mapping = _read_start(config), config.policy.mapping
+    start = _read_start(config)
     is_sized = is_described(config.env) and config.env.env_meta is None  # by the table of tasks, or the policy's file
     if start is not None:
         config = config.model_copy(update={"env": adopt_environment(config.env, start.env_spec)})
@@ -116,16 +115,20 @@ def check_start(config: Config) -> Path:
     check_environments(config.env.num_envs, spec, is_described(config.env))
     check_rollouts(config, spec, resolve_device(config.trainer.device))
     if start is not None and config.env.env_meta is not None:
-        has_widths = bool(start.env_spec.obs_widths) or mapping.obs.state is None
+        has_widths = bool(start.env_spec.obs_widths) or config.policy.mapping.obs.state is None
         is_known = is_sized and spec.obs_keys == start.env_spec.obs_keys and has_widths
     else:
         is_known = is_sized
-    if is_known:
-        _check_folder(config.policy, NameMapping(mapping, spec).spec)
-    elif is_described(config.env):  # only its simulator knows sizes
-        check_names(mapping, spec)
-    if find_policy_code(config.policy) and (is_known or not mapping.parts):
-        build_policy(config, spec, torch.device("cpu"))
+    if is_known or not config.policy.mapping.parts:
+        mapping = NameMapping(config.policy.mapping, spec)
+        if is_known:
+            _check_folder(config.policy, mapping.spec)
+        if find_policy_code(config.policy):
+            build_policy(config, mapping, torch.device("cpu"))
+    else:
+        if is_described(config.env):  # only its simulator knows sizes
+            check_names(config.policy.mapping, spec)
+        find_policy_code(config.policy)
     return folder
 
 
@@ -185,11 +188,13 @@ def build_parts(
     with ExitStack() as on_failure:
         env = _build_env(config, "train", config.env.num_envs)
         on_failure.callback(env.close)
-        eval_env = None
+        mapping = NameMapping(config.policy.mapping, env.spec)
+        env, eval_env = map_names(env, mapping), None
         if config.trainer.eval_interval:
             eval_env = _build_env(config, "evaluation", min(config.env.num_envs, config.trainer.eval_episodes))
             on_failure.callback(eval_env.close)
-        policy = build_policy(config, env.simulator_spec, device, resumed)
+            eval_env = map_names(eval_env, mapping)
+        policy = build_policy(config, mapping, device, resumed)
         check_saving(policy, config.policy, env.simulator_spec)
         if config.policy.is_from_elsewhere:
             check_promises(policy, config.policy.n_action_steps, env.spec)
@@ -225,16 +230,17 @@ def tell_environment(config: Config, resumed: Checkpoint | None = None) -> str |
 
 def _build_env(config: Config, purpose: str, num_envs: int) -> VecEnv:
     seed = derive_seed(config.trainer.seed, purpose)
-    env = make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
-    return map_names(env, config.policy.mapping)
+    return make_vec_env(config.env, config.policy.n_action_steps, num_envs, seed)
 
 
-def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: Checkpoint | None = None) -> Policy:
+def build_policy(
+    config: Config, mapping: NameMapping, device: torch.device, resumed: Checkpoint | None = None
+) -> Policy:
     """Return the policy that training starts from or goes on with, on `device`.
 
     Args:
         config: The run.
-        spec: The simulators', in their own names.
+        mapping: `policy.mapping` for the environments that the policy is to act in.
         device: Where the policy is to be.
         resumed: Where the run goes on.
 
@@ -243,7 +249,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
     policy_config = without_weights(with_export(config.policy, resumed.path)) if resumed else config.policy
-    seen = NameMapping(policy_config.mapping, spec).spec
+    seen = mapping.spec
     file = None if resumed else _read_start(config)
     stored = resumed.policy if resumed else file.tensors if file else None
     num_stored = None if stored is None else sum(tensor.numel() for tensor in stored.values())
@@ -259,7 +265,7 @@ def build_policy(config: Config, spec: EnvSpec, device: torch.device, resumed: C
         check_tensors(policy.state_dict(), resumed.policy, str(resumed.path))
         policy.load_state_dict(resumed.policy)
     elif file is not None:
-        _check_origin(config.policy, file, spec)
+        _check_origin(config.policy, file, mapping)
         load_into(policy, file)
     else:
         _scale_untrained(policy, seen, config.policy)
@@ -284,19 +290,19 @@ def _read_start(config: Config) -> PolicyFile | None:
     return load_policy_file(resolve_checkpoint(name)) if name and config.policy.kind != LEROBOT else None
 
 
-def _check_origin(config: PolicyConfig, file: PolicyFile, spec: EnvSpec) -> None:
+def _check_origin(config: PolicyConfig, file: PolicyFile, mapping: NameMapping) -> None:
     """Refuse a policy that was made for other observations or actions: a network takes any of the right size."""
-    name, made_with = f"policy.checkpoint = {config.checkpoint}", file.policy_config.mapping
-    for key, value in made_with.parts.items():
+    name = f"policy.checkpoint = {config.checkpoint}"
+    for key, value in file.mapping.parts.items():
         if key not in config.mapping.parts:
             raise CheckpointError(f"{name}: made with {key} = {value}, which the run leaves out")
-    if config.mapping.obs.state is None and file.env_spec.obs_keys != spec.obs_keys:
+    obs_keys = mapping.source.obs_keys
+    if config.mapping.obs.state is None and file.env_spec.obs_keys != obs_keys:
         raise CheckpointError(
-            f"{name}: made for env.obs_keys = {list(file.env_spec.obs_keys)}, the run has {list(spec.obs_keys)}"
+            f"{name}: made for env.obs_keys = {list(file.env_spec.obs_keys)}, the run has {list(obs_keys)}"
         )
     what = "images" if config.mapping.obs.images is not None else "env.cameras"
-    pair = NameMapping(made_with, file.env_spec).spec, NameMapping(config.mapping, spec).spec
-    seen, shown = (_describe_cameras(each, what) for each in pair)
+    seen, shown = (_describe_cameras(each.spec, what) for each in (file.mapping, mapping))
     if seen != shown:
         raise CheckpointError(f"{name}: made for {seen}; the run has {shown}")
 

@@ -15,8 +15,7 @@ from asyncflow.config.tasks import TOYS
 from asyncflow.device import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
-from asyncflow.envs.mapped import map_names
-from asyncflow.envs.mapping import NameMapping
+from asyncflow.envs.mapping import map_names
 from asyncflow.envs.source import read_description
 from asyncflow.errors import CheckpointError
 from asyncflow.policies import make_policy
@@ -47,8 +46,7 @@ def evaluate_checkpoint(
     file = load_policy_file(resolve_checkpoint(checkpoint))
     device = resolve_device(config.trainer.device)
     torch.set_num_threads(config.trainer.num_threads)
-    mapping = file.policy_config.mapping
-    seen = NameMapping(mapping, file.env_spec).spec
+    seen = file.mapping.spec
     config_to_load = without_weights(file.policy_config)
     num_envs = min(config.env.num_envs, num_episodes)
     check_environments(num_envs, file.env_spec, is_simulated=bool(file.env_spec.env_meta))
@@ -65,7 +63,7 @@ def evaluate_checkpoint(
     built = _rebuild_env(file, config, num_envs, derive_seed(seed, "evaluation"))
     try:
         _check_same(built, file)
-        env = map_names(built, mapping)
+        env = map_names(built, file.mapping)
         return evaluate(policy.to(device), env, num_episodes, seed, on_progress)
     finally:
         built.close()

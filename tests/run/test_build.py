@@ -8,9 +8,11 @@ import torch
 from silent import TOY, Silent, start
 
 from asyncflow import resources
+from asyncflow.config.policy import MappingConfig
 from asyncflow.config.presets import load_config
 from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.ppo.ppo import PPO
 from asyncflow.rollout.weights import WeightPublisher, changing_tensors
@@ -66,9 +68,13 @@ def test_observations_that_do_not_fit_are_found_before_simulators_are_built(tmp_
 LAG_4 = TOY | {"buffer.max_policy_lag": 4, "trainer.buffer_type": "vla", "trainer.total_updates": 8}
 
 
+def unmapped(spec):
+    return NameMapping(MappingConfig(), spec)
+
+
 def scale_of_a_new_policy(**limits):
     spec = EnvSpec({"state": (4,)}, 2, 10, **limits)
-    policy = build_policy(load_config("toy", TOY | {"policy.checkpoint": None}), spec, torch.device("cpu"))
+    policy = build_policy(load_config("toy", TOY | {"policy.checkpoint": None}), unmapped(spec), torch.device("cpu"))
     return policy.action_normalizer
 
 

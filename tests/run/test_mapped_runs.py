@@ -8,6 +8,7 @@ from silent import TOY, Silent, assert_equal, go_on, outcome, record, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.mapping import NameMapping
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
@@ -62,6 +63,16 @@ def test_an_identity_changes_nothing_and_another_mapping_does(tmp_path):
     assert not torch.equal(plain[0][0], mapped[0][0])
 
 
+def test_a_start_checks_the_mapping_once(tmp_path, monkeypatch):
+    checked = []
+    init = NameMapping.__init__
+    monkeypatch.setattr(
+        NameMapping, "__init__", lambda self, config, spec: (checked.append(spec), init(self, config, spec))[1]
+    )
+    start(tmp_path / "run", PRESET, TOY | {"trainer.total_updates": 1, "trainer.eval_interval": 1} | MAPPED)
+    assert len(checked) == 1  # the toy says its sizes only once it is built
+
+
 def test_a_cut_and_resumed_run_equals_the_uncut_one(tmp_path):
     start(tmp_path / "uncut", PRESET, TOY | UPDATES | MAPPED)
     start(tmp_path / "cut", PRESET, TOY | UPDATES | MAPPED, stop_at=2)
@@ -103,8 +114,11 @@ def build_from(tmp_path, made_with, keys):
     """Build the policy of a run with `keys` from a file that was made with others."""
     spec, path = ToyVecEnv(1, 2, has_camera=True).spec, tmp_path / "policy.safetensors"
     made = load_config(PRESET, made_with)
-    save_policy(path, build_policy(made, spec, torch.device("cpu")), made.policy, spec)
-    return build_policy(load_config(PRESET, keys | {"policy.checkpoint": str(path)}), spec, torch.device("cpu"))
+    save_policy(
+        path, build_policy(made, NameMapping(made.policy.mapping, spec), torch.device("cpu")), made.policy, spec
+    )
+    config = load_config(PRESET, keys | {"policy.checkpoint": str(path)})
+    return build_policy(config, NameMapping(config.policy.mapping, spec), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from silent import LIFT, LIFT_VLA, TOY, Silent, record, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.mapping import NameMapping
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import AsyncflowError, CheckpointError, CollectorError, ConfigError, EnvError, TrainingError
 from asyncflow.metrics.tracing import read_spans
@@ -261,7 +262,7 @@ def test_weights_for_other_observations_are_refused(tmp_path):
     config = load_config("lift", changes)
     spec = EnvSpec({"state": (19,)}, 7, 120, {}, ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"))
     with pytest.raises(CheckpointError, match=r"policy.checkpoint = lift_flow: made for env.obs_keys"):
-        build_policy(config, spec, torch.device("cpu"))
+        build_policy(config, NameMapping(config.policy.mapping, spec), torch.device("cpu"))
 
 
 def test_a_full_disk_at_a_checkpoint_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -351,7 +352,7 @@ def test_the_toy_trains_on_a_gpu(tmp_path, buffer_type):
 @pytest.mark.parametrize(("half_range", "num_told"), [(0.05, 1), (1.0, 0)])
 def test_a_policy_that_no_longer_sees_what_it_observes_is_told_once(tmp_path, half_range, num_told):
     config = load_config("toy", TOY)
-    policy = build_policy(config, ToyVecEnv(1, 2).spec, torch.device("cpu"))
+    policy = build_policy(config, NameMapping(config.policy.mapping, ToyVecEnv(1, 2).spec), torch.device("cpu"))
     policy.obs_normalizer.set_range(torch.full((4,), -half_range), torch.full((4,), half_range))
     save_policy(tmp_path / "start.safetensors", policy, config.policy, ToyVecEnv(1, 2).spec)
     reporter = start(tmp_path / "run", "toy", TOY | {"policy.checkpoint": str(tmp_path / "start.safetensors")})
