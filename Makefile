@@ -51,6 +51,7 @@ types: $(STAMP) ## Check the types.
 docs: $(STAMP) ## Write the pages that are made from the code.
 	$(BIN)/python -c "from asyncflow.metrics.glossary import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
 	$(BIN)/python tools/rooms.py
+	$(BIN)/python tools/handbook/always_holds.py
 
 stress: $(STAMP) ## Inject every kind of fault and write docs/reliability.md; ten minutes. ARGS="--part cuts" runs a part.
 	OMP_NUM_THREADS=1 $(BIN)/python tools/stress.py $(ARGS)

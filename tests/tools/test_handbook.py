@@ -1,0 +1,51 @@
+"""The pages that tools make: `docs/always_holds.md` names only tests that exist and is current."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from handbook import always_holds
+
+TESTS = {"run/test_a.py": ["test_one", "test_two"], "envs/test_b.py": ["test_two"]}
+
+
+def test_the_page_of_promises_is_current() -> None:
+    assert always_holds.PAGE.read_text() == always_holds.page(), "run `make docs`"
+
+
+def test_tests_are_found_by_their_names_without_being_run(tmp_path: Path) -> None:
+    folder = tmp_path / "envs"
+    folder.mkdir()
+    (folder / "test_b.py").write_text("raise SystemExit\ndef test_x(): ...\nclass TestY:\n    def test_y(self): ...\n")
+    (folder / "helper.py").write_text("def test_no_test(): ...\n")
+    assert always_holds.find_tests(tmp_path) == {"envs/test_b.py": ["test_x", "test_y"]}
+
+
+def test_a_name_is_found_by_its_function_its_file_or_both() -> None:
+    assert always_holds.locate("test_one", TESTS) == ("run/test_a.py", "test_one")
+    assert always_holds.locate("envs/test_b.py", TESTS) == ("envs/test_b.py", "")
+    assert always_holds.locate("envs/test_b.py::test_two", TESTS) == ("envs/test_b.py", "test_two")
+
+
+@pytest.mark.parametrize("named", ["test_three", "run/test_b.py", "envs/test_b.py::test_one"])
+def test_a_test_that_does_not_exist_is_refused_by_name(named: str) -> None:
+    with pytest.raises(ValueError, match=f"'{named}', which does not exist"):
+        always_holds.locate(named, TESTS)
+
+
+def test_a_name_of_several_tests_is_refused_with_their_files() -> None:
+    with pytest.raises(ValueError, match=r"'test_two', which is in run/test_a\.py, envs/test_b\.py"):
+        always_holds.locate("test_two", TESTS)
+
+
+def test_a_promise_stands_above_its_tests_by_file() -> None:
+    promise = {"says": "It holds.", "tests": ["test_one", "run/test_a.py::test_two", "envs/test_b.py"]}
+    page = always_holds.write_page([{"heading": "All", "promises": [promise]}], TESTS)
+    assert page.endswith(
+        "## All\n\n- It holds.\n    - `run/test_a.py`: `test_one`, `test_two`\n    - `envs/test_b.py`\n"
+    )
