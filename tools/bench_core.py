@@ -35,8 +35,8 @@ from asyncflow.config.presets import load_config
 from asyncflow.config.sections import Config
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file, resolve_checkpoint
-from asyncflow.rollout.buffer import BufferPlan, RolloutBuffer
-from asyncflow.rollout.writer import plan_ring
+from asyncflow.rollout.plan import RingPlan, plan_ring
+from asyncflow.rollout.ring import RolloutRing
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
 from asyncflow.run.trainer import Trainer
@@ -64,7 +64,7 @@ OVERLAP_NOTE = (
 # The ring.
 
 
-def make_flow_row() -> tuple[BufferPlan, Any]:
+def make_flow_row() -> tuple[RingPlan, Any]:
     """Return the ring of the default Lift run and one decision of its policy."""
     config = load_config("lift")
     spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint or "")).env_spec
@@ -78,7 +78,7 @@ def measure_row_writes(num_writes: int) -> tuple[NDArray[np.float64], int]:
     """Return the microseconds of each write of one row and the row's bytes."""
     torch.set_num_threads(1)
     plan, decision = make_flow_row()
-    buffer, everyone = RolloutBuffer(plan, torch.device("cpu")), range(plan.num_envs)
+    buffer, everyone = RolloutRing(plan, torch.device("cpu")), range(plan.num_envs)
     outcome: Any = dict(plan.fields.exclude(*decision.keys()).items())  # as the collector makes it
     microseconds = np.zeros(num_writes)
     for index in range(num_writes):

@@ -25,8 +25,8 @@ from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.metrics.console import format_bytes
 from asyncflow.metrics.glossary import is_timing
 from asyncflow.policies import Policy, make_policy
-from asyncflow.rollout.buffer import RolloutBuffer
-from asyncflow.rollout.writer import plan_ring
+from asyncflow.rollout.plan import plan_ring
+from asyncflow.rollout.ring import RolloutRing
 from asyncflow.run.build import build_parts
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
@@ -125,7 +125,7 @@ class Outcome:
     versions: list[int] = field(default_factory=list)
     places: list[list[int]] = field(default_factory=list)
     peak_bytes: float = 0.0
-    _buffer: RolloutBuffer | None = None
+    _buffer: RolloutRing | None = None
 
     def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
         """Nothing to do."""
@@ -262,7 +262,7 @@ def check_memory_plan(scale: Scale) -> Iterator[Finding]:
         plan = plan_ring(policy, spec, config.env.num_envs, config.num_steps, num_slots=3)
         gc.collect()  # what earlier checks left must not be freed between the two readings
         before = _requested_bytes(scale.device)
-        buffer = RolloutBuffer(plan, scale.device)
+        buffer = RolloutRing(plan, scale.device)
         if scale.device.type == "cuda":
             allocated = _requested_bytes(scale.device) - before
         else:
@@ -280,7 +280,7 @@ def _requested_bytes(device: torch.device) -> int:
     return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"])
 
 
-def _ring_tensors(buffer: RolloutBuffer) -> list[Tensor]:
+def _ring_tensors(buffer: RolloutRing) -> list[Tensor]:
     return list(buffer._ring.flatten_keys().values())
 
 

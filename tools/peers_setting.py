@@ -15,8 +15,8 @@ from torch import Tensor
 
 from asyncflow.envs.base import ChunkResult
 from asyncflow.policies.gaussian import GaussianPolicy
-from asyncflow.rollout.buffer import Rollout, RolloutInfo
-from asyncflow.rollout.writer import outcome_fields
+from asyncflow.rollout.plan import outcome_fields
+from asyncflow.rollout.ring import Rollout, RolloutInfo
 
 STATE_DIM, ACTION_DIM, HIDDEN, STD = 19, 7, [256, 256], 0.5
 CHUNK_DIM = CHUNK_LENGTH * ACTION_DIM

@@ -27,8 +27,8 @@ from asyncflow.policies import Policy
 from asyncflow.ppo.ppo import PPO, Step
 from asyncflow.profile.leg import change
 from asyncflow.resources import check_memory
-from asyncflow.rollout.buffer import BufferPlan, Rollout, RolloutInfo
-from asyncflow.rollout.writer import plan_ring
+from asyncflow.rollout.plan import RingPlan, plan_ring
+from asyncflow.rollout.ring import Rollout, RolloutInfo
 from asyncflow.run.build import NUM_OPTIMIZER_COPIES
 
 # How a backbone is treated: `trained`, or frozen and `run_again` by the update on what was observed, or frozen and its
@@ -195,6 +195,6 @@ def plan_bytes(config: Config, spec: EnvSpec, num_slots: int) -> dict[str, int]:
     return {"obs_bytes": int(plan.obs.bytes()), "ring_bytes": plan.num_bytes * config.env.num_envs}
 
 
-def _plan_one(config: Config, spec: EnvSpec, num_slots: int) -> BufferPlan:
+def _plan_one(config: Config, spec: EnvSpec, num_slots: int) -> RingPlan:
     """Return the plan for one environment: planning decides once, and bytes are proportional to environments."""
     return plan_ring(build(config, spec), spec, 1, config.num_steps, num_slots)

@@ -19,7 +19,7 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import AsyncflowError
-from asyncflow.rollout.buffer import Rollout
+from asyncflow.rollout.ring import Rollout
 from asyncflow.run import build, launch
 from asyncflow.run.trainer import Trainer
 from asyncflow.signals import interrupt_on_signals

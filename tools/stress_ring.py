@@ -15,7 +15,8 @@ from stress_report import Checks, Row
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.rollout.buffer import BufferPlan, Rollout, RolloutBuffer, RolloutInfo
+from asyncflow.rollout.plan import RingPlan
+from asyncflow.rollout.ring import Rollout, RolloutInfo, RolloutRing
 
 NUM_STEPS, NUM_ENVS = 2, 4
 SIZE = NUM_STEPS * NUM_ENVS
@@ -54,7 +55,7 @@ class RingRace:
     def __init__(self, kind: RingKind, num_rollouts: int, seed: int) -> None:
         self._num_rollouts, self._seed = num_rollouts, seed
         self._groups = [range(g, NUM_ENVS, kind.num_groups) for g in range(kind.num_groups)]
-        self._buffer = RolloutBuffer(_plan(kind.num_slots), torch.device("cpu"), kind.is_overwriting)
+        self._buffer = RolloutRing(_plan(kind.num_slots), torch.device("cpu"), kind.is_overwriting)
         self._is_overwriting = kind.is_overwriting
         self._trained = self._invalid = 0
         self._next = 0
@@ -144,10 +145,10 @@ def validity(seed: int, index: int) -> Tensor:
     return is_valid
 
 
-def _plan(num_slots: int) -> BufferPlan:
+def _plan(num_slots: int) -> RingPlan:
     fields = {name: torch.zeros(NUM_ENVS, dtype=torch.int64) for name in ("ticket", "checksum")}
     valid = {"valid": torch.zeros(NUM_ENVS, dtype=torch.bool)}
-    return BufferPlan(TensorDict(fields | valid, [NUM_ENVS]), _obs(_TICKETS[0]), num_slots, NUM_STEPS, 1)
+    return RingPlan(TensorDict(fields | valid, [NUM_ENVS]), _obs(_TICKETS[0]), num_slots, NUM_STEPS, 1)
 
 
 def _obs(tickets: Tensor) -> TensorDict:

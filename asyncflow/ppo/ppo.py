@@ -34,7 +34,7 @@ from asyncflow.ppo.losses import (
     value_loss,
 )
 from asyncflow.ppo.optimizer import GuardedAdam
-from asyncflow.rollout.buffer import Rollout
+from asyncflow.rollout.ring import Rollout
 from asyncflow.seeding import permutation
 
 

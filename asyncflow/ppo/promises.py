@@ -24,7 +24,7 @@ from asyncflow.policies.base import Policy
 from asyncflow.policies.vla.foreign import ForeignPolicy
 from asyncflow.policies.vla.policy import VLAPolicy
 from asyncflow.ppo.losses import sum_steps
-from asyncflow.rollout.buffer import Rollout
+from asyncflow.rollout.ring import Rollout
 from asyncflow.rollout.weights import make_acting_copy
 from asyncflow.seeding import derive_seed, policy_noise
 

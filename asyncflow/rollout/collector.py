@@ -11,10 +11,11 @@ from abc import ABC, abstractmethod
 
 from asyncflow.envs.base import EnvInterrupted
 from asyncflow.errors import CollectorError, ConfigError
-from asyncflow.rollout.buffer import BufferClosed, Rollout
+from asyncflow.rollout.channel import Channel
+from asyncflow.rollout.ring import BufferClosed, Rollout
 from asyncflow.rollout.streams import collector_stream
 from asyncflow.rollout.weights import PublisherClosed
-from asyncflow.rollout.writer import Channel, RolloutWriter
+from asyncflow.rollout.writer import RolloutWriter
 
 
 class Collector(ABC):

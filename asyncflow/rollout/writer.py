@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,20 +20,21 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.config.sections import CompileMode
-from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv, as_slice, start_chunk
+from asyncflow.envs.base import ChunkResult, Fault, VecEnv, as_slice, start_chunk
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
-from asyncflow.metrics.timing import OverlapClock, Stopwatch
-from asyncflow.metrics.tracing import Tracer
+from asyncflow.metrics.timing import Stopwatch
 from asyncflow.policies.base import Policy
-from asyncflow.rollout.buffer import BufferPlan, RolloutBuffer, RolloutInfo
+from asyncflow.rollout.channel import Channel
 from asyncflow.rollout.episodes import Episode
 from asyncflow.rollout.inference import make_sampler
 from asyncflow.rollout.latency import NO_LATENCY, EmulatedLatency, EmulatedSimulators
+from asyncflow.rollout.plan import outcome_fields
+from asyncflow.rollout.ring import RolloutInfo
 from asyncflow.rollout.staging import Staging
 from asyncflow.rollout.streams import record_event, wait_event
 from asyncflow.rollout.success_value import rewards_after_success
-from asyncflow.rollout.weights import WeightPublisher, changing_tensors, make_acting_copy
+from asyncflow.rollout.weights import changing_tensors, make_acting_copy
 from asyncflow.seeding import policy_noise
 
 
@@ -60,16 +61,6 @@ class CollectorSettings:
     inference_latency: EmulatedLatency = NO_LATENCY
     env_latency: EmulatedLatency = NO_LATENCY
     compile: CompileMode = "none"
-
-
-@dataclass(frozen=True)
-class Channel:
-    """What the collector and the trainer share: rollouts one way, weights the other, and who did what when."""
-
-    buffer: RolloutBuffer
-    publisher: WeightPublisher
-    clock: OverlapClock
-    tracer: Tracer = field(default_factory=Tracer)
 
 
 class RolloutWriter:
@@ -298,46 +289,3 @@ def without_non_finite(decision: TensorDict) -> TensorDict:
     tensors: dict[str, Tensor] = decision.to_dict()
     zeroed = {k: x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x for k, x in tensors.items()}
     return TensorDict(zeroed, decision.batch_size)
-
-
-def outcome_fields(result: ChunkResult, gamma: float, final_index: Tensor) -> dict[str, Tensor]:
-    """Return what the ring stores of a chunk's outcome, each [n].
-
-    A chunk's reward is `sum_i gamma^i r_i`, its discount `gamma ** executed`.
-    """
-    powers = gamma ** torch.arange(result.rewards.shape[1], dtype=torch.float32)
-    return {
-        "rewards": (result.rewards * powers).sum(-1),
-        "discounts": gamma ** result.executed.float(),
-        "executed": result.executed,
-        "terminated": result.terminated,
-        "truncated": result.truncated,
-        "valid": ~result.broken,
-        "final_index": final_index,
-    }
-
-
-def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_slots: int) -> BufferPlan:
-    """Return the ring that rollouts of this policy in these environments need; allocates nothing of that size.
-
-    The horizon cuts an environment's episode at most once per `ceil(horizon / H)` decisions.
-    """
-    device = next(policy.parameters()).device
-    acting = make_acting_copy(policy)
-    with torch.no_grad():
-        noise = torch.zeros(num_envs, policy.noise_size, device=device)
-        encoded = acting.encode_obs(spec.empty_obs(num_envs).to(device))
-        decision = acting.sample_actions(encoded, "train", noise)
-    obs = encoded.cpu()
-    outcome = outcome_fields(_empty_result(obs, policy.n_action_steps), 1.0, torch.zeros(num_envs, dtype=torch.int64))
-    fields = dict(decision.cpu().items()) | outcome
-    decisions_per_episode = -(-spec.horizon // policy.n_action_steps)
-    max_truncations = -(-num_steps // decisions_per_episode)
-    return BufferPlan(TensorDict(fields, [num_envs]), obs, num_slots, num_steps, max_truncations)
-
-
-def _empty_result(obs: TensorDictBase, chunk_length: int) -> ChunkResult:
-    num_envs = len(obs)
-    zeros, counts = torch.zeros(num_envs), torch.zeros(num_envs, dtype=torch.int64)
-    false = torch.zeros(num_envs, dtype=torch.bool)
-    return ChunkResult(obs, obs, torch.zeros(num_envs, chunk_length), counts, false, false, zeros, counts, false)

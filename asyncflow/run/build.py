@@ -43,11 +43,13 @@ from asyncflow.policies.vla.foreign import without_weights
 from asyncflow.ppo.ppo import PPO
 from asyncflow.ppo.promises import check_promises
 from asyncflow.resources import check_memory
-from asyncflow.rollout.buffer import RolloutBuffer
+from asyncflow.rollout.channel import Channel
 from asyncflow.rollout.collector import Collector, InlineCollector, ThreadedCollector
 from asyncflow.rollout.latency import EmulatedLatency
+from asyncflow.rollout.plan import plan_ring
+from asyncflow.rollout.ring import RolloutRing
 from asyncflow.rollout.weights import WeightPublisher, changing_tensors
-from asyncflow.rollout.writer import Channel, CollectorSettings, RolloutWriter, plan_ring
+from asyncflow.rollout.writer import CollectorSettings, RolloutWriter
 from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.folder import name_run_folder
 from asyncflow.run.footprint import check_environments, check_rollouts
@@ -328,7 +330,7 @@ def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Calla
     rollouts = plan.num_bytes + NUM_ROLLOUT_COPIES * plan.slot_bytes
     check_memory(rollouts + snapshots + trained, device, "buffer.buffer_size or buffer.max_policy_lag")
     on_plan(plan.num_bytes)  # after the check: a run that does not fit leaves no folder
-    buffer = RolloutBuffer(plan, device, config.buffer.on_full == "overwrite")
+    buffer = RolloutRing(plan, device, config.buffer.on_full == "overwrite")
     return Channel(buffer, WeightPublisher(policy, config.max_policy_lag), OverlapClock())
 
 

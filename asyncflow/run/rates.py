@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from asyncflow.metrics.timing import OverlapClock
-from asyncflow.rollout.buffer import Rollout
+from asyncflow.rollout.ring import Rollout
 
 
 def rollout_metrics(rollout: Rollout, policy_lag: int, trainer_seconds: dict[str, float]) -> dict[str, float]:

@@ -21,9 +21,9 @@ from asyncflow.metrics.glossary import MetricLogger
 from asyncflow.metrics.timing import Stopwatch
 from asyncflow.policies.base import Normalizer, clipped_inputs
 from asyncflow.ppo.promises import check_first_ratio
-from asyncflow.rollout.buffer import BufferClosed, Rollout
 from asyncflow.rollout.episodes import episode_metrics
 from asyncflow.rollout.latency import EmulatedLatency
+from asyncflow.rollout.ring import BufferClosed, Rollout
 from asyncflow.rollout.success_value import warn_of_returns, warn_of_shaped_reward
 from asyncflow.run.build import Parts, name_snapshots
 from asyncflow.run.checkpoint import Checkpoint, PolicyToSave, point_at, prune_checkpoints, save_checkpoint

@@ -13,8 +13,8 @@ from asyncflow.envs.base import ChunkResult
 from asyncflow.errors import TrainingError
 from asyncflow.policies import make_policy
 from asyncflow.ppo.ppo import PPO
-from asyncflow.rollout.buffer import Rollout, RolloutInfo
-from asyncflow.rollout.writer import outcome_fields
+from asyncflow.rollout.plan import outcome_fields
+from asyncflow.rollout.ring import Rollout, RolloutInfo
 
 NUM_STEPS, NUM_ENVS = 6, 4
 

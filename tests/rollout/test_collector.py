@@ -8,7 +8,7 @@ from waiting import PATIENCE_S
 
 from asyncflow.envs.base import EnvInterrupted
 from asyncflow.errors import CollectorError, ContractError, EnvError
-from asyncflow.rollout.buffer import BufferClosed
+from asyncflow.rollout.ring import BufferClosed
 
 
 def test_an_inline_failure_is_a_collector_error_with_its_cause():

@@ -19,8 +19,9 @@ from asyncflow.metrics.tracing import read_spans
 from asyncflow.policies import GaussianPolicy
 from asyncflow.rollout import latency, staging
 from asyncflow.rollout.latency import EmulatedLatency
+from asyncflow.rollout.plan import outcome_fields
 from asyncflow.rollout.staging import Staging
-from asyncflow.rollout.writer import give_up_non_finite, outcome_fields
+from asyncflow.rollout.writer import give_up_non_finite
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -24,7 +24,7 @@ from asyncflow.run.launch import train
 
 def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "free_memory", lambda device: 80_000)
-    monkeypatch.setattr(build, "RolloutBuffer", lambda *_: pytest.fail("the ring was allocated"))
+    monkeypatch.setattr(build, "RolloutRing", lambda *_: pytest.fail("the ring was allocated"))
     with pytest.raises(ConfigError, match=r"device cpu: .* are free; lower buffer.buffer_size or"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
     assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ import pytest
 
 from asyncflow.metrics import timing
 from asyncflow.metrics.timing import OverlapClock
-from asyncflow.rollout.buffer import Rollout, RolloutInfo
+from asyncflow.rollout.ring import Rollout, RolloutInfo
 from asyncflow.run import rates
 from asyncflow.run.rates import RateMeter, rollout_metrics
 

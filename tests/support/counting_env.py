@@ -11,10 +11,12 @@ from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
 from asyncflow.metrics.timing import OverlapClock
 from asyncflow.policies import make_policy
-from asyncflow.rollout.buffer import RolloutBuffer
+from asyncflow.rollout.channel import Channel
 from asyncflow.rollout.collector import InlineCollector, ThreadedCollector
+from asyncflow.rollout.plan import plan_ring
+from asyncflow.rollout.ring import RolloutRing
 from asyncflow.rollout.weights import WeightPublisher
-from asyncflow.rollout.writer import Channel, CollectorSettings, RolloutWriter, plan_ring
+from asyncflow.rollout.writer import CollectorSettings, RolloutWriter
 
 NUM_ENVS, NUM_STEPS, CHUNK = 4, 3, 2
 CPU = torch.device("cpu")
@@ -76,7 +78,7 @@ class CountingEnv(VecEnv):
 def build(env, num_slots=1, groups=1, lag=0, threaded=False, *, journal=None, **settings):
     config = PolicyConfig(kind="gaussian", hidden_sizes=[8], horizon=CHUNK, n_action_steps=CHUNK, log_prob="joint_sum")
     policy = make_policy(config, env.spec.obs_shapes, 2, seed=0)
-    buffer = RolloutBuffer(plan_ring(policy, env.spec, NUM_ENVS, NUM_STEPS, num_slots), CPU)
+    buffer = RolloutRing(plan_ring(policy, env.spec, NUM_ENVS, NUM_STEPS, num_slots), CPU)
     channel = Channel(buffer, WeightPublisher(policy, lag), OverlapClock())
     settings = CollectorSettings(seed=0, gamma=0.5, num_env_groups=groups, max_policy_lag=lag, **settings)
     writer = RolloutWriter(env, policy, channel, settings, journal)

@@ -14,7 +14,7 @@ from asyncflow.config.presets import load_config
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.policies.vla.policy import VLAPolicy
 from asyncflow.rollout import inference
-from asyncflow.rollout.writer import plan_ring
+from asyncflow.rollout.plan import plan_ring
 
 TOOLS = Path(__file__).parents[2] / "tools"
 SMALL = {

@@ -18,7 +18,7 @@ import stress_ring
 import stress_weights
 from stress_report import Row, page
 
-from asyncflow.rollout.buffer import RolloutBuffer
+from asyncflow.rollout.ring import RolloutRing
 
 FAILED = Row("a fault", 3, "a decision", "nothing", ("it did not hold",))
 
@@ -52,7 +52,7 @@ def test_rollouts_pass_the_ring_in_order_once_and_whole():
 
 
 def test_the_race_notices_a_row_of_another_rollout(monkeypatch):
-    write = RolloutBuffer.write
+    write = RolloutRing.write
 
     def write_late(self, slot, t, env_ids, fields):
         stale = {
@@ -62,7 +62,7 @@ def test_the_race_notices_a_row_of_another_rollout(monkeypatch):
         }
         write(self, slot, t, env_ids, fields | stale)
 
-    monkeypatch.setattr(RolloutBuffer, "write", write_late)
+    monkeypatch.setattr(RolloutRing, "write", write_late)
     race = stress_ring.RingRace(stress_ring.KINDS[0], 3, seed=0)
     race.run()
     assert "rollout 0 holds other rows than were written" in race.checks.failures

@@ -9,8 +9,9 @@ from waiting import PATIENCE_S, Waiting
 
 from asyncflow.envs.base import EnvSpec, Fault
 from asyncflow.errors import AsyncflowError
-from asyncflow.rollout.buffer import BufferClosed, BufferPlan, RolloutBuffer, RolloutInfo
 from asyncflow.rollout.episodes import Episode
+from asyncflow.rollout.plan import RingPlan
+from asyncflow.rollout.ring import BufferClosed, RolloutInfo, RolloutRing
 
 CPU = torch.device("cpu")
 NUM_STEPS, NUM_ENVS = 3, 4
@@ -19,7 +20,7 @@ NUM_STEPS, NUM_ENVS = 3, 4
 def make_buffer(num_slots=2, is_overwriting=False):
     fields = TensorDict({"ticket": torch.zeros(NUM_ENVS), "valid": torch.zeros(NUM_ENVS, dtype=torch.bool)}, [NUM_ENVS])
     obs = TensorDict({"state": torch.zeros(NUM_ENVS, 2)}, [NUM_ENVS])
-    return RolloutBuffer(BufferPlan(fields, obs, num_slots, NUM_STEPS, max_truncations=1), CPU, is_overwriting)
+    return RolloutRing(RingPlan(fields, obs, num_slots, NUM_STEPS, max_truncations=1), CPU, is_overwriting)
 
 
 def fill(buffer, groups=(range(NUM_ENVS),), is_valid=True):
@@ -211,8 +212,8 @@ def test_two_racing_threads_pass_every_rollout_once_in_order_and_whole(num_slots
 def test_nested_observations_keep_their_names_dtypes_and_bytes():
     spec = EnvSpec({"state": (2,)}, action_dim=1, horizon=1, image_shapes={"front": (3, 2, 5)})
     fields = TensorDict({"valid": torch.zeros(NUM_ENVS, dtype=torch.bool)}, [NUM_ENVS])
-    plan = BufferPlan(fields, spec.empty_obs(NUM_ENVS), num_slots=2, num_steps=NUM_STEPS, max_truncations=1)
-    buffer = RolloutBuffer(plan, CPU)
+    plan = RingPlan(fields, spec.empty_obs(NUM_ENVS), num_slots=2, num_steps=NUM_STEPS, max_truncations=1)
+    buffer = RolloutRing(plan, CPU)
     obs = spec.empty_obs(2)
     obs["images", "front"] += torch.tensor([7, 9], dtype=torch.uint8).view(2, 1, 1, 1)
     _, slot = buffer.begin_rollout()

@@ -1,4 +1,4 @@
-"""RolloutBuffer: a preallocated ring of rollouts on the training device, and its hand-off between two threads.
+"""RolloutRing: a preallocated ring of rollouts on the training device, and its hand-off between two threads.
 
 A slot goes FREE -> WRITING -> READY -> TRAINING -> FREE. Every wait is on one `Condition`; nothing polls. Writes go in
 place to (slot, t, environments). Always true, in decisions: `collected = trained + in_flight + dropped + invalid`.
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -22,6 +21,7 @@ from asyncflow.envs.base import Fault, as_slice
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import AsyncflowError
 from asyncflow.rollout.episodes import Episode
+from asyncflow.rollout.plan import RingPlan, allocate_rows, leaves
 from asyncflow.rollout.streams import record_event, wait_event
 
 
@@ -36,61 +36,6 @@ class SlotState(enum.Enum):
     WRITING = enum.auto()
     READY = enum.auto()
     TRAINING = enum.auto()
-
-
-@dataclass(frozen=True)
-class BufferPlan:
-    """Shapes and bytes of a ring, known before it is allocated.
-
-    Attributes:
-        fields: One decision of all environments, [N], without memory of its own to speak of; names, shapes, dtypes.
-        obs: One observation of all environments, [N].
-        num_slots: S.
-        num_steps: T.
-        max_truncations: Episodes of one environment that the horizon can cut within one rollout.
-    """
-
-    fields: TensorDictBase
-    obs: TensorDictBase
-    num_slots: int
-    num_steps: int
-    max_truncations: int
-
-    @property
-    def num_envs(self) -> int:
-        """N."""
-        return int(self.fields.batch_size[0])
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one rollout."""
-        num_obs = self.num_steps + 1 + self.max_truncations
-        return int(self.num_steps * self.fields.bytes() + num_obs * self.obs.bytes())
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole ring."""
-        return self.num_slots * self.slot_bytes
-
-    def allocate(self, device: torch.device) -> TensorDict:
-        """Return the ring: `data [S, T, N]`, `obs [S, T+1, N]`, `final_obs [S, max_truncations, N]`."""
-        num_rows = {"data": self.num_steps, "obs": self.num_steps + 1, "final_obs": self.max_truncations}
-        rows = {"data": self.fields, "obs": self.obs, "final_obs": self.obs}
-        ring = {name: _expand(rows[name], (self.num_slots, count), device) for name, count in num_rows.items()}
-        return TensorDict(ring, batch_size=[self.num_slots], device=device)
-
-
-def _expand(row: TensorDictBase, leading: tuple[int, ...], device: torch.device) -> TensorDict:
-    shape = [*leading, *row.batch_size]
-    ring = TensorDict({}, batch_size=shape, device=device)
-    for name, value in _leaves(row):
-        ring[name] = torch.zeros(*leading, *value.shape, dtype=value.dtype, device=device)
-    return ring
-
-
-def _leaves(fields: Any) -> Iterator[tuple[Any, Tensor]]:
-    """Return (name, tensor) of a TensorDict's fields; the name of a nested one is a tuple."""
-    return iter(fields.items(include_nested=True, leaves_only=True))
 
 
 @dataclass(frozen=True)
@@ -148,10 +93,10 @@ class _Slot:
     info: RolloutInfo = RolloutInfo(-1)
 
 
-class RolloutBuffer:
+class RolloutRing:
     """Ring of rollouts between one collector and one trainer, which may be the same thread."""
 
-    def __init__(self, plan: BufferPlan, device: torch.device, is_overwriting: bool = False) -> None:
+    def __init__(self, plan: RingPlan, device: torch.device, is_overwriting: bool = False) -> None:
         """Allocate the ring once.
 
         Args:
@@ -163,8 +108,8 @@ class RolloutBuffer:
         self.device = device
         self._is_overwriting = is_overwriting
         self._ring = plan.allocate(device)
-        self._data = dict(_leaves(self._ring["data"]))
-        self._obs = dict(_leaves(self._ring["obs"]))
+        self._data = dict(leaves(self._ring["data"]))
+        self._obs = dict(leaves(self._ring["obs"]))
         self._final_obs = list(self._ring["final_obs"].unbind(0))  # of each slot: [max_truncations or more, N]
         self._slots = [_Slot(event=record_event(device)) for _ in range(plan.num_slots)]
         self._changed = threading.Condition()
@@ -219,7 +164,7 @@ class RolloutBuffer:
     def write_obs(self, slot: int, t: int, env_ids: range, obs: TensorDictBase) -> None:
         """Copy observations [n] that decision `t` is made on; t = T is the bootstrap row. Called by the collector."""
         rows = as_slice(env_ids)
-        for name, value in _leaves(obs):
+        for name, value in leaves(obs):
             self._obs[name][slot, t, rows] = value
 
     def write_final_obs(self, slot: int, row: int, env_id: int, obs: TensorDictBase) -> None:
@@ -229,10 +174,12 @@ class RolloutBuffer:
         """
         old = table = self._final_obs[slot]
         if row == len(table):
-            table = self._final_obs[slot] = _expand(self.plan.obs, (min(2 * row, self.plan.num_steps),), self.device)
+            table = self._final_obs[slot] = allocate_rows(
+                self.plan.obs, (min(2 * row, self.plan.num_steps),), self.device
+            )
             table[:row] = old
         self._slots[slot].num_finals = max(self._slots[slot].num_finals, row + 1)
-        for name, value in _leaves(obs):
+        for name, value in leaves(obs):
             table.get(name)[row, env_id] = value
 
     def invalidate(self, slot: int, steps: range, env_id: int) -> None:
