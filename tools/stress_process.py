@@ -157,7 +157,7 @@ def check_rows(folder: Path, num_updates: int, checks: Checks) -> None:
 
 def read_faults(folder: Path) -> dict[str, int]:
     """Return how many faults of each kind a run survived."""
-    faults: dict[str, int] = load_checkpoint(list_checkpoints(folder)[-1]).state["faults"]
+    faults = load_checkpoint(list_checkpoints(folder)[-1]).state.faults
     return {kind: count for kind, count in faults.items() if count}
 
 
@@ -167,7 +167,7 @@ def find_differences(first: Path, second: Path) -> list[str]:
     groups = {"policy": (one.policy, other.policy)}
     groups |= {name: (one.groups[name], other.groups.get(name, {})) for name in one.groups}
     found = [name for name, (a, b) in groups.items() if not _are_equal(a, b)]
-    if _plain(one.state) != _plain(other.state):
+    if _plain(vars(one.state)) != _plain(vars(other.state)):
         found.append("state.json")
     rows = [[_plain(row) for row in read_rows(folder)] for folder in (first, second)]
     return [*found, "metrics.jsonl"] if rows[0] != rows[1] else found

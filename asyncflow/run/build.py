@@ -6,14 +6,13 @@ types apart. It must not know the order of the loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
 from asyncflow.config.lerobot_folder import match_cameras, open_lerobot, with_export
@@ -54,6 +53,7 @@ from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.folder import name_run_folder
 from asyncflow.run.footprint import check_environments, check_rollouts
 from asyncflow.run.progress import Progress
+from asyncflow.run.state import read_snapshots
 from asyncflow.seeding import derive_seed
 
 NUM_OPTIMIZER_COPIES = 5  # Adam's two moments, and what an abandoned update is put back from
@@ -204,7 +204,7 @@ def build_parts(
         ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
         progress = Progress()
         if resumed is not None:
-            progress = Progress.from_checkpoint(resumed)
+            progress = Progress.from_state(resumed.state, resumed.journal)
             _check_journal(progress.journal, config, env.simulator_spec, resumed.path)
             _restore(config, resumed, channel, ppo)
         collector = _build_collector(config, env, policy, channel, progress)
@@ -271,7 +271,7 @@ def build_policy(
         load_into(policy, file)
     else:
         _scale_untrained(policy, seen, config.policy)
-    policy.anneal(resumed.state["updates"] if resumed else 0)
+    policy.anneal(resumed.state.updates if resumed else 0)
     return policy.to(device)
 
 
@@ -335,18 +335,18 @@ def _build_channel(config: Config, policy: Policy, spec: EnvSpec, on_plan: Calla
 
 
 def _restore(config: Config, resumed: Checkpoint, channel: Channel, ppo: PPO) -> None:
-    channel.buffer.restore(resumed.state["next_rollout"], resumed.state["books"])
+    channel.buffer.restore(resumed.state.next_rollout, asdict(resumed.state.books))
     snapshots, own = read_snapshots(resumed.groups), changing_tensors(ppo.policy)
     for version, tensors in snapshots.items():
         check_tensors(own, tensors, f"{resumed.path}: version {version} of the weights")
     channel.publisher.restore(snapshots)
-    updates, lag = resumed.state["updates"], _fixed_lag(config) or 0
+    updates, lag = resumed.state.updates, _fixed_lag(config) or 0
     missing = set(range(max(0, updates - lag), updates + 1)) - channel.publisher.snapshots().keys()
     if missing:  # the collector would wait for them for ever
         versions = ", ".join(str(version) for version in sorted(missing))
         raise CheckpointError(f"{resumed.path}: lacks the weights of version {versions}, with which the run goes on")
     ppo.load_state_tensors(resumed.groups.get("optimizer", {}))
-    ppo.num_nonfinite_steps = resumed.state["num_nonfinite_steps"]
+    ppo.num_nonfinite_steps = resumed.state.num_nonfinite_steps
 
 
 def _check_journal(journal: EpisodeJournal | None, config: Config, spec: EnvSpec, path: Path) -> None:
@@ -365,16 +365,6 @@ def _check_journal(journal: EpisodeJournal | None, config: Config, spec: EnvSpec
 def _fixed_lag(config: Config) -> int | None:
     """Return L where every rollout has a version of its own to act with; None where that is the newest."""
     return config.max_policy_lag if config.buffer.lag_mode == "fixed" else None
-
-
-def name_snapshots(snapshots: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
-    """Return versions of the weights as groups of a checkpoint."""
-    return {f"weights_{version}": tensors for version, tensors in snapshots.items()}
-
-
-def read_snapshots(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[int, Mapping[str, Tensor]]:
-    """Return what `name_snapshots` named."""
-    return {int(name.removeprefix("weights_")): x for name, x in groups.items() if name.startswith("weights_")}
 
 
 def _build_collector(config: Config, env: VecEnv, policy: Policy, channel: Channel, progress: Progress) -> Collector:

@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on from the boundary after an update.
 
 Owns names, checksums and atomic writing of what lies in `checkpoints/`. It must not know how a run is trained: a
-checkpoint is a policy, a dictionary of plain values and named groups of tensors.
+checkpoint is a policy, a `RunState` and named groups of tensors.
 
     update_000010/{policy.safetensors,training.safetensors,state.json,checksums.json}
     last -> update_000010     best -> update_000010
@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -26,16 +25,16 @@ from torch import Tensor
 from asyncflow import checksums, files
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
 from asyncflow.files import follow, publish_file, write_atomically
 from asyncflow.policies.base import Policy
 from asyncflow.policies.policy_file import FILE_NAME, read_policy_file, save_policy
-from asyncflow.run.stored_state import check_groups, check_state
+from asyncflow.run.state import RunState, check_groups
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 TRAINING, STATE = "training.safetensors", "state.json"
 REPLACED = ".replaced"
-FORMAT = 1  # of what a checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,20 @@ class Checkpoint:
     Attributes:
         path: Its folder.
         policy: The policy's tensors, by the names of `state_dict`.
-        state: Plain values.
+        state: How far the run was.
         groups: Group -> name -> tensor, as they were saved.
     """
 
     path: Path
     policy: dict[str, Tensor]
-    state: dict[str, Any]
+    state: RunState
     groups: dict[str, dict[str, Tensor]]
+
+    @property
+    def journal(self) -> EpisodeJournal | None:
+        """What rebuilds the episodes that were open; None where none had begun."""
+        tensors = self.groups.get("journal")
+        return EpisodeJournal.from_tensors(tensors) if tensors else None
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,19 @@ class PolicyToSave:
     env_spec: EnvSpec
 
 
-def save_checkpoint(run: Path, source: PolicyToSave, state: Mapping[str, Any], groups: Groups) -> Path:
+def save_checkpoint(run: Path, source: PolicyToSave, state: RunState, groups: Groups) -> Path:
     """Write `checkpoints/update_NNNNNN` under a temporary name, flush it, rename it, and point `last` at it.
 
     Args:
         run: The run folder.
         source: The policy.
-        state: Plain values; `updates` names the folder.
+        state: How far the run is; `updates` names the folder.
         groups: Group -> name -> tensor; neither name holds a slash.
 
     Raises:
         OSError: The disk is full or the folder was removed; older checkpoints are unharmed.
     """
-    final = checkpoint_path(run, state["updates"])
+    final = checkpoint_path(run, state.updates)
     temporary = _hidden(final)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -95,17 +100,13 @@ def checkpoint_path(run: Path, updates: int) -> Path:
     return run / "checkpoints" / f"update_{updates:06d}"
 
 
-def _holds(folder: Path, state: Mapping[str, Any]) -> bool:
+def _holds(folder: Path, state: RunState) -> bool:
     """Tell whether a checkpoint of this state is there; one of an update whose evaluation was owed is written anew."""
     try:
         found = json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
         return False
-    return bool(found == json.loads(_to_json(state)))
-
-
-def _to_json(state: Mapping[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, **state}, indent=2)
+    return bool(found == json.loads(state.to_json()))
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -117,12 +118,12 @@ def _publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write(folder: Path, source: PolicyToSave, state: Mapping[str, Any], groups: Groups) -> None:
+def _write(folder: Path, source: PolicyToSave, state: RunState, groups: Groups) -> None:
     tensors = {f"{group}/{name}": t.detach().cpu().contiguous() for group, x in groups.items() for name, t in x.items()}
     save_policy(folder / FILE_NAME, source.policy, source.config, source.env_spec)
     source.policy.export(folder)
     write_atomically(folder / TRAINING, save(tensors))
-    write_atomically(folder / STATE, _to_json(state).encode())
+    write_atomically(folder / STATE, state.to_json().encode())
     write_atomically(folder / checksums.NAME, checksums.describe_folder(folder))
 
 
@@ -187,19 +188,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     checksums.check_folder(path, {FILE_NAME, TRAINING, STATE})
     policy = read_policy_file(path / FILE_NAME)
     try:
-        content = (path / STATE).read_bytes()
-        state, flat = json.loads(content), load((path / TRAINING).read_bytes())
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        content, flat = (path / STATE).read_bytes(), load((path / TRAINING).read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path}: damaged or incomplete: {' '.join(str(error).split())}") from None
-    found = state.get("format") if isinstance(state, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: format {found}, this asyncflow reads {FORMAT}")
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         group, _, name = key.partition("/")
         groups.setdefault(group, {})[name] = tensor
     try:
-        check_state(content)
+        state = RunState.from_json(content)
         check_groups(groups, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}/{error}") from None

@@ -106,7 +106,7 @@ def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
     for problem in problems:
         reporter.notice(problem)
     reporter.notice(f"going on from {checkpoint.path}")
-    best = checkpoint_path(folder, checkpoint.state["best_update"])
+    best = checkpoint_path(folder, checkpoint.state.best_update)
     if best.exists():  # the process may have been killed before the link was moved
         point_at(folder, "best", best)
     return checkpoint
@@ -115,7 +115,7 @@ def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
 def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, parts: Parts, reporter: Reporter) -> None:
     """Say that a linear schedule begins again higher: it falls over more updates than it did."""
     key, updates = "train/learning_rate", parts.progress.updates
-    before, now = checkpoint.state["row"].get(key, math.inf), parts.ppo.learning_rates(updates)[key]
+    before, now = checkpoint.state.row.get(key, math.inf), parts.ppo.learning_rates(updates)[key]
     if now > before:
         reporter.notice(
             f"algorithm.lr_schedule = linear falls over trainer.total_updates = {config.trainer.total_updates}, more "
@@ -126,8 +126,8 @@ def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, parts: Parts, 
 def _check_unfinished(config: Config, checkpoint: Checkpoint | None) -> None:
     if checkpoint is None:
         return
-    clocks = Progress(updates=checkpoint.state["updates"], env_steps=checkpoint.state["env_steps"])
-    if clocks.is_at_end(config.trainer) and not checkpoint.state["is_evaluation_owed"]:
+    clocks = Progress(updates=checkpoint.state.updates, env_steps=checkpoint.state.env_steps)
+    if clocks.is_at_end(config.trainer) and not checkpoint.state.is_evaluation_owed:
         raise ConfigError(
             f"--resume {checkpoint.path.parent.parent}: the run is finished after {clocks.updates} updates and "
             f"{clocks.env_steps} env steps; raise trainer.total_updates or trainer.total_env_steps to go on"

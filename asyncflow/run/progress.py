@@ -6,16 +6,22 @@ Owns the three clocks and what is counted beside them. It must not know how a ru
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from asyncflow.config.sections import TrainerConfig
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.rollout.episodes import Episode, split_by_start
-from asyncflow.run.checkpoint import Checkpoint
+from asyncflow.run.state import Books, RunState
 
-_PLAIN = ("env_steps", "decisions", "updates", "next_rollout", "best_success", "best_update")
+_PLAIN = (
+    "env_steps",
+    "decisions",
+    "updates",
+    "next_rollout",
+    "best_success",
+    "best_update",
+)  # the same in a `RunState`
 
 
 @dataclass
@@ -45,19 +51,31 @@ class Progress:
     journal: EpisodeJournal | None = None
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint) -> Progress:
-        """Return how far the run was that wrote a checkpoint."""
-        state, journal = checkpoint.state, checkpoint.groups.get("journal")
-        return cls(
-            **{name: state[name] for name in _PLAIN},
-            faults=Counter(state["faults"]),
-            episodes=[Episode(*values) for values in state.get("episodes", [])],
-            journal=EpisodeJournal.from_tensors(journal) if journal else None,
-        )
+    def from_state(cls, state: RunState, journal: EpisodeJournal | None) -> Progress:
+        """Return how far the run was that stored a state, and beside it the journal."""
+        plain = {name: getattr(state, name) for name in _PLAIN}
+        return cls(**plain, faults=Counter(state.faults), episodes=list(state.episodes), journal=journal)
 
-    def to_state(self) -> dict[str, Any]:
-        """Return what `from_checkpoint` reads, but for the journal."""
-        return {name: value for name, value in vars(self).items() if name != "journal"}
+    def to_state(
+        self, books: Mapping[str, int], num_nonfinite_steps: int, is_evaluation_owed: bool, row: dict[str, float]
+    ) -> RunState:
+        """Return what a checkpoint stores, but for the journal.
+
+        Args:
+            books: The buffer's `settled_books`.
+            num_nonfinite_steps: Minibatches that PPO skipped.
+            is_evaluation_owed: Whether the evaluation of this update is still due.
+            row: The last row of metrics.
+        """
+        return RunState(
+            **{name: getattr(self, name) for name in _PLAIN},
+            faults=dict(self.faults),
+            books=Books(**books),
+            num_nonfinite_steps=num_nonfinite_steps,
+            is_evaluation_owed=is_evaluation_owed,
+            row=dict(row),
+            episodes=list(self.episodes),
+        )
 
     @property
     def clocks(self) -> dict[str, int]:

@@ -25,10 +25,11 @@ from asyncflow.rollout.episodes import episode_metrics
 from asyncflow.rollout.latency import EmulatedLatency
 from asyncflow.rollout.ring import BufferClosed, Rollout
 from asyncflow.rollout.success_value import warn_of_returns, warn_of_shaped_reward
-from asyncflow.run.build import Parts, name_snapshots
+from asyncflow.run.build import Parts
 from asyncflow.run.checkpoint import Checkpoint, PolicyToSave, point_at, prune_checkpoints, save_checkpoint
 from asyncflow.run.evaluate import EvalResult, evaluate
 from asyncflow.run.rates import RateMeter, memory_metrics, rollout_metrics
+from asyncflow.run.state import name_snapshots
 from asyncflow.shell import command
 
 NOTICED_CLIPPED_SHARE = 0.1  # of a rollout's observed numbers
@@ -71,8 +72,8 @@ class Trainer:
         self._stop_deadline = float("inf")
         self._has_told_clipped = False
         self._has_told_of_rewards = config.algorithm.success_value == "continue"
-        self._row: dict[str, float] = resumed.state["row"] if resumed else {}
-        self._is_evaluation_owed = resumed.state["is_evaluation_owed"] if resumed else True
+        self._row: dict[str, float] = dict(resumed.state.row) if resumed else {}
+        self._is_evaluation_owed = resumed.state.is_evaluation_owed if resumed else True
         self._newest = resumed.path if resumed else None
         kept_rows = self.progress.updates - self._is_evaluation_owed if resumed else 0
         self._logger = MetricLogger(run_dir, config.logging.logger, kept_rows)
@@ -287,12 +288,8 @@ class Trainer:
         groups = name_snapshots(parts.channel.publisher.snapshots()) | {"optimizer": parts.ppo.state_tensors()}
         if progress.journal is not None:
             groups["journal"] = progress.journal.to_tensors()
-        state = progress.to_state() | {
-            "books": parts.channel.buffer.settled_books(),
-            "num_nonfinite_steps": parts.ppo.num_nonfinite_steps,
-            "is_evaluation_owed": self._is_evaluation_owed,
-            "row": self._row,
-        }
+        books, num_skipped = parts.channel.buffer.settled_books(), parts.ppo.num_nonfinite_steps
+        state = progress.to_state(books, num_skipped, self._is_evaluation_owed, self._row)
         try:
             self._newest = save_checkpoint(self.run_dir, source, state, groups)
             if progress.best_update == progress.updates:

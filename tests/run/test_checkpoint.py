@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
 from asyncflow.policies import make_policy, policy_file
 from asyncflow.policies.policy_file import load_policy_file, resolve_checkpoint
-from asyncflow.run import checkpoint
+from asyncflow.rollout.episodes import Episode
+from asyncflow.run import checkpoint, state
 from asyncflow.run.checkpoint import (
     PolicyToSave,
     clean_checkpoints,
@@ -28,6 +30,7 @@ from asyncflow.run.checkpoint import (
     save_checkpoint,
 )
 from asyncflow.run.progress import Progress
+from asyncflow.run.state import RunState
 
 CONFIG = PolicyConfig(kind="gaussian", hidden_sizes=[8], critic_hidden_sizes=[8], log_prob="joint_sum")
 SPEC = EnvSpec({"state": (3,)}, action_dim=2, horizon=10)
@@ -38,9 +41,9 @@ JOURNAL = EpisodeJournal([4, 5], [[torch.zeros(4, 2)], []], [False, True])
 def state_of(updates, **changes):
     """Return what a run stores of how far it is."""
     books = {"collected": 9, "trained": 8, "dropped": 0, "invalid": 1, "in_flight": 0}
-    state = Progress(env_steps=7, decisions=8, updates=updates, next_rollout=updates).to_state()
-    state |= {"books": books, "num_nonfinite_steps": 0, "is_evaluation_owed": False}
-    return state | {"row": {"env_steps": 7, "updates": updates, "train/policy_loss": math.nan}} | changes
+    row = {"env_steps": 7, "updates": updates, "train/policy_loss": math.nan}
+    state = Progress(env_steps=7, decisions=8, updates=updates, next_rollout=updates).to_state(books, 0, False, row)
+    return replace(state, **changes)
 
 
 def groups_of(updates, **changes):
@@ -69,7 +72,8 @@ def test_a_checkpoint_is_named_by_its_update_and_comes_back_as_it_was_saved(fold
     path = save(folder, 12)
     assert path.name == "update_000012"
     loaded = load_checkpoint(path)
-    assert (loaded.state["format"], loaded.state["updates"], loaded.state["env_steps"]) == (1, 12, 7)
+    assert json.loads((path / "state.json").read_text())["format"] == 1
+    assert (loaded.state.updates, loaded.state.env_steps) == (12, 7)
     assert torch.equal(loaded.groups["weights_12"]["actor.0.weight"], torch.arange(3.0))
     assert loaded.groups["journal"]["episodes"].tolist() == [4, 5]
     assert loaded.policy.keys() == POLICY.state_dict().keys()
@@ -98,7 +102,7 @@ def test_another_state_of_the_same_update_replaces_the_first(folder):
     """As that of a run which was stopped before an evaluation and made up for it when it was resumed."""
     save(folder, 3)
     path = save(folder, 3, env_steps=8)
-    assert load_checkpoint(path).state["env_steps"] == 8
+    assert load_checkpoint(path).state.env_steps == 8
     assert names(folder) == ["last", "update_000003"]
 
 
@@ -106,17 +110,17 @@ def test_a_process_killed_while_it_replaces_a_checkpoint_leaves_the_old_one(fold
     path = save(folder, 3)
     path.rename(path.with_name(".update_000003.replaced"))
     clean_checkpoints(folder)
-    assert load_checkpoint(path).state["updates"] == 3
+    assert load_checkpoint(path).state.updates == 3
     path.with_name(".update_000003.replaced").mkdir()
     clean_checkpoints(folder)
     assert names(folder) == ["last", "update_000003"]
 
 
 def test_a_checkpoint_of_another_format_is_refused_in_one_line(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 7)
+    monkeypatch.setattr(state, "FORMAT", 7)
     path = save(folder, 3)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match=r"update_000003: format 7, this asyncflow reads 1"):
+    with pytest.raises(CheckpointError, match=r"update_000003/state.json: format 7, this asyncflow reads 1"):
         load_checkpoint(path)
 
 
@@ -145,7 +149,7 @@ def test_a_full_disk_harms_neither_the_last_checkpoint_nor_the_folder(folder, mo
     with pytest.raises(OSError, match="No space left"):
         save(folder, 2)
     assert names(folder) == ["last", "update_000001"]
-    assert find_newest(folder)[0].state["updates"] == 1
+    assert find_newest(folder)[0].state.updates == 1
 
 
 def test_the_newest_are_kept_and_the_best(folder):
@@ -197,7 +201,7 @@ def test_what_a_policy_exports_is_checked_like_the_rest(folder, monkeypatch):
 
     monkeypatch.setattr(POLICY, "export", export)
     path = save(folder, 1)
-    assert load_checkpoint(path).state["updates"] == 1
+    assert load_checkpoint(path).state.updates == 1
     (path / "elsewhere" / "model.bin").write_bytes(b"torn")
     with pytest.raises(CheckpointError, match=r"elsewhere/model.bin: damaged: its checksum differs"):
         load_checkpoint(path)
@@ -266,7 +270,7 @@ STATE_LIES = {
 def test_a_state_that_cannot_be_is_damage_and_the_checkpoint_before_is_taken(folder, lie):
     save(folder, 1)
     path, change = save(folder, 2), STATE_LIES[lie]
-    content = change if isinstance(change, str) else json.dumps({"format": 1} | state_of(2) | change)
+    content = change if isinstance(change, str) else json.dumps(json.loads(state_of(2).to_json()) | change)
     rewrite(path, state=content.encode())
     found, problems = find_newest(folder)
     assert found.path.name == "update_000001"
@@ -312,3 +316,17 @@ def test_a_folder_in_place_of_a_file_is_damage(folder, name):
     path.unlink()
     path.mkdir()
     assert find_newest(folder)[0].path.name == "update_000001"
+
+
+def test_a_state_of_keys_more_and_less_is_read(folder):
+    """An older asyncflow did not store `episodes`; a newer one may store what this one does not know."""
+    path = save(folder, 2)
+    state = json.loads((path / "state.json").read_text())
+    del state["episodes"]
+    rewrite(path, state=json.dumps(state | {"unheard_of": 1}).encode())
+    assert load_checkpoint(path).state == state_of(2, row=load_checkpoint(path).state.row)
+
+
+def test_a_stored_state_comes_back_as_it_was():
+    state = state_of(2, row={"env_steps": 7, "updates": 2}, episodes=[Episode(3, 0.5, 9, True)], faults={"died": 1})
+    assert RunState.from_json(state.to_json().encode()) == state

@@ -201,7 +201,7 @@ def test_what_fails_between_a_publication_and_its_row_leaves_no_update_without_a
     go_on(tmp_path / "cut")
     assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
     state = load_checkpoint(list_checkpoints(tmp_path / "cut")[-1]).state
-    assert state["books"]["trained"] == state["decisions"] == 6 * 32
+    assert state.books.trained == state.decisions == 6 * 32
 
 
 def test_an_update_whose_row_was_written_is_saved_when_its_reporter_fails(tmp_path):
@@ -229,7 +229,7 @@ def test_an_evaluation_that_fails_is_made_up_for_with_its_row(tmp_path, uncut):
     changes = TOY | {"trainer.eval_interval": 3, "trainer.eval_episodes": 6}
     with pytest.raises(EnvError, match="too often"):
         start(tmp_path / "cut", "toy", changes, on_built=fail_in_evaluation)
-    assert load_checkpoint(list_checkpoints(tmp_path / "cut")[-1]).state["updates"] == 3
+    assert load_checkpoint(list_checkpoints(tmp_path / "cut")[-1]).state.updates == 3
     go_on(tmp_path / "cut")
     assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
 

@@ -85,7 +85,7 @@ def test_a_cut_run_with_broken_episodes_equals_the_uncut_one(tmp_path, monkeypat
     start(tmp_path / "uncut", "toy", changes)
     start(tmp_path / "cut", "toy", changes, stop_at=1)
     cut = load_checkpoint(list_checkpoints(tmp_path / "cut")[-1])
-    assert sum(cut.state["faults"].values()) == len(EARLY)
+    assert sum(cut.state.faults.values()) == len(EARLY)
     go_on(tmp_path / "cut")
     assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
 

@@ -303,7 +303,7 @@ def test_an_update_abandoned_after_a_stop_leaves_the_boundary_before_it(tmp_path
     train(load_config("toy", changes | {"trainer.total_updates": 2, "logging.out": uncut}), Silent())
     train(load_config("toy", changes), Silent(), stop_in_third_update)
     saved, expected = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("run", "uncut"))
-    assert saved.state["updates"] == 2
+    assert saved.state.updates == 2
     assert all(torch.equal(saved.policy[name], expected.policy[name]) for name in expected.policy)
     optimizers = saved.groups["optimizer"], expected.groups["optimizer"]
     assert all(torch.equal(optimizers[0][name], optimizers[1][name]) for name in optimizers[1])
@@ -322,7 +322,7 @@ def test_a_failed_collector_leaves_what_was_trained_saved(tmp_path, monkeypatch)
     with pytest.raises(CollectorError, match="too often"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).state["updates"] == len(rows) > 0
+    assert load_checkpoint(list_checkpoints(tmp_path / "run")[-1]).state.updates == len(rows) > 0
 
 
 def test_training_that_diverges_names_the_last_good_checkpoint(tmp_path, monkeypatch):

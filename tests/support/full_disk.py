@@ -30,7 +30,7 @@ def fail_to_save(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     save = trainer.save_checkpoint
 
     def save_or_fail(run_dir: Path, source: Any, state: dict[str, Any], groups: Any) -> Path:
-        if state["updates"] == updates:
+        if state.updates == updates:
             raise OSError(28, "No space left on device")
         return save(run_dir, source, state, groups)
 

@@ -110,7 +110,7 @@ def go_on(folder, on_built=lambda trainer: None, **changes):
 def outcome(folder):
     """Return everything of a finished run that must not depend on where it was cut."""
     last = load_checkpoint(list_checkpoints(folder)[-1])
-    state = {name: value for name, value in last.state.items() if name not in ("row", "books")}
+    state = {name: value for name, value in vars(last.state).items() if name not in ("row", "books")}
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if not is_timing(name)} for row in rows]
     return last.policy, last.groups, state, rows
