@@ -50,40 +50,40 @@ types: $(STAMP) ## Check the types.
 
 docs: $(STAMP) ## Write the pages that are made from the code.
 	$(BIN)/python -c "from asyncflow.metrics.glossary import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
-	$(BIN)/python tools/rooms.py
-	$(BIN)/python tools/handbook/always_holds.py
+	$(BIN)/python -m tools.rooms
+	$(BIN)/python -m tools.handbook.always_holds
 
 stress: $(STAMP) ## Inject every kind of fault and write docs/reliability.md; ten minutes. ARGS="--part cuts" runs a part.
-	OMP_NUM_THREADS=1 $(BIN)/python tools/stress.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.stress $(ARGS)
 
 soak: $(STAMP) ## Train an hour of toy, then twenty minutes of Lift, and show whether anything grows; needs a quiet machine.
-	$(BIN)/python tools/soak.py --task toy --minutes 60 $(ARGS)
-	$(BIN)/python tools/soak.py --task lift --minutes 20 $(ARGS)
-	$(BIN)/python tools/soak.py --page $(ARGS)
+	$(BIN)/python -m tools.soak --task toy --minutes 60 $(ARGS)
+	$(BIN)/python -m tools.soak --task lift --minutes 20 $(ARGS)
+	$(BIN)/python -m tools.soak --page $(ARGS)
 
 bench-core: $(STAMP) ## Measure the core and write docs/benchmarks/core.md; needs a quiet machine.
-	$(BIN)/python tools/bench_core.py $(ARGS)
+	$(BIN)/python -m tools.bench.core $(ARGS)
 
 bench-overlap: $(STAMP) ## Measure what overlap gives and write docs/benchmarks/overlap.md; an hour, needs a quiet machine, can be resumed.
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_overlap.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.overlap $(ARGS)
 
 bench-fast-step: $(STAMP) ## Compare the faster simulator step with robosuite's and write docs/benchmarks/fast_step.md; two minutes.
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_fast_step.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.core.fast_step $(ARGS)
 
 bench-policies: $(STAMP) ## Measure what policies cost and write docs/benchmarks/policies.md; an hour, needs a quiet machine, can be resumed.
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_policies.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.policies $(ARGS)
 
 bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/peers.md; eight minutes, needs a quiet machine.
-	OMP_NUM_THREADS=1 $(BIN)/python tools/bench_peers.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.peers $(ARGS)
 
 bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, needs a quiet machine, can be resumed.
-	$(BIN)/python tools/bench_learning.py --out runs/learning $(ARGS)
+	$(BIN)/python -m tools.bench.learning --out runs/learning $(ARGS)
 
 learning-page: $(STAMP) ## Write docs/benchmarks/learning.md and its picture from the tables of bench-learning.
-	$(BIN)/python tools/learning_page.py $(ARGS)
+	$(BIN)/python -m tools.bench.learning.page $(ARGS)
 
 gpu-check: $(STAMP) ## Check both modes on a GPU and write docs/benchmarks/gpu.md; eight minutes, needs no simulator.
-	$(BIN)/python tools/gpu_check.py --out docs/benchmarks/gpu.md $(ARGS)
+	$(BIN)/python -m tools.gpu_check --out docs/benchmarks/gpu.md $(ARGS)
 
 install: $(STAMP) ## Set up .venv.
 

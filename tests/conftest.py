@@ -38,11 +38,9 @@ def run_cli(tmp_path: Path) -> CommandLine:
 
 
 @pytest.fixture(scope="module")
-def tools() -> Iterator[Callable[[str], ModuleType]]:
-    """Yield a function that imports a tool by its name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "tools"))
-        yield importlib.import_module
+def tools() -> Callable[[str], ModuleType]:
+    """Return a function that imports a tool by its name."""
+    return lambda name: importlib.import_module(f"tools.{name}")
 
 
 @pytest.fixture(scope="module")

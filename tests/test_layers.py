@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-from rooms import PACKAGE, PAGE, ROOMS, SOURCES, draw, imported_modules, internal_imports, room_of
+from tools.rooms import PACKAGE, PAGE, ROOMS, SOURCES, draw, imported_modules, internal_imports, room_of
 
 SLOW = {"torch", "tensordict", "pydantic", "yaml", "rich", "numpy", "robosuite", "robomimic", "h5py"}
 

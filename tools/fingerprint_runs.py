@@ -1,7 +1,7 @@
 """Fingerprint short runs of the presets in both modes, to show that a change leaves every bit of them as it was.
 
-    python tools/fingerprint_runs.py --out before.json        # before the change
-    python tools/fingerprint_runs.py --against before.json    # after it: exit code 1 names what differs
+    python -m tools.fingerprint_runs --out before.json        # before the change
+    python -m tools.fingerprint_runs --against before.json    # after it: exit code 1 names what differs
 
 A fingerprint is a SHA-256 of every tensor in the last checkpoint (weights, optimizer, journal, versions of the
 weights) and of the rows of metrics but for those that measure time or memory. Runs go through the command line.

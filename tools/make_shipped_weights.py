@@ -1,6 +1,6 @@
 """Make `asyncflow/assets/lift_flow.safetensors`, the policy that the `lift` preset fine-tunes.
 
-    OMP_NUM_THREADS=1 python tools/make_shipped_weights.py
+    OMP_NUM_THREADS=1 python -m tools.make_shipped_weights
 
 It is weak on purpose: the expert misjudges the cube by three centimetres, as a badly calibrated camera would, so its
 successful demonstrations still teach a grasp at the cube's edge, which reinforcement learning can put right. The same

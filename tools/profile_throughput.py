@@ -1,6 +1,6 @@
 """Measure both buffer types in turns: throughput, its ceilings, and what limits it. The same as `asyncflow profile`.
 
-python tools/profile_throughput.py --task Toy --inference-latency-s 0.2 --update-latency-s 0.2
+python -m tools.profile_throughput --task Toy --inference-latency-s 0.2 --update-latency-s 0.2
 """
 
 from __future__ import annotations

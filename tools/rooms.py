@@ -1,6 +1,6 @@
 """The rooms of the package: their order, who imports whom, and the drawing of it in `ARCHITECTURE.md`.
 
-python tools/rooms.py    # writes the drawing; `make docs` calls it, `tests/test_layers.py` holds the order
+python -m tools.rooms    # writes the drawing; `make docs` calls it, `tests/test_layers.py` holds the order
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stand-ins for the libraries that `bench_peers.py` compares with: they keep what they are given and do nothing.
+"""Stand-ins for the libraries that `tools.bench.peers` compares with: they keep what they are given and do nothing.
 
 The libraries are installed in an environment of their own, so that what each of them is told can be tested without it.
 """
@@ -17,7 +17,7 @@ from torch import nn
 from asyncflow.policies.base import mlp
 
 Obs, Act = TypeVar("Obs"), TypeVar("Act")
-TOOLS = ("peers_env", "peers_contenders", "peers_torchrl", "peers_update", "peers_end_to_end")
+TOOLS = [f"tools.bench.peers.{name}" for name in ("env", "contenders", "torchrl", "update", "end_to_end")]
 
 
 class Given:

@@ -1,4 +1,4 @@
-"""Learning curves that are written by hand, as `bench_learning.py` leaves them."""
+"""Learning curves that are written by hand, as `tools.bench.learning` leaves them."""
 
 import json
 
@@ -16,7 +16,7 @@ def write_meta(folder):
     meta = {
         "machine": {"processor": "Abacus", "cores": "2", "memory": "3 GiB"},
         "commits": {"learning_vla_seed0": "c0ffee", "learning_standard_seed0": "beef"},
-        "commands": ["python tools/bench_learning.py --out runs/learning"],
+        "commands": ["python -m tools.bench.learning --out runs/learning"],
         "versions": {"python": "3.11", "torch": "2.9"},
     }
     (folder / "learning_meta.json").write_text(json.dumps(meta))

@@ -17,7 +17,7 @@ RESULT = EvalResult(50, 40, 0.8, 0.669629, 0.887, 61.25, 12.0, 3.0)
 
 @pytest.fixture(scope="module")
 def bench(tools):
-    return tools("bench_learning")
+    return tools("bench.learning.run")
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def training(bench, monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", started)
     monkeypatch.setattr(bench, "describe_software", lambda: {"commit": "c0ffee", "torch": "2.9"})
     monkeypatch.setattr(bench, "describe_machine", lambda: {"processor": "Abacus"})
-    monkeypatch.setattr(bench, "describe_command", lambda: "python tools/bench_learning.py")
+    monkeypatch.setattr(bench, "describe_command", lambda: "python -m tools.bench.learning")
     return started
 
 
@@ -164,9 +164,9 @@ def test_each_run_keeps_the_commit_that_it_was_trained_with(bench, runs, options
 def test_a_command_is_named_once_however_often_it_was_given(bench, runs, options, training, monkeypatch):
     bench.train_all(runs[:1], options)
     bench.train_all(runs[:1], options)
-    monkeypatch.setattr(bench, "describe_command", lambda: "python tools/bench_learning.py --seeds 1")
+    monkeypatch.setattr(bench, "describe_command", lambda: "python -m tools.bench.learning --seeds 1")
     bench.train_all(runs[:1], options)
-    commands = ["python tools/bench_learning.py", "python tools/bench_learning.py --seeds 1"]
+    commands = ["python -m tools.bench.learning", "python -m tools.bench.learning --seeds 1"]
     assert read_meta(options)["commands"] == commands
 
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_is_not_taken_for_one_that_cost_nothing(bench, runs, option
 
 
 def test_tables_are_read_back_as_the_points_of_their_condition_and_seed(bench, tools, runs, options, evaluated):
-    learning = tools("learning_curves")
+    learning = tools("bench.learning.curves")
     curves, point = learning.read_curves(options.data), learning.Point
     expected = [point(4, 400, 8.0, 50, 40), point(8, 800, 16.0, 50, 40), point(12, 1200, 24.0, 200, 40)]
     assert curves == {mode: {0: expected, 1: expected} for mode in ("standard", "vla")}

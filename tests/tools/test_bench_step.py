@@ -51,14 +51,14 @@ def clock():
 
 @pytest.fixture
 def workers(tools, clock, monkeypatch):
-    module = tools("bench_workers")
+    module = tools("bench.core.workers")
     monkeypatch.setattr(module, "time", clock)
     return module
 
 
 @pytest.fixture(scope="module")
 def fast_step(tools):
-    return tools("bench_fast_step")
+    return tools("bench.core.fast_step")
 
 
 # Turns.
@@ -68,14 +68,14 @@ def test_turns_go_there_and_back_and_the_first_of_all_is_warm_up(tools):
     """By hand: a is called as number 0 (warm-up), 2 and 5; b as 1 (warm-up), 3 and 4."""
     calls = []
     turns = {name: lambda block_s, name=name: calls.append((name, block_s)) or len(calls) - 1.0 for name in "ab"}
-    rates = tools("bench_report").take_turns(turns, 1, 8.0)
+    rates = tools("bench.common.report").take_turns(turns, 1, 8.0)
     assert calls == [("a", 2.0), ("b", 2.0), ("a", 8.0), ("b", 8.0), ("b", 8.0), ("a", 8.0)]
     assert rates == {"a": [3.5], "b": [3.5]}  # a machine that changes steadily favours neither
 
 
 def test_every_repeat_has_a_rate_of_its_own(tools):
     found = iter([100.0, 1.0, 3.0, 5.0, 7.0])
-    rates = tools("bench_report").take_turns({"a": lambda _: next(found)}, 2, 8.0)
+    rates = tools("bench.common.report").take_turns({"a": lambda _: next(found)}, 2, 8.0)
     assert rates == {"a": [2.0, 6.0]}
 
 

@@ -9,33 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import gpu_check
-import gpu_check_parts
-import gpu_check_runs
-import gpu_check_weights
-from bench_report import REPORTED, Finding
-from gpu_check_runs import TOY, Outcome, Scale
-from gpu_check_weights import DeviceHunt
-
 from asyncflow.policies import GaussianPolicy
+from tools.bench.common.report import REPORTED, Finding
+from tools.gpu_check import parts as gpu_check_parts
+from tools.gpu_check import run as gpu_check
+from tools.gpu_check import runs as gpu_check_runs
+from tools.gpu_check import weights as gpu_check_weights
+from tools.gpu_check.runs import TOY, Outcome, Scale
+from tools.gpu_check.weights import DeviceHunt
 
 CPU = torch.device("cpu")
-TOOL = Path(gpu_check.__file__)
+REPOSITORY = Path(__file__).parents[2]
 SIMULATORS = ("robosuite", "robomimic", "mujoco", "mujoco_py")
 BLOCKED = """
 import runpy, sys
 blocked, sys.argv = sys.argv[1].split(","), sys.argv[2:]
 sys.modules |= dict.fromkeys(blocked)  # whoever imports one fails
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_module("tools.gpu_check", run_name="__main__")
 """
 
 
 def run_tool(blocked, *arguments, timeout_s=240):
-    command = [sys.executable, "-c", BLOCKED, ",".join(blocked), str(TOOL), *arguments]
+    command = [sys.executable, "-c", BLOCKED, ",".join(blocked), "gpu_check", *arguments]
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=hidden, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=hidden, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
 
 
 @pytest.mark.slow

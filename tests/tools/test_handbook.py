@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-from handbook import always_holds
+from tools.handbook import always_holds
 
 TESTS = {"run/test_a.py": ["test_one", "test_two"], "envs/test_b.py": ["test_two"]}
 

@@ -13,7 +13,7 @@ from asyncflow.config.presets import load_config
 
 @pytest.fixture(scope="module")
 def page(tools):
-    module = tools("learning_page")
+    module = tools("bench.learning.page")
     module.plt.switch_backend("Agg")
     return module
 
@@ -146,7 +146,7 @@ def test_speed_ups_are_means_over_the_seeds_that_both_have(page, curve):
 
 
 def test_every_condition_runs_with_the_lag_and_the_objective_that_it_is_shown_with(page, tools):
-    conditions = tools("bench_learning").CONDITIONS
+    conditions = tools("bench.learning.run").CONDITIONS
     for objective, by_lag in page.LAGS.items():
         for lag, name in by_lag.items():
             flag, mode, *overrides = conditions[name]

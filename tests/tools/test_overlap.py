@@ -5,21 +5,23 @@ import math
 import pytest
 from written_profile import make_profile, speedup
 
+from asyncflow.profile.model import Interval
+
 
 @pytest.fixture(scope="module")
 def training(tools):
-    return tools("overlap_training")
+    return tools("bench.overlap.training")
 
 
 @pytest.fixture(scope="module")
 def judge(tools):
-    return tools("overlap_judge")
+    return tools("bench.overlap.judge")
 
 
 @pytest.fixture(scope="module")
 def curve(tools):
     """Return a function from successes of 100 episodes, update by update, and seconds of an update, to a curve."""
-    point = tools("learning_curves").Point
+    point = tools("bench.learning.curves").Point
 
     def make(successes, update_s=1.0):
         return [point(updates, 100 * updates, update_s * updates, 100, k) for updates, k in enumerate(successes)]
@@ -76,7 +78,7 @@ def test_there_is_no_ratio_unless_both_modes_get_there(training, curve):
 
 
 def test_certain_rates_leave_no_doubt_about_the_ratio(training, tools):
-    point = tools("learning_curves").Point
+    point = tools("bench.learning.curves").Point
     sure = [point(updates, 0, 1.0 * updates, 10**6, k) for updates, k in ((1, 0), (2, 10**6), (3, 10**6))]
     interval = training.ratio_interval(sure, sure)
     assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
@@ -99,13 +101,13 @@ def test_a_mode_that_hardly_ever_lasts_has_no_upper_end(training, curve):
 def test_the_difference_of_final_success_is_newcombes_over_all_seeds(training, tools, curve):
     both = {0: curve([50, 97]), 1: curve([50, 99])}
     found = training.final_difference(both, {0: curve([50, 96]), 1: curve([50, 96])})
-    expected = tools("learning_curves").difference_interval((196, 200), (192, 200))
+    expected = tools("bench.learning.curves").difference_interval((196, 200), (192, 200))
     assert (found.value, found.low, found.high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("low", "verdict"), [(-0.029, True), (-0.03, False), (-0.05, False), (0.01, True)])
 def test_the_whole_interval_has_to_lie_above_the_margin(training, tools, low, verdict):
-    interval = tools("asyncflow.profile.model").Interval(low + 0.02, low, low + 0.04)
+    interval = Interval(low + 0.02, low, low + 0.04)
     assert training.is_non_inferior(interval, 0.03) is verdict
 
 

@@ -7,20 +7,22 @@ from dataclasses import replace
 import pytest
 from written_profile import make_profile, speedup
 
+from asyncflow.metrics import tracing
+
 
 @pytest.fixture(scope="module")
 def settings(tools):
-    return tools("overlap_settings")
+    return tools("bench.overlap.settings")
 
 
 @pytest.fixture(scope="module")
 def records(tools):
-    return tools("bench_records")
+    return tools("bench.common.records")
 
 
 @pytest.fixture(scope="module")
 def bench(tools):
-    return tools("bench_overlap")
+    return tools("bench.overlap.run")
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_what_a_part_needs_is_measured_before_it(bench):
 
 def test_a_part_without_what_it_needs_names_it(settings, tools, place):
     with pytest.raises(SystemExit, match="part balance comes first"):
-        tools("overlap_profiles").balanced_arguments(settings.TINY, place, "Lift")
+        tools("bench.overlap.profiles").balanced_arguments(settings.TINY, place, "Lift")
 
 
 # How they are called.
@@ -90,9 +92,9 @@ def write_balance(settings, records, place):
 
 def test_the_training_emulates_what_the_profile_emulates(settings, records, tools, place):
     write_balance(settings, records, place)
-    profile = tools("overlap_profiles").balanced_arguments(settings.FULL, place, "Lift")
+    profile = tools("bench.overlap.profiles").balanced_arguments(settings.FULL, place, "Lift")
     assert profile == ["--task", "Lift", "--inference-latency-s", "1.5", "--update-latency-s", "3.2"]
-    keys = tools("overlap_training").emulation(settings.FULL, place)
+    keys = tools("bench.overlap.training").emulation(settings.FULL, place)
     config = settings.FULL.load("Lift")
     minibatches = config.algorithm.update_epochs * config.algorithm.num_minibatches
     values = [float(key.partition("=")[2]) for key in keys]
@@ -101,9 +103,9 @@ def test_the_training_emulates_what_the_profile_emulates(settings, records, tool
 
 def test_the_training_is_one_that_bench_learning_knows(settings, records, tools, place, monkeypatch):
     write_balance(settings, records, place)
-    arguments = tools("overlap_training").learning_arguments(settings.FULL, place, "eval")
+    arguments = tools("bench.overlap.training").learning_arguments(settings.FULL, place, "eval")
     monkeypatch.setattr("sys.argv", ["bench_learning.py", *arguments])
-    options = tools("bench_learning").parse_arguments()
+    options = tools("bench.learning.run").parse_arguments()
     assert (options.phase, options.conditions, options.seeds) == ("eval", ["standard", "vla"], [0, 1, 2])
     assert (options.save_interval, options.curve_episodes, options.final_episodes) == (1, 100, 200)
     assert len(options.override) == 2
@@ -111,7 +113,7 @@ def test_the_training_is_one_that_bench_learning_knows(settings, records, tools,
 
 def test_ends_of_curves_are_evaluated_again_in_tables_of_their_own(settings, records, tools, place, monkeypatch):
     write_balance(settings, records, place)
-    training, learning = tools("overlap_training"), tools("bench_learning")
+    training, learning = tools("bench.overlap.training"), tools("bench.learning.run")
     options = []
     for is_fine in (False, True):
         arguments = training.learning_arguments(settings.FULL, place, "eval", is_fine)
@@ -132,7 +134,7 @@ def test_of_two_evaluations_the_one_of_more_episodes_counts(tools, place):
         for mode in ("standard", "vla"):
             table = place.data / folder / f"learning_{mode}_seed0.csv"
             table.write_text(f"updates,env_steps,wall_s,num_episodes,num_successes\n{rows}")
-    curves = tools("overlap_training").read_finest(place)
+    curves = tools("bench.overlap.training").read_finest(place)
     assert [(point.updates, point.num_successes) for point in curves["vla"][0]] == [(0, 30), (1, 40), (2, 960)]
 
 
@@ -141,7 +143,7 @@ def test_of_two_evaluations_the_one_of_more_episodes_counts(tools, place):
 
 @pytest.mark.parametrize("is_second", [False, True])
 def test_recording_is_on_in_every_other_pair_of_windows(settings, tools, tmp_path, monkeypatch, is_second):
-    overhead, tracing = tools("overlap_overhead"), tools("asyncflow.metrics.tracing")
+    overhead = tools("bench.overlap.overhead")
     calls = []
     for name in ("open", "close"):
         original = getattr(tracing.Tracer, name)
@@ -157,7 +159,7 @@ def test_recording_is_on_in_every_other_pair_of_windows(settings, tools, tmp_pat
 
 def test_the_overhead_is_the_ratio_of_windows_with_the_same_work(tools):
     """By hand: window k of both runs does k seconds of work, and recording adds 2 %."""
-    overhead = tools("overlap_overhead")
+    overhead = tools("bench.overlap.overhead")
     runs = [
         [overhead.Cost(k * (1.02 if overhead.is_on(k - 1, is_second) else 1.0), 1.0, 0.0) for k in range(1, 9)]
         for is_second in (False, True)
@@ -167,7 +169,7 @@ def test_the_overhead_is_the_ratio_of_windows_with_the_same_work(tools):
 
 
 def test_the_clocks_of_workers_are_read(tools):
-    overhead = tools("overlap_overhead")
+    overhead = tools("bench.overlap.overhead")
     assert overhead.worker_seconds(os.getpid()) > 0
 
 
@@ -193,13 +195,13 @@ def test_the_page_holds_every_target_that_was_measured(settings, records, tools,
         "overhead_toy": {"Toy": overhead},
         "overhead_lift": {"Lift": overhead},
         "lift": {"command": "asyncflow profile lift", "profile": make_profile()},
-        "train": {"command": "python tools/bench_learning.py"},
-        "evaluate": {"command": "python tools/bench_learning.py"},
+        "train": {"command": "python -m tools.bench.learning"},
+        "evaluate": {"command": "python -m tools.bench.learning"},
     }
     for part, found in figures.items():
         records.write_record(place, part, settings.TINY, found, 60.0)
     write_curves(tools, place.data / settings.CURVES)
-    findings = tools("overlap_page").write_page(place, records.read_records(place, list(bench.PARTS)))
+    findings = tools("bench.overlap.page").write_page(place, records.read_records(place, list(bench.PARTS)))
     page = (place.pages / "overlap.md").read_text()
     assert len(findings) == 8
     assert all(f"| {found.what} | {found.target} | {found.measured} |" in page for found in findings)
@@ -208,7 +210,7 @@ def test_the_page_holds_every_target_that_was_measured(settings, records, tools,
 
 def write_curves(tools, folder):
     """Write the tables of both modes on two seeds: 90 % after one update, 99 % after two."""
-    learning = tools("bench_learning")
+    learning = tools("bench.learning.run")
     folder.mkdir()
     for mode, update_s in (("standard", 2.0), ("vla", 1.0)):
         rows = [

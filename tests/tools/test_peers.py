@@ -16,12 +16,12 @@ CHUNK_GAMMA = 0.9801495  # 0.995 ** 4
 
 @pytest.fixture(scope="module")
 def contenders(peers):
-    return peers("peers_contenders")
+    return peers("bench.peers.contenders")
 
 
 @pytest.fixture(scope="module")
 def update(peers):
-    return peers("peers_update")
+    return peers("bench.peers.update")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def policy(update):
 
 @pytest.fixture(scope="module")
 def batch(peers, policy):
-    return peers("peers_setting").make_batch(policy, 8)
+    return peers("bench.peers.setting").make_batch(policy, 8)
 
 
 def linears(*modules):
@@ -49,7 +49,7 @@ def caught(monkeypatch, module, name):
 
 
 def test_the_network_of_the_comparison_is_ours_and_cleanrls(peers, policy):
-    agent = peers("peers_cleanrl").CleanRLAgent(19, 28, [256, 256], 0.5)
+    agent = peers("bench.peers.cleanrl").CleanRLAgent(19, 28, [256, 256], 0.5)
     assert linears(policy.actor) == linears(agent.actor_mean) == ACTOR
     assert linears(policy.critic) == linears(agent.critic) == CRITIC
     assert policy.log_std.exp().unique().tolist() == agent.actor_logstd.exp().unique().tolist() == pytest.approx([0.5])
@@ -94,7 +94,7 @@ def test_rsl_rl_is_told_the_same(contenders, monkeypatch, policy, batch):
 
 
 def test_torchrl_is_told_the_same(peers):
-    learner = peers("peers_torchrl").TorchRLPPO(960)
+    learner = peers("bench.peers.torchrl").TorchRLPPO(960)
     told, network = learner._loss.kwargs, learner.actor.args[0]
     assert (linears(network), linears(learner._loss.args[1].args[0])) == (ACTOR, CRITIC)
     assert network(torch.zeros(1, 19))[1].unique().tolist() == pytest.approx([0.5])
@@ -141,7 +141,7 @@ def test_stable_baselines3_is_given_the_rollout_anew_before_every_update(contend
 
 
 def test_the_rollout_has_whole_chunks_and_few_successes(peers, policy):
-    batch = peers("peers_setting").make_batch(policy, 60)
+    batch = peers("bench.peers.setting").make_batch(policy, 60)
     assert batch.actions.shape == (60, 16, 28)
     assert batch.rollout.data["discounts"].unique().tolist() == pytest.approx([CHUNK_GAMMA])
     assert 0 < batch.dones.float().mean() < 0.05
@@ -163,7 +163,7 @@ def test_cleanrls_advantages_by_hand(peers, batch):
         "dones": column(False, True, False),
         "last_values": torch.tensor([0.4]),
     }
-    found = peers("peers_cleanrl").compute_advantages(type(batch)(**given))
+    found = peers("bench.peers.cleanrl").compute_advantages(type(batch)(**given))
     assert found.flatten().tolist() == pytest.approx([0.5098015, -0.2, 2.2920598])
 
 
@@ -172,16 +172,16 @@ def test_cleanrls_advantages_are_those_of_our_rollout(peers, batch):
     following = torch.cat([batch.values[1:], batch.last_values[None]])
     ends = data["terminated"]
     ours, _ = compute_gae(Transitions(batch.rewards, batch.values, following, data["discounts"], ends, ends), 0.95)
-    theirs = peers("peers_cleanrl").compute_advantages(batch)
+    theirs = peers("bench.peers.cleanrl").compute_advantages(batch)
     assert theirs.flatten().tolist() == pytest.approx(ours.flatten().tolist(), abs=1e-5)
 
 
 def test_cleanrl_and_torchrl_train_each_decision_once_in_each_of_8_epochs(peers, monkeypatch, batch):
-    cleanrl, seen = peers("peers_cleanrl"), []
+    cleanrl, seen = peers("bench.peers.cleanrl"), []
     step = {"clip_fraction": 0.0}
     monkeypatch.setattr(cleanrl, "train_minibatch", lambda *arguments: seen.append(arguments[2]["log_probs"]) or step)
     cleanrl.train_like_cleanrl(None, None, batch)
-    learner = peers("peers_torchrl").TorchRLPPO(batch.rewards.numel())
+    learner = peers("bench.peers.torchrl").TorchRLPPO(batch.rewards.numel())
     learner.update(batch.rollout.data)
     for minibatches in (seen, [each["log_probs"] for each in learner._loss.minibatches]):
         assert [len(minibatch) for minibatch in minibatches] == [32] * 8 * 4

@@ -17,12 +17,12 @@ OPTIONS = argparse.Namespace(rollout=480, updates=4, repeats=2)
 
 @pytest.fixture(scope="module")
 def runs(peers):
-    return peers("peers_end_to_end")
+    return peers("bench.peers.end_to_end")
 
 
 @pytest.fixture(scope="module")
 def plan(peers):
-    return peers("peers_env").EnvPlan(fast_step=True, seed=5)
+    return peers("bench.peers.env").EnvPlan(fast_step=True, seed=5)
 
 
 # The environment.
@@ -52,7 +52,7 @@ class CountedSimulator:
 @pytest.fixture
 def env(peers, plan, monkeypatch):
     """Return an environment whose simulator is a `CountedSimulator`."""
-    module = peers("peers_env")
+    module = peers("bench.peers.env")
     monkeypatch.setattr(module, "RobomimicEnv", CountedSimulator)
     made = module.ChunkEnv(plan, 3)
     made.reset()
@@ -85,14 +85,14 @@ def test_an_episode_ends_after_120_env_steps(env, success, ends):
 
 @pytest.mark.parametrize("fast_step", [False, True])
 def test_the_simulator_is_the_one_of_the_plan(peers, monkeypatch, fast_step):
-    module = peers("peers_env")
+    module = peers("bench.peers.env")
     monkeypatch.setattr(module, "RobomimicEnv", CountedSimulator)
     settings = module.ChunkEnv(module.EnvPlan(fast_step, 5), 0)._simulator.settings
     assert (settings.fast_step, settings.task.env_name, settings.horizon) == (fast_step, "Lift", 120)
 
 
 def test_no_two_episodes_have_the_same_start(peers, plan, monkeypatch):
-    module = peers("peers_env")
+    module = peers("bench.peers.env")
     monkeypatch.setattr(module, "RobomimicEnv", CountedSimulator)
     envs = [module.ChunkEnv(plan, index) for index in range(2)]
     for each in envs * 2:
@@ -172,7 +172,7 @@ def test_stable_baselines3s_clock_counts_executed_steps_until_each_update_ends(r
 @pytest.mark.parametrize("num_workers", [2, 3, 5, 16])
 def test_torchrls_workers_share_all_16_environments(peers, plan, monkeypatch, num_workers):
     """Three collected batches of 3 executed steps each are trained on, and a new policy is sent after each."""
-    module, made = peers("peers_torchrl"), []
+    module, made = peers("bench.peers.torchrl"), []
 
     class Collector:
         def __init__(self, makers, actor, **kwargs):
@@ -285,7 +285,7 @@ def test_half_as_fast_again_as_the_faster_peer_is_the_target(runs, ours, is_met)
 @pytest.fixture
 def call(peers, monkeypatch, tmp_path):
     """Return a function that calls the tool on findings of the test; it returns the exit code and the page."""
-    bench, report = peers("bench_peers"), peers("bench_report")
+    bench, report = peers("bench.peers.run"), peers("bench.common.report")
     page = tmp_path / "peers.md"
     monkeypatch.setattr(bench, "PAGE", page)
     monkeypatch.setattr(bench, "enter_environment", lambda: None)
@@ -315,7 +315,7 @@ def test_a_part_alone_does_not_overwrite_the_page(call):
 
 
 def test_peers_of_these_versions_are_installed_once_and_others_anew(peers, monkeypatch, tmp_path):
-    setup, commands = peers("peers_setup"), []
+    setup, commands = peers("bench.peers.setup"), []
     folder = tmp_path / "peers"
     monkeypatch.setattr(setup, "FOLDER", folder)
 

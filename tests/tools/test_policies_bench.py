@@ -16,7 +16,7 @@ from asyncflow.policies.vla.policy import VLAPolicy
 from asyncflow.rollout import inference
 from asyncflow.rollout.plan import plan_ring
 
-TOOLS = Path(__file__).parents[2] / "tools"
+REPOSITORY = Path(__file__).parents[2]
 SMALL = {
     "env.num_envs": 2,
     "env.horizon": 8,
@@ -30,12 +30,12 @@ GPU = "a GPU"
 
 @pytest.fixture(scope="module")
 def frozen(tools):
-    return tools("policies_frozen")
+    return tools("bench.policies.frozen")
 
 
 @pytest.fixture(scope="module")
 def settings(tools):
-    return tools("policies_settings")
+    return tools("bench.policies.settings")
 
 
 def config_of(**changes):
@@ -120,7 +120,7 @@ def test_bytes_planned_for_one_environment_are_those_of_all(frozen):
 
 
 def test_the_ring_is_planned_for_each_thing_that_may_be_kept(tools, frozen, monkeypatch):
-    parts, config = tools("policies_parts"), config_of()
+    parts, config = tools("bench.policies.parts"), config_of()
     monkeypatch.setattr(parts, "isolated", lambda function, *arguments: function(*arguments))
     rings = {kept: found["obs_bytes"] for kept, found in parts.plan_rings(config, spec_of(config)).items()}
     assert rings["features, float32"] == 2 * rings["features, bfloat16"]
@@ -132,7 +132,7 @@ def test_the_ring_is_planned_for_each_thing_that_may_be_kept(tools, frozen, monk
 
 def test_decisions_are_timed_in_every_way_that_the_device_allows(tools, monkeypatch):
     monkeypatch.setattr(inference, "BACKEND", "eager")
-    timing, config = tools("policies_inference"), config_of(policy__freeze_backbone=True)
+    timing, config = tools("bench.policies.inference"), config_of(policy__freeze_backbone=True)
     eager, compiled = timing.measure_decisions(config, spec_of(config), 3, num_decisions=4)
     assert (eager["mode"], compiled["mode"]) == ("none", "compile")
     assert eager["build_s"] is None
@@ -143,7 +143,7 @@ def test_decisions_are_timed_in_every_way_that_the_device_allows(tools, monkeypa
 
 
 def test_warm_up_is_in_no_time(tools, monkeypatch):
-    timing, config = tools("policies_inference"), config_of()
+    timing, config = tools("bench.policies.inference"), config_of()
     policy = timing.build(config, spec_of(config))
     calls = []
 
@@ -158,12 +158,12 @@ def test_warm_up_is_in_no_time(tools, monkeypatch):
 
 
 def test_a_spread_is_median_and_deciles(tools):
-    found = tools("policies_inference").spread_of([float(x) for x in range(11)])
+    found = tools("bench.policies.inference").spread_of([float(x) for x in range(11)])
     assert found == {"median_s": 5.0, "low_s": 1.0, "high_s": 9.0, "num": 11}
 
 
 def test_the_compiler_finds_nothing_cached_and_its_folder_is_put_back(tools, monkeypatch):
-    timing = tools("policies_inference")
+    timing = tools("bench.policies.inference")
     monkeypatch.setenv(timing.CACHE, "/before")
     with timing.fresh_compiler_cache():
         folder = Path(os.environ[timing.CACHE])
@@ -180,7 +180,7 @@ def test_the_compiler_finds_nothing_cached_and_its_folder_is_put_back(tools, mon
 @pytest.mark.parametrize("is_tiny", [False, True])
 def test_every_part_that_can_be_measured_is_a_configuration(tools, settings, device, is_tiny):
     chosen = settings.choose_settings(device, is_tiny)
-    parts = tools("bench_policies").choose_parts(None, chosen)
+    parts = tools("bench.policies.run").choose_parts(None, chosen)
     configs = [settings.load(chosen.of(part)["preset"], tuple(chosen.of(part)["overrides"])) for part in parts]
     assert {config.policy.kind for config in configs} == {"flow", "vla"}
     assert any(config.policy.freeze_backbone for config in configs)
@@ -189,14 +189,14 @@ def test_every_part_that_can_be_measured_is_a_configuration(tools, settings, dev
 
 
 def test_without_a_gpu_what_needs_one_is_refused_in_a_line(tools, settings):
-    choose_parts, chosen = tools("bench_policies").choose_parts, settings.choose_settings("cpu", is_tiny=False)
+    choose_parts, chosen = tools("bench.policies.run").choose_parts, settings.choose_settings("cpu", is_tiny=False)
     assert choose_parts(["inference_tiny", "profile_mlp"], chosen) == ["profile_mlp", "inference_tiny"]
     with pytest.raises(SystemExit, match="--part profile_base: needs a GPU"):
         choose_parts(["profile_base"], chosen)
 
 
 def test_what_a_tiny_call_measured_is_not_taken_for_the_real_thing(tools, settings, tmp_path):
-    records, tiny = tools("bench_records"), settings.choose_settings("cpu", is_tiny=True)
+    records, tiny = tools("bench.common.records"), settings.choose_settings("cpu", is_tiny=True)
     place = records.choose_place(settings.NAME, tmp_path, is_tiny=True)
     records.write_record(place, "frozen_base", tiny, {}, 1.0)
     assert records.is_measured(place, "frozen_base", tiny)
@@ -230,14 +230,14 @@ def updates(seconds, flops):
     ],
 )
 def test_a_third_of_either_update_is_the_limit_in_seconds_and_in_operations(tools, seconds, flops, verdicts):
-    found = tools("policies_judge").judge_frozen(updates(seconds, flops))
+    found = tools("bench.policies.judge").judge_frozen(updates(seconds, flops))
     assert [row.is_met for row in found] == verdicts
     assert found[0].measured == f"{seconds[2] / seconds[0]:.3f}: {seconds[2]:.2f} of 9.00 s"
 
 
 def test_another_size_is_reported_and_not_judged(tools):
-    found = tools("policies_judge").judge_frozen(updates((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), is_judged=False)
-    assert {row.target for row in found} == {tools("bench_report").REPORTED}
+    found = tools("bench.policies.judge").judge_frozen(updates((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)), is_judged=False)
+    assert {row.target for row in found} == {tools("bench.common.report").REPORTED}
     assert all(row.is_met for row in found)
 
 
@@ -255,14 +255,14 @@ def decisions(*modes):
 @pytest.fixture
 def write(tools, settings, tmp_path):
     """Return a function that writes records of a device and then the page; it returns the page and the findings."""
-    records = tools("bench_records")
+    records = tools("bench.common.records")
 
     def write_page(device, figures):
         place = records.choose_place(settings.NAME, tmp_path, is_tiny=True)
         for part, found in figures.items():
             records.write_record(place, part, settings.choose_settings(device, is_tiny=False), found, 60.0)
-        written = records.read_records(place, tools("policies_parts").PARTS)
-        findings = tools("policies_page").write_page(place, written)
+        written = records.read_records(place, tools("bench.policies.parts").PARTS)
+        findings = tools("bench.policies.page").write_page(place, written)
         return place.page.read_text(), findings
 
     return write_page
@@ -305,10 +305,10 @@ def test_with_a_gpu_nothing_is_excused_by_its_absence(write):
 
 
 def test_a_missed_target_ends_with_1(tools, settings, tmp_path, capsys):
-    records, chosen = tools("bench_records"), settings.choose_settings("cpu", is_tiny=False)
+    records, chosen = tools("bench.common.records"), settings.choose_settings("cpu", is_tiny=False)
     place = records.choose_place(settings.NAME, tmp_path, is_tiny=True)
     records.write_record(place, "frozen_base", chosen, updates((9.0, 6.0, 5.0), (9.0, 6.0, 2.0)), 60.0)
-    assert tools("bench_policies").report(place, chosen) == 1
+    assert tools("bench.policies.run").report(place, chosen) == 1
     said = capsys.readouterr().out
     assert said.startswith("missed: `base`, features kept: seconds")
     assert "not measured yet: profile_mlp" in said
@@ -317,9 +317,9 @@ def test_a_missed_target_ends_with_1(tools, settings, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_quick_call_measures_everything_and_writes_its_page(tmp_path):
-    command = [sys.executable, str(TOOLS / "bench_policies.py"), "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.bench.policies", "--quick", "--out", str(tmp_path)]
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=hidden, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, env=hidden, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not measured yet" not in done.stdout
     page = (tmp_path / "pages" / "policies.md").read_text()

@@ -7,18 +7,17 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "tools"
 HOUR = 3600.0
 
 
 @pytest.fixture(scope="module")
 def report(tools):
-    return tools("soak_report")
+    return tools("soak.report")
 
 
 @pytest.fixture(scope="module")
 def soak(tools):
-    return tools("soak")
+    return tools("soak.run")
 
 
 def test_blocks_are_means_of_consecutive_samples(report):

@@ -4,21 +4,17 @@ import random
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import stress
-import stress_cuts
-import stress_faults
-import stress_ring
-import stress_weights
-from stress_report import Row, page
-
 from asyncflow.rollout.ring import RolloutRing
+from tools.stress import cuts as stress_cuts
+from tools.stress import faults as stress_faults
+from tools.stress import ring as stress_ring
+from tools.stress import run as stress
+from tools.stress import weights as stress_weights
+from tools.stress.report import Row, page
 
 FAILED = Row("a fault", 3, "a decision", "nothing", ("it did not hold",))
 

@@ -1,6 +1,6 @@
 """Make `docs/always_holds.md` of `promises.yaml`: every promise, with the tests that hold it.
 
-python tools/handbook/always_holds.py    # writes the page; `make docs` calls it
+python -m tools.handbook.always_holds    # writes the page; `make docs` calls it
 
 The names of tests are read from the syntax trees of the test files, so a test that was renamed or removed is found
 without running anything.

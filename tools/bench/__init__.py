@@ -1,0 +1,1 @@
+"""Benchmarks: each folder measures one question and writes its page under `docs/benchmarks/`."""

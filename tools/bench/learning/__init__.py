@@ -1,0 +1,1 @@
+"""Learning curves of both modes and of stale data on a task."""

@@ -1,0 +1,1 @@
+"""What overlapping collection and training gives, and what it costs."""

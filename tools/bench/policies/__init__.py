@@ -1,0 +1,1 @@
+"""What policies of several sizes cost: decisions, updates, frozen backbones."""

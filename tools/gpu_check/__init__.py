@@ -1,0 +1,1 @@
+"""What the tests show on a CPU, checked on a GPU."""

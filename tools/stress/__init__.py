@@ -1,0 +1,1 @@
+"""Every kind of fault, injected into real runs; writes `docs/reliability.md`."""

@@ -1,0 +1,95 @@
+"""What the parts of the stress suite share: failed checks, rows of the table, and the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tools.bench.common.report import describe_command, describe_machine, describe_setting, describe_software
+
+GUARANTEES = """
+## What is guaranteed, and its limits
+**Weights.** A lease is of one version, of the one that was asked for, and of the newest where that was asked for. One
+thread publishes and one leases; the race was run on the CPU, where copies are ordered by locks, not by CUDA events.
+
+**The ring.** Every rollout is handed over in order, once and whole, and in decisions
+`collected = trained + in_flight + dropped + invalid` holds at every release. With `on_full: overwrite` finished
+rollouts are lost on purpose; they are counted as dropped, and one in training is never touched.
+
+**Policy lag.** Fixed lag is exact, bounded lag never above its bound, whatever the delays in both stages.
+
+**Workers.** A worker that dies, stops or raises is replaced and the run goes on; a number that is not finite never
+reaches the ring. What is lost are the open episodes of that worker's environments, or the one poisoned episode: their
+decisions of the rollout being collected are marked invalid and not trained on. Decisions of the same episode in an
+earlier rollout stay trained. `env.max_restarts` within `env.restart_window_s` is the limit; one more ends the run. A
+worker that hangs costs `env.step_timeout_s` each time. When a worker dies decides what is lost, so such a run is not
+repeatable.
+
+**A failed collector.** The run ends with exit code 1 and saves the boundary after the newest update. The rollout under
+way is lost and collected again by `--resume`.
+
+**A full disk.** Training goes on; a checkpoint that cannot be written is reported and tried again at the next save, and
+the one before stays loadable. A run that ends while the disk is full ends with exit code 1, and `--resume` goes on
+from the newest checkpoint.
+
+**Cuts.** SIGINT and SIGTERM save the boundary after the newest update and lose no finished one. SIGKILL loses the
+updates since the newest checkpoint (`trainer.save_interval`); they are computed again, and with fixed lag and
+simulators that do not fail identically, so that the finished run equals an uncut one bit for bit. A run that is killed
+before its first checkpoint begins again at update 0 when it is resumed. SIGKILL ends processes, not the machine: loss
+of power was not tried.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+        injected: What was done to the program.
+        times: How often.
+        lost: What was lost by it, as counted.
+        held: What was checked.
+        failures: Checks that failed, a line each.
+    """
+
+    injected: str
+    times: int
+    lost: str
+    held: str
+    failures: tuple[str, ...] = ()
+
+    def to_markdown(self) -> str:
+        """Return the row."""
+        verdict = "yes" if not self.failures else "**no**: " + "; ".join(self.failures).replace("|", "/")
+        return f"| {self.injected} | {self.times:,} | {self.lost} | {self.held} | {verdict} |"
+
+
+@dataclass
+class Checks:
+    """Collects failed checks, so that one does not hide the next."""
+
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more are noted: a broken loop would fail thousands of times."""
+        return len(self.failures) >= 5
+
+    def expect(self, is_true: bool, otherwise: str) -> None:
+        """Note `otherwise` unless the check holds."""
+        if not is_true and not self.is_full:
+            self.failures.append(otherwise)
+
+
+def page(rows: list[Row], seed: int, minutes: float) -> str:
+    """Return `docs/reliability.md`."""
+    num_failed = sum(bool(row.failures) for row in rows)
+    verdict = "Everything held." if not num_failed else f"**This run failed: {num_failed} of {len(rows)} rows.**"
+    setting = describe_setting(describe_machine(), describe_software())
+    head = (
+        "# Reliability\n\n"
+        f"What the stress suite (`make stress`) injected, what was lost, and what held. {verdict}\n"
+        "The page is written by the suite itself.\n\n"
+        f"{setting}- Command: `{describe_command()}`, seed {seed}, {minutes:.1f} minutes\n"
+    )
+    table = ["| what was injected | how often | what was lost | what was checked | held |", "|---|---|---|---|---|"]
+    return "\n".join([head, *table, *(row.to_markdown() for row in rows), GUARANTEES.rstrip(), ""])
