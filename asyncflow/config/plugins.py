@@ -1,4 +1,4 @@
-"""What other packages add: policies and environments, by entry points, and classes by their import path.
+"""What other packages add: policies, environments and advantages, by entry points, and classes by their import path.
 
 Importing a module runs its code, so a name is imported only on the user's word, never on a file's: entry points are
 those of installed packages, and a class is imported only if it is asyncflow's own or was passed to `trust_class`.
@@ -16,7 +16,7 @@ from asyncflow.errors import ConfigError
 
 Built = TypeVar("Built")
 
-POLICIES, ENVS = "asyncflow.policies", "asyncflow.envs"
+POLICIES, ENVS, ADVANTAGES = "asyncflow.policies", "asyncflow.envs", "asyncflow.advantages"
 TRUST_FLAG = "--trust-class"
 MAX_SHOWN = 80  # characters of a name that a file may have made up
 _OWN = "asyncflow."

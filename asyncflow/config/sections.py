@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from asyncflow.config.algorithm import ADVANTAGE_NAMES, AlgorithmConfig
 from asyncflow.config.policy import (
     MAX_SECONDS,
     POLICY_KINDS,
@@ -26,6 +27,7 @@ from asyncflow.config.policy import (
 from asyncflow.errors import ConfigError
 
 __all__ = [
+    "ADVANTAGE_NAMES",
     "MAX_SECONDS",
     "POLICY_KINDS",
     "AlgorithmConfig",
@@ -117,47 +119,6 @@ class EnvConfig(Section):
         if not all(a < b for a, b in zip(low, high, strict=True)):
             raise ValueError(f"env.point_bounds = {self.point_bounds} must be three numbers and three larger ones")
         return self
-
-
-class AlgorithmConfig(Section):
-    """PPO."""
-
-    gamma: float = Field(0.995, gt=0, le=1, description="Discount per env step.")
-    success_value: Literal["zero", "continue"] = Field(
-        "zero", description="What follows a success: zero: nothing; continue: its last reward for ever, discounted."
-    )
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="GAE's lambda, per decision.")
-    advantage: Literal["gae", "monte_carlo", "n_step"] = Field("gae", description="Advantage estimator.")
-    n_step: int = Field(8, ge=1, description="n_step: decisions before the bootstrap.")
-    normalize_advantages: bool = Field(True, description="Normalise advantages over the valid decisions of a rollout.")
-    update_epochs: int = Field(8, ge=1, le=1000, description="Passes over a rollout per update.")
-    num_minibatches: int = Field(4, ge=1, description="Minibatches per pass.")
-    learning_rate: float = Field(1e-4, gt=0, description="Adam step size of the actor.")
-    critic_learning_rate: float = Field(1e-3, gt=0, description="Adam step size of the critic.")
-    lr_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="linear: to zero over total_updates; a larger limit on resuming raises it again."
-    )
-    critic_warmup_updates: int = Field(1, ge=0, description="First updates, in which only the critic is trained.")
-    clip_coef: float = Field(0.01, gt=0, description="PPO's clip of the ratio.")
-    dual_clip: float | None = Field(3.0, gt=1, description="Bound of the ratio for negative advantages; null: none.")
-    clip_value_loss: bool = Field(
-        False,
-        description="Take the worse of the value's error and that after a change clipped by clip_coef "
-        "(stable-baselines3 takes the latter alone).",
-    )
-    vf_coef: float = Field(0.5, ge=0, description="Weight of the value loss.")
-    ent_coef: float = Field(0.0, ge=0, description="Weight of the entropy bonus.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm limit, of actor and critic separately.")
-    target_kl: float | None = Field(None, gt=0, description="End an update after the epoch whose KL exceeds this.")
-    decoupled: bool = Field(True, description="Correct stale data by the decoupled objective; false: plain PPO.")
-    behavior_weight: Literal["truncate", "mask"] = Field(
-        "truncate", description="What happens to behavior weights above behavior_weight_max."
-    )
-    behavior_weight_max: float = Field(2.0, gt=0, description="Limit of exp(proximal - behavior).")
-    max_nonfinite_steps: int = Field(
-        20, ge=0, description="Minibatches skipped in a run because a number was not finite; one more ends it."
-    )
-    emulated_latency_s: float = Field(0.0, ge=0, le=MAX_SECONDS, description="Seconds added to every minibatch.")
 
 
 class BufferConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -19,7 +19,8 @@ from torch import Tensor
 from asyncflow.config.sections import AlgorithmConfig
 from asyncflow.errors import TrainingError
 from asyncflow.policies.base import Policy
-from asyncflow.ppo.gae import Transitions, compute_gae, compute_n_step
+from asyncflow.ppo.advantages import AdvantageEstimator, check_estimate, make_estimator
+from asyncflow.ppo.gae import Transitions
 from asyncflow.ppo.losses import (
     behavior_weights,
     can_be_squared,
@@ -34,8 +35,12 @@ from asyncflow.ppo.losses import (
     value_loss,
 )
 from asyncflow.ppo.optimizer import GuardedAdam
+from asyncflow.ppo.settings import PPOSettings, apply_settings
 from asyncflow.rollout.ring import Rollout
 from asyncflow.seeding import permutation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Step(NamedTuple):
@@ -64,16 +69,43 @@ class PPO:
     """Trains one policy on one rollout after another. Used by the main thread only.
 
     Attributes:
+        config: The settings.
+        seed: Of the minibatches' order; None, which counts as 0, until a trainer sets it.
+        total_updates: Length of the run, over which a step size may fall; None until a trainer sets it.
         optimizer: Adam, with a step size each for actor and critic.
         num_nonfinite_steps: Minibatches of the run that were skipped because a number was not finite.
     """
 
-    def __init__(self, policy: Policy, config: AlgorithmConfig, seed: int, total_updates: int | None = None) -> None:
-        """Create the optimizer, and allocate what undoes an update."""
+    def __init__(
+        self,
+        policy: Policy,
+        config: AlgorithmConfig | None = None,
+        *,
+        seed: int | None = None,
+        total_updates: int | None = None,
+        advantage: AdvantageEstimator | str | None = None,
+        **settings: Unpack[PPOSettings],
+    ) -> None:
+        """Create the optimizer, and allocate what undoes an update.
+
+        Args:
+            policy: What is trained.
+            config: The settings; None for the defaults.
+            seed: Of the minibatches' order; None: the trainer's, or 0 without one.
+            total_updates: Length of the run, over which a step size may fall; None: the trainer's.
+            advantage: An estimator, or a name as for `algorithm.advantage`; None: that of `config`.
+            settings: Fields of `AlgorithmConfig` that replace those of `config`, such as `clip_coef=0.02`.
+
+        Raises:
+            ConfigError: A setting is unknown or not allowed, or an estimator cannot be imported.
+        """
+        if isinstance(advantage, str):
+            settings = {**settings, "advantage": advantage}  # type: ignore[typeddict-unknown-key]
         self.policy = policy
-        self.config = config
+        self.config = config = apply_settings(config, settings)
+        self.seed, self.total_updates = seed, total_updates
         self.num_nonfinite_steps = 0
-        self._seed, self._total_updates = seed, total_updates
+        self._estimator = make_estimator(config) if isinstance(advantage, str | None) else advantage
         self._actor = [p for p in policy.actor_parameters() if p.requires_grad]
         self._critic = [p for p in policy.critic_parameters() if p.requires_grad]
         groups = [
@@ -136,7 +168,7 @@ class PPO:
     def _run_epochs(self, batch: TensorDict, version: int, on_minibatch: Callable[[], None]) -> tuple[Tensor, int]:
         """Take all steps of an update; return the minibatches' table of numbers and the number of epochs."""
         is_warmup, epochs = version < self.config.critic_warmup_updates, range(self.config.update_epochs)
-        orders = torch.stack([permutation(self._seed, version, epoch, len(batch)) for epoch in epochs])
+        orders = torch.stack([permutation(self.seed or 0, version, epoch, len(batch)) for epoch in epochs])
         steps: list[Step] = []
         seen: list[TensorDict] = []
         for order in orders.to(batch.device):
@@ -186,8 +218,8 @@ class PPO:
     def learning_rates(self, version: int) -> dict[str, float]:
         """Return the step sizes of actor and critic in the update of a version, by their metric names."""
         config, fraction = self.config, 1.0
-        if config.lr_schedule == "linear" and self._total_updates:
-            fraction = 1 - version / self._total_updates
+        if config.lr_schedule == "linear" and self.total_updates:
+            fraction = 1 - version / self.total_updates
         rates = {"learning_rate": config.learning_rate, "critic_learning_rate": config.critic_learning_rate}
         return {f"train/{name}": rate * fraction for name, rate in rates.items()}
 
@@ -214,7 +246,7 @@ class PPO:
         given, transitions = batch["valid"], self._transitions(batch, rollout, piece)
         is_usable = can_be_squared(transitions.errors)
         transitions = transitions.without(~(given & is_usable))
-        advantages, returns = self._estimate(transitions)
+        advantages, returns = check_estimate(self._estimator, self._estimator(transitions), transitions.values)
         is_usable &= can_be_squared(advantages) & can_be_squared(returns)  # small numbers may add up to a large one
         batch["valid"], batch["is_lost"] = given & is_usable, given & ~is_usable
         batch["values"] = transitions.values
@@ -229,13 +261,6 @@ class PPO:
         return Transitions(
             batch["rewards"], values[:-1], next_values, batch["discounts"], batch["terminated"], boundary
         )
-
-    def _estimate(self, transitions: Transitions) -> tuple[Tensor, Tensor]:
-        """Return advantages and returns, [T, N], by the estimator of the configuration."""
-        config = self.config
-        if config.advantage == "n_step":
-            return compute_n_step(transitions, config.n_step)
-        return compute_gae(transitions, 1.0 if config.advantage == "monte_carlo" else config.gae_lambda)
 
     def _values(self, obs: TensorDictBase, piece: int) -> Tensor:
         """Return V of observations [R, N], computed `piece` at a time, [R, N]."""

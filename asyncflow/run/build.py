@@ -39,6 +39,7 @@ from asyncflow.policies.policy_file import (
     resolve_checkpoint,
 )
 from asyncflow.policies.vla.foreign import without_weights
+from asyncflow.ppo.advantages import make_estimator
 from asyncflow.ppo.ppo import PPO
 from asyncflow.ppo.promises import check_promises
 from asyncflow.resources import check_memory
@@ -107,6 +108,7 @@ def check_start(config: Config) -> Path:
             names in `policy.mapping` do not exist, or the folder already holds a run.
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
+    make_estimator(config.algorithm)
     folder = name_run_folder(config)
     start = _read_start(config)
     is_sized = is_described(config.env) and config.env.env_meta is None  # by the table of tasks, or the policy's file
@@ -201,7 +203,8 @@ def build_parts(
         if config.policy.is_from_elsewhere:
             check_promises(policy, config.policy.n_action_steps, env.spec)
         channel = _build_channel(config, policy, env.spec, on_plan)
-        ppo = PPO(policy, config.algorithm, config.trainer.seed, config.trainer.total_updates)
+        trainer = config.trainer
+        ppo = PPO(policy, config.algorithm, seed=trainer.seed, total_updates=trainer.total_updates)
         progress = Progress()
         if resumed is not None:
             progress = Progress.from_state(resumed.state, resumed.journal)

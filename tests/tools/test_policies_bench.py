@@ -90,7 +90,7 @@ def test_only_updates_on_observations_run_the_frozen_backbone(frozen, monkeypatc
     rollout = frozen.make_rollout(policy, spec_of(config), config, variant == "kept")
     runs, run_backbone = [], VLAPolicy._run_backbone
     monkeypatch.setattr(VLAPolicy, "_run_backbone", lambda *args: (runs.append(1), run_backbone(*args))[1])
-    frozen.CountedPPO(policy, config.algorithm, 0).update(rollout, 1, lambda: None)
+    frozen.CountedPPO(policy, config.algorithm).update(rollout, 1, lambda: None)
     assert bool(runs) is is_run
 
 

@@ -82,9 +82,9 @@ def flops_per_decision(flops: Mapping[str, float], extent: Extent, other: Extent
 class CountedPPO(PPO):
     """Counts the floating-point operations of an update, by what they are for; matrix products and attention."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
         """Build as `PPO`; nothing is counted yet."""
-        super().__init__(*arguments)
+        super().__init__(*arguments, **settings)
         self.flops: Counter[str] = Counter()
         self.is_counting = False
 
@@ -125,7 +125,7 @@ def measure_updates(config: Config, spec: EnvSpec, variant: str, num_updates: in
     trainable = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     check_memory((NUM_OPTIMIZER_COPIES + 1) * trainable, device, "policy.vla.size")
     rollout = make_rollout(policy, spec, config, variant == KEPT)
-    ppo = CountedPPO(policy, config.algorithm, 0)
+    ppo = CountedPPO(policy, config.algorithm)
     version = rollout.policy_version + LAG
 
     def update() -> float:
