@@ -50,6 +50,7 @@ class EnvSpec:
         action_low: The lowest action in each dimension, -1 everywhere if empty; -inf where there is no limit.
         action_high: The highest; 1 everywhere if empty.
         point_settings: The keys of `env` with which point clouds are made; empty without any.
+        has_success: Whether episodes can succeed; False where only their returns tell how good they are.
     """
 
     obs_shapes: dict[str, tuple[int, ...]]
@@ -63,6 +64,7 @@ class EnvSpec:
     action_low: tuple[float, ...] = ()
     action_high: tuple[float, ...] = ()
     point_settings: dict[str, Any] = field(default_factory=dict)
+    has_success: bool = True
 
     def __post_init__(self) -> None:
         """Check the limits of actions.
@@ -134,6 +136,22 @@ class EnvSpec:
         return obs
 
 
+class StepResult(NamedTuple):
+    """What one env step did.
+
+    Attributes:
+        reward: Its reward.
+        terminated: The episode is over by itself: nothing follows, and nothing bootstraps.
+        truncated: The episode is cut, though it would go on: the value of the last observation bootstraps.
+        is_success: The task is solved now; an episode that ends with such a step counts as a success.
+    """
+
+    reward: float
+    terminated: bool
+    truncated: bool
+    is_success: bool
+
+
 @dataclass(frozen=True)
 class Fault:
     """Something that broke episodes and was survived.
@@ -170,13 +188,14 @@ class ChunkResult:
             it may lack env steps of the chunk before the last one.
         rewards: [n, H] float32, reward of each executed env step, zero after the episode's end.
         executed: [n] int64, env steps executed, 1 to H; 0 where `broken`.
-        terminated: [n] bool, the task was solved.
+        terminated: [n] bool, the episode ended by itself, by default because the task was solved: nothing follows.
         truncated: [n] bool, the episode was cut at the horizon or sooner; never true where `terminated` is.
         episode_return: [n] float32, undiscounted return of the episode that ended; zero elsewhere.
         episode_length: [n] int64, env steps of the episode that ended; zero elsewhere.
         broken: [n] bool, the episode that the chunk belonged to was lost with its simulator, or had to be given up.
         faults: What was survived since the last result, whichever environments it befell.
         spans: When it was simulated, a worker each.
+        succeeded: [n] bool, an episode ended that solved the task; None where `terminated` says so.
     """
 
     obs: TensorDict
@@ -190,6 +209,12 @@ class ChunkResult:
     broken: Tensor
     faults: tuple[Fault, ...] = ()
     spans: tuple[ChunkSpan, ...] = ()
+    succeeded: Tensor | None = None
+
+    @property
+    def is_success(self) -> Tensor:
+        """[n] bool, an episode ended that solved the task."""
+        return self.terminated if self.succeeded is None else self.succeeded
 
 
 class VecEnv(ABC):

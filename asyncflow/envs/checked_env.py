@@ -82,6 +82,7 @@ class CheckedVecEnv(VecEnv):
             final_obs=self._check_obs(answer.final_obs, num_rows, "step_wait", "returned as final_obs"),
             faults=self._check_tuple("faults", answer.faults, Fault),
             spans=self._check_tuple("spans", answer.spans, ChunkSpan),
+            succeeded=None if answer.succeeded is None else self._check_rows("succeeded", answer.succeeded, num_rows),
             **{name: self._check_rows(name, getattr(answer, name), num_rows) for name in _NUMBERS + _COUNTS + _FLAGS},
         )
         self._check_ends(result, env_ids)
@@ -143,6 +144,7 @@ class CheckedVecEnv(VecEnv):
         executed, has_ended = result.executed, result.terminated | result.truncated
         is_wrong = (executed < 0) | (executed > self._chunk_length) | ((executed == 0) != result.broken)
         is_wrong |= (result.terminated & result.truncated) | (result.broken & has_ended)
+        is_wrong |= result.is_success & ~has_ended
         for row in is_wrong.nonzero().flatten().tolist()[:1]:
             found = ", ".join(f"{name} {getattr(result, name)[row].item()}" for name in ("executed", *_FLAGS))
             raise ContractError(
@@ -172,7 +174,7 @@ def _copy_journal(journal: EpisodeJournal) -> EpisodeJournal:
 
 def _kind_of(name: str) -> tuple[str, torch.dtype]:
     """Return what a field of a result holds, in words, and the dtype of its copy."""
-    if name in _FLAGS:
+    if name in (*_FLAGS, "succeeded"):
         return "bool flags", torch.bool
     return ("whole numbers", torch.int64) if name in _COUNTS else ("floats", torch.float32)
 

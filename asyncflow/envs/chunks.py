@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncflow.config.contracts import name_of
-from asyncflow.envs.base import RENDERED, EnvSpec, Fault
+from asyncflow.envs.base import RENDERED, EnvSpec, Fault, StepResult
 from asyncflow.envs.contract import CheckedSimulator
 from asyncflow.errors import ContractError, EnvError
 from asyncflow.resources import share_memory
@@ -31,7 +31,8 @@ NO_IMAGES = (1, 0, 3, 0, 0)
 NO_POINTS = (1, 0, 0, 6)
 _NONFINITE = ("", "action", "reward", "observation")  # what a number of the board's column stands for
 _OUTCOME = (
-    "rewards", "executed", "terminated", "truncated", "episode_return", "episode_length", "nonfinite", "nonfinite_step",
+    "rewards", "executed", "terminated", "truncated", "succeeded", "episode_return", "episode_length", "nonfinite",
+    "nonfinite_step",
 )  # fmt: skip
 
 
@@ -46,8 +47,11 @@ class Simulator(Protocol):
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`."""
 
-    def step(self, action: NDArray[Any]) -> tuple[float, bool]:
-        """Execute one action, [A]; return its reward and whether the task is solved now."""
+    def step(self, action: NDArray[Any]) -> tuple[float, bool] | StepResult:
+        """Execute one action, [A]; return its reward and whether the task is solved now, which ends the episode.
+
+        Where episodes end otherwise, too, return a `StepResult`.
+        """
 
     def observe(self) -> NDArray[Any]:
         """Return the `state` observation after the last step or reset, [D]."""
@@ -76,8 +80,9 @@ class ChunkBoard:
         final_points: [N, O, C, P, 6] float32, those of `final_obs`.
         rewards: [N, H] zero after the episode's end.
         executed: [N] env steps executed; zero where the chunk counts for nothing.
-        terminated: [N] the task was solved.
-        truncated: [N] the horizon was reached without success.
+        terminated: [N] the episode ended by itself, as by success.
+        truncated: [N] the episode was cut, at the horizon at the latest.
+        succeeded: [N] an episode ended that solved the task.
         episode_return: [N] undiscounted return of the episode that ended, or zero.
         episode_length: [N] env steps of the episode that ended, or zero.
         nonfinite: [N] what was not finite, as a place in `_NONFINITE`; zero if nothing was.
@@ -97,6 +102,7 @@ class ChunkBoard:
     executed: Tensor
     terminated: Tensor
     truncated: Tensor
+    succeeded: Tensor
     episode_return: Tensor
     episode_length: Tensor
     nonfinite: Tensor
@@ -135,6 +141,7 @@ class ChunkBoard:
             executed=torch.zeros(num_envs, dtype=torch.int64),
             terminated=torch.zeros(num_envs, dtype=torch.bool),
             truncated=torch.zeros(num_envs, dtype=torch.bool),
+            succeeded=torch.zeros(num_envs, dtype=torch.bool),
             episode_return=torch.zeros(num_envs),
             episode_length=torch.zeros(num_envs, dtype=torch.int64),
             nonfinite=torch.zeros(num_envs, dtype=torch.int64),
@@ -226,40 +233,42 @@ class EpisodeRunner:
         length = self._length
         self._row["started_s"][...] = time.perf_counter()
         try:
-            terminated = self._step_chunk(is_rendered)
-            self._look(is_rendered and not terminated)
+            last = self._step_chunk(is_rendered)
+            self._look(is_rendered and not last.terminated)
             self._write("final_")
         except _NonFiniteError as error:
             self._give_up(error)
         else:
-            self._finish_chunk(self._length - length, terminated)
+            self._finish_chunk(self._length - length, last)
         self._row["ended_s"][...] = time.perf_counter()
 
-    def _step_chunk(self, is_rendered: bool) -> bool:
-        """Execute actions up to the episode's end; return whether the task is solved."""
+    def _step_chunk(self, is_rendered: bool) -> StepResult:
+        """Execute actions up to the episode's end; return what the last one did."""
         self._row["rewards"][:] = 0.0
-        actions, terminated = self._row["actions"][:, : self._action_dim], False
+        actions = self._row["actions"][:, : self._action_dim]
         is_finite = np.isfinite(actions).all(axis=1)
         if not is_finite.all():  # MuJoCo would quietly reset its state to the model's default
             raise _NonFiniteError("action", self._length + 1 + int(is_finite.argmin()))
         planned = min(len(actions), self.spec.horizon - self._length)
         for step, action in enumerate(actions[:planned]):
-            reward, terminated = self._simulator.step(action)
+            last = self._simulator.step(action)
             self._length += 1
-            self._return += reward
-            self._row["rewards"][step] = reward
+            self._return += last.reward
+            self._row["rewards"][step] = last.reward
             if not math.isfinite(self._row["rewards"][step]):
                 raise _NonFiniteError("reward", self._length)
-            if terminated:
+            if last.terminated or last.truncated:
                 break
             if planned - self._n_obs_steps <= step < planned - 1:  # the last one is looked at by the caller
                 self._look(is_rendered)
-        return terminated
+        return last
 
-    def _finish_chunk(self, executed: int, terminated: bool) -> None:
-        row, has_ended = self._row, terminated or self._length >= self.spec.horizon
+    def _finish_chunk(self, executed: int, last: StepResult) -> None:
+        row, terminated = self._row, last.terminated
+        has_ended = terminated or last.truncated or self._length >= self.spec.horizon
         row["executed"][...], row["terminated"][...] = executed, terminated
         row["truncated"][...] = has_ended and not terminated
+        row["succeeded"][...] = has_ended and last.is_success
         row["episode_return"][...] = self._return if has_ended else 0.0
         row["episode_length"][...] = self._length if has_ended else 0
         if has_ended:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from asyncflow.config.contracts import broken, check_callable, name_of
 from asyncflow.config.tasks import POINTS
-from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.base import EnvSpec, StepResult
 from asyncflow.errors import ContractError
 
 _REAL = "fiub"  # kinds of dtypes that hold real numbers
@@ -52,13 +52,14 @@ class CheckedSimulator:
         """Start an episode."""
         self._simulator.reset(seed)
 
-    def step(self, action: NDArray[Any]) -> tuple[float, bool]:
+    def step(self, action: NDArray[Any]) -> StepResult:
         """Execute one action, of which the simulator gets a copy."""
         answer = self._simulator.step(action.copy())
-        if isinstance(answer, tuple | list) and len(answer) == 2:
-            reward, is_solved = _as_number(answer[0]), _as_flag(answer[1])
-            if reward is not None and is_solved is not None:
-                return reward, is_solved
+        if isinstance(answer, StepResult) or (isinstance(answer, tuple | list) and len(answer) == 2):
+            reward, *flags = _as_number(answer[0]), *map(_as_flag, answer[1:])
+            if reward is not None and None not in flags:
+                terminated, truncated, is_success = flags if len(flags) == 3 else (flags[0], False, flags[0])
+                return StepResult(reward, bool(terminated), bool(truncated), bool(is_success))
         raise broken(f"{self._name}.step", "returned", answer, "(reward, is_solved), a number and a bool")
 
     def observe(self) -> NDArray[np.float32]:

@@ -288,6 +288,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             executed=board.executed[rows].clone(),
             terminated=board.terminated[rows].clone(),
             truncated=board.truncated[rows].clone(),
+            succeeded=board.succeeded[rows].clone(),
             episode_return=board.episode_return[rows].clone(),
             episode_length=board.episode_length[rows].clone(),
             broken=broken,

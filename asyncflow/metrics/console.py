@@ -76,8 +76,16 @@ class Evaluation(Protocol):
         """Upper end."""
 
     @property
+    def has_success(self) -> bool:
+        """Whether anything is a success; else only returns tell how good a policy is."""
+
+    @property
     def episode_length(self) -> float:
         """Mean env steps of an episode."""
+
+    @property
+    def episode_return(self) -> float:
+        """Mean undiscounted return of an episode."""
 
     @property
     def wall_s(self) -> float:
@@ -125,8 +133,7 @@ class ConsoleReporter:
         if not self._is_terminal:
             self._print(f"evaluation after update {updates}: {describe_evaluation(result)}")
             return
-        rate = _describe_rate(result.success_rate, result.success_low, result.success_high)
-        self._print(f"  eval    success_rate {rate}, {result.num_episodes} episodes")
+        self._print(f"  eval    {_describe_score(result)}, {result.num_episodes} episodes")
 
     def end(self, run_dir: Path, checkpoint: Path, row: Mapping[str, float], is_stopped: bool) -> None:
         """Show how the run ended and the command that comes next."""
@@ -134,6 +141,8 @@ class ConsoleReporter:
         if "eval/success_rate" in row:
             interval = (row["eval/success_low"], row["eval/success_high"])
             rows["evaluation"] = _describe_rate(row["eval/success_rate"], *interval)
+        elif "eval/episode_return" in row:
+            rows["evaluation"] = f"episode_return {row['eval/episode_return']:.4g}"
         rows["checkpoint"] = str(checkpoint)
         if self._config is None or self._config.logging.logger == "tensorboard":
             rows["curves"] = command("--logdir", run_dir, program="tensorboard")
@@ -268,11 +277,17 @@ def format_duration(seconds: float) -> str:
 
 def describe_evaluation(result: Evaluation) -> str:
     """Return an evaluation in a line that ends with the number of episodes."""
-    rate = _describe_rate(result.success_rate, result.success_low, result.success_high)
+    count = f"{result.num_successes} of exactly" if result.has_success else "exactly"
     return (
-        f"success_rate {rate}, episode_length {result.episode_length:.1f}, "
-        f"wall_s {result.wall_s:.1f}, {result.num_successes} of exactly {result.num_episodes} episodes"
+        f"{_describe_score(result)}, episode_length {result.episode_length:.1f}, "
+        f"wall_s {result.wall_s:.1f}, {count} {result.num_episodes} episodes"
     )
+
+
+def _describe_score(result: Evaluation) -> str:
+    if not result.has_success:
+        return f"episode_return {result.episode_return:.4g}"
+    return f"success_rate {_describe_rate(result.success_rate, result.success_low, result.success_high)}"
 
 
 def _describe_rate(rate: float, low: float, high: float) -> str:

@@ -118,6 +118,7 @@ GLOSSARY: dict[str, Metric] = {
     "eval/success_low": Metric("fraction", "Lower end of its 95 % interval.", _EVALUATION),
     "eval/success_high": Metric("fraction", "Upper end of its 95 % interval.", _EVALUATION),
     "eval/episode_length": Metric("env steps", "Mean length of the evaluation's episodes.", _EVALUATION),
+    "eval/episode_return": Metric("return", "Mean undiscounted return of those episodes.", _EVALUATION),
 }
 
 _TIMING_GROUPS = ("time/", "throughput/", "async/", "health/")

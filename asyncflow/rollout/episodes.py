@@ -33,14 +33,20 @@ def split_by_start(episodes: Iterable[Episode], end: int) -> tuple[list[Episode]
     return [e for e in episodes if e.start < end], [e for e in episodes if e.start >= end]
 
 
-def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """Return the `rollout/` metrics; of no episode there is nothing but their number."""
+def episode_metrics(episodes: list[Episode], has_success: bool = True) -> dict[str, float]:
+    """Return the `rollout/` metrics; of no episode there is nothing but their number.
+
+    Args:
+        episodes: Those that count now.
+        has_success: `EnvSpec.has_success`; without it there is no success rate.
+    """
     num = len(episodes)
     if not num:
         return {"rollout/num_episodes": 0.0}
+    rate = {"rollout/success_rate": sum(e.is_success for e in episodes) / num} if has_success else {}
     return {
         "rollout/num_episodes": float(num),
-        "rollout/success_rate": sum(e.is_success for e in episodes) / num,
+        **rate,
         "rollout/episode_return": sum(e.episode_return for e in episodes) / num,
         "rollout/episode_length": sum(e.length for e in episodes) / num,
     }

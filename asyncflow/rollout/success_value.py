@@ -26,7 +26,9 @@ def rewards_after_success(result: ChunkResult, gamma: float) -> Tensor:
     That reward r is paid in every env step after the chunk: `gamma^executed r / (1 - gamma)`.
     """
     last = result.rewards.gather(1, (result.executed - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-    return torch.where(result.terminated, gamma ** result.executed.float() * last / (1 - gamma), 0.0)
+    return torch.where(
+        result.terminated & result.is_success, gamma ** result.executed.float() * last / (1 - gamma), 0.0
+    )
 
 
 def warn_of_shaped_reward(env_meta: Mapping[str, Any]) -> str | None:

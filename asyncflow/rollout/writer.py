@@ -252,7 +252,7 @@ class RolloutWriter:
             else:
                 length = int(result.episode_length[i])
                 start = now + 1 - math.ceil(length / self._policy.n_action_steps)  # its last chunk alone may be short
-                episode_return, is_success = float(result.episode_return[i]), bool(result.terminated[i])
+                episode_return, is_success = float(result.episode_return[i]), bool(result.is_success[i])
                 self._episodes.append(Episode(start, episode_return, length, is_success))
             self._episode_starts[env] = t + 1
 

@@ -44,6 +44,7 @@ class EvalResult:
         wall_s: Seconds that the evaluation took.
         num_broken: Episodes that were lost with a simulator or given up, and do not count.
         faults: What was survived.
+        has_success: Whether the environment says what success is; without it there are only returns.
     """
 
     num_episodes: int
@@ -56,12 +57,18 @@ class EvalResult:
     wall_s: float
     num_broken: int = 0
     faults: tuple[Fault, ...] = ()
+    has_success: bool = True
+
+    @property
+    def score(self) -> float:
+        """What makes a policy the best of a run: its success rate, or its mean return where nothing is a success."""
+        return self.success_rate if self.has_success else self.episode_return
 
     def as_metrics(self) -> dict[str, float]:
         """Return the logged part under its metric names."""
-        names = ("success_rate", "success_low", "success_high", "episode_length")
+        names = ("success_rate", "success_low", "success_high") if self.has_success else ()
         values = asdict(self)
-        return {f"eval/{name}": values[name] for name in names}
+        return {f"eval/{name}": values[name] for name in (*names, "episode_length", "episode_return")}
 
 
 @dataclass
@@ -78,7 +85,7 @@ class _Tally:
         """Count the episodes that ended with this chunk; the other rows are zero, those of broken episodes too."""
         self.num_broken += int(result.broken.sum())
         self.faults += result.faults
-        self.num_successes += int(result.terminated.sum())
+        self.num_successes += int(result.is_success.sum())
         self.total_length += int(result.episode_length.sum())
         self.total_return += float(result.episode_return.sum())
 
@@ -128,7 +135,7 @@ def evaluate(
             tally.add(result)
         tally.check_broken(num_episodes)
         decision += 1  # an environment is busy until its quota is done, so this is each one's own count
-    return _summarise(tally, num_episodes, time.perf_counter() - start)
+    return _summarise(tally, num_episodes, time.perf_counter() - start, vec_env.spec.has_success)
 
 
 def episode_quotas(num_episodes: int, num_envs: int) -> Tensor:
@@ -178,7 +185,7 @@ def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
     return low, high
 
 
-def _summarise(tally: _Tally, num_episodes: int, wall_s: float) -> EvalResult:
+def _summarise(tally: _Tally, num_episodes: int, wall_s: float, has_success: bool) -> EvalResult:
     low, high = wilson_interval(tally.num_successes, num_episodes)
     return EvalResult(
         num_episodes=num_episodes,
@@ -191,4 +198,5 @@ def _summarise(tally: _Tally, num_episodes: int, wall_s: float) -> EvalResult:
         wall_s=wall_s,
         num_broken=tally.num_broken,
         faults=tuple(tally.faults),
+        has_success=has_success,
     )

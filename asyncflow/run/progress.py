@@ -34,7 +34,8 @@ class Progress:
         updates: Updates, which is the version of the weights.
         next_rollout: Number of the rollout that the next update trains on, or a later one.
         faults: How many of each kind were survived.
-        best_success: Of the best evaluation after an update that was saved; -1 before the first.
+        best_success: Score of the best evaluation after an update that was saved: its success rate, or its mean return
+            where nothing is a success; -1 before the first.
         best_update: That update; 0 before the first.
         episodes: Those that ended and are not counted in a row yet: others that began with them may be open still.
         journal: What rebuilds the episodes that are open where the next rollout begins; None at the beginning.
@@ -96,9 +97,9 @@ class Progress:
             "health/nonfinite_episodes": float(self.faults["nonfinite"]),
         }
 
-    def is_best(self, success_rate: float) -> bool:
+    def is_best(self, score: float) -> bool:
         """Tell whether an evaluation of this update beats all before."""
-        return self.updates > 0 and success_rate > self.best_success
+        return self.updates > 0 and (not self.best_update or score > self.best_success)
 
     def is_at_end(self, limits: TrainerConfig) -> bool:
         """Tell whether a limit of the run is reached."""

@@ -168,7 +168,7 @@ class Trainer:
                 parts.channel.publisher.publish(progress.updates)
             metrics |= rollout_metrics(rollout, lag, watch.take())
             episodes = progress.take_episodes(rollout.info.episodes, self._end_of_fair_starts(rollout))
-            metrics |= episode_metrics(episodes)
+            metrics |= episode_metrics(episodes, parts.env.spec.has_success)
             self._tell_clipped(rollout)
             parts.channel.buffer.release(rollout)
         self._tell(rollout.info.faults)
@@ -263,9 +263,9 @@ class Trainer:
         self.reporter.evaluation(updates, result)
         self.progress.faults.update(fault.kind for fault in result.faults)
         self._tell(result.faults)
-        is_best = self.progress.is_best(result.success_rate)
+        is_best = self.progress.is_best(result.score)
         if is_best:
-            self.progress.best_success, self.progress.best_update = result.success_rate, updates
+            self.progress.best_success, self.progress.best_update = result.score, updates
         return is_best
 
     def _evaluate(self) -> EvalResult:

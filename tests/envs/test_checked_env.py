@@ -38,6 +38,17 @@ def step(env, env_ids=range(N), actions=None):
     return env.step_wait(env_ids)
 
 
+def test_a_success_needs_an_end():
+    nothing, all_of_them = torch.zeros(N, dtype=torch.bool), torch.ones(N, dtype=torch.bool)
+    env = check(Registered(change_result=lambda result: replace(result, succeeded=nothing)))
+    env.reset(0)
+    assert torch.equal(step(env).is_success, nothing)
+    env = check(Registered(change_result=lambda result: replace(result, succeeded=all_of_them)))
+    env.reset(0)
+    with pytest.raises(ContractError, match="environment 0: executed 2, terminated False"):
+        step(env)
+
+
 def test_what_keeps_the_contract_is_passed_on():
     env, plain = check(Registered()), ToyVecEnv(N, H)
     assert torch.equal(env.reset(0)["state"], plain.reset(0)["state"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from fake_simulator import HORIZON, NAN_OBS, NAN_REWARD, SUCCEED, FakeSimulator
 
+from asyncflow.envs.base import StepResult
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, check_actions
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.seeding import derive_seed
@@ -72,6 +73,40 @@ def test_success_on_the_last_step_is_a_termination_and_no_truncation(board, runn
     runner.execute()
     assert board.terminated[2]
     assert not board.truncated[2]
+
+
+@pytest.mark.parametrize(
+    ("end", "terminated", "truncated", "succeeded"),
+    [
+        (StepResult(1.0, True, False, False), True, False, False),
+        (StepResult(1.0, True, True, True), True, False, True),  # nothing follows, whatever the time limit says
+        (StepResult(1.0, False, True, False), False, True, False),
+        (StepResult(1.0, False, True, True), False, True, True),
+        (StepResult(1.0, False, False, True), False, False, False),  # solved for now, and the episode goes on
+    ],
+)
+def test_an_episode_ends_as_its_simulator_says(board, end, terminated, truncated, succeeded):
+    simulator, steps = FakeSimulator(0), iter([StepResult(0.5, False, False, False), end] + [(0.0, False)] * 2)
+    simulator.step = lambda _: next(steps)
+    runner = EpisodeRunner(simulator, 2, board)
+    runner.begin(7, 0)
+    runner.execute()
+    assert (board.terminated[2], board.truncated[2], board.succeeded[2]) == (terminated, truncated, succeeded)
+    has_ended = terminated or truncated
+    assert board.executed[2] == (2 if has_ended else H)
+    assert board.rewards[2].tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert (board.episode_return[2], board.episode_length[2]) == ((1.5, 2) if has_ended else (0, 0))
+    assert board.obs[2, 0] == first_draw(1 if has_ended else 0)
+
+
+def test_an_episode_that_is_cut_at_the_horizon_while_solved_is_a_success(board):
+    simulator = FakeSimulator(0)
+    simulator.step = lambda _: StepResult(0.0, False, False, True)
+    runner = EpisodeRunner(simulator, 2, board)
+    runner.begin(7, 0)
+    for _ in range(3):
+        runner.execute()
+    assert (board.terminated[2], board.truncated[2], board.succeeded[2]) == (False, True, True)
 
 
 def test_success_comes_from_the_simulator_and_not_from_a_positive_reward(board, runner):

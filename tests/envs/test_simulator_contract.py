@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_simulator import ACTION_DIM, FakeSimulator
 
-from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.base import EnvSpec, StepResult
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
 from asyncflow.envs.contract import CheckedSimulator, check_spec
 from asyncflow.errors import ContractError
@@ -58,8 +58,17 @@ def test_a_step_that_returns_anything_but_a_number_and_a_flag_is_refused_in_one_
     "answer", [(1, False), [np.float32(1.0), np.True_], (torch.tensor(1.0), torch.tensor(True)), (np.ones(()), 1)]
 )
 def test_numbers_and_flags_of_any_library_are_taken(answer):
-    reward, is_solved = check(returning(step=answer)).step(np.zeros(ACTION_DIM))
-    assert (reward, type(reward), type(is_solved)) == (1.0, float, bool)
+    step = check(returning(step=answer)).step(np.zeros(ACTION_DIM))
+    assert step == (1.0, bool(answer[1]), False, bool(answer[1]))  # what is solved is over, and a success
+    assert [type(value) for value in step] == [float, bool, bool, bool]
+
+
+def test_an_end_that_is_no_success_and_a_cut_are_told_apart():
+    for flags in [(True, False, False), (False, True, False), (False, True, True)]:
+        answer = StepResult(0.5, *map(np.bool_, flags))
+        assert check(returning(step=answer)).step(np.zeros(ACTION_DIM)) == (0.5, *flags)
+    with pytest.raises(ContractError, match="returned a tuple of 4: 0.5, 'no', False, False; expected"):
+        check(returning(step=StepResult(0.5, "no", False, False))).step(np.zeros(ACTION_DIM))
 
 
 @pytest.mark.parametrize(

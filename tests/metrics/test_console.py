@@ -33,7 +33,7 @@ ROW = dict.fromkeys(GLOSSARY, 1.0) | {
 }
 RESULT = SimpleNamespace(
     num_episodes=50, num_successes=42, success_rate=0.84, success_low=0.71, success_high=0.92, episode_length=61.25,
-    wall_s=6.2,
+    episode_return=-150.26, has_success=True, wall_s=6.2,
 )  # fmt: skip
 RUN = Path("runs/Lift_vla_seed0_20260101-000000")
 
@@ -205,6 +205,14 @@ def test_eta_includes_the_evaluations_to_come(interval: int, left: int) -> None:
 
 def test_eta_extrapolates_the_time_so_far() -> None:
     assert "update 5/20 env_steps 19200 wall_s 30 eta 1:30" in show(io.StringIO())
+
+
+def test_where_nothing_is_a_success_an_evaluation_is_a_return() -> None:
+    result = SimpleNamespace(**(vars(RESULT) | {"has_success": False}))
+    assert describe_evaluation(result).startswith("episode_return -150.3, episode_length 61.2, wall_s 6.2, exactly 50")
+    file = Terminal()
+    ConsoleReporter(file).evaluation(5, result)
+    assert file.getvalue().strip() == "eval    episode_return -150.3, 50 episodes"
 
 
 def test_an_evaluation_names_its_interval_and_ends_with_its_episodes() -> None:

@@ -49,6 +49,11 @@ def test_every_episode_is_counted_once_when_all_that_began_with_it_are_over():
     assert all(episode.start >= fair_end(5) for episode in progress.episodes)
 
 
+def test_where_nothing_is_a_success_there_is_no_rate():
+    row = episode_metrics([Episode(0, 5.0, 10, False)], has_success=False)
+    assert row == {"rollout/num_episodes": 1.0, "rollout/episode_return": 5.0, "rollout/episode_length": 10.0}
+
+
 def test_success_is_what_the_environment_said_not_a_positive_return():
     assert episode_metrics([Episode(0, 5.0, 10, False), Episode(3, 1.0, 20, True)]) == {
         "rollout/num_episodes": 2.0,

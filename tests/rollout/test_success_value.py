@@ -29,6 +29,13 @@ def test_the_last_reward_of_a_success_goes_on_and_no_other():
     torch.testing.assert_close(rewards_after_success(result, GAMMA), torch.tensor(wanted))
 
 
+def test_an_end_that_is_no_success_is_followed_by_nothing():
+    result = chunk([[0.5, 1.0], [0.5, 1.0]], [2, 2], [True, True])
+    after = rewards_after_success(replace(result, succeeded=torch.tensor([True, False])), GAMMA)
+    assert after[0] > 0
+    assert after[1] == 0
+
+
 @pytest.mark.parametrize("solved_at", [1, 100, 399])
 def test_solving_pays_more_than_holding_the_cube_for_ever(solved_at):
     """robosuite's Lift pays 0.56 for a grasped cube and 1 for a lifted one."""

@@ -131,6 +131,17 @@ def test_statistics_are_those_of_the_quotas():
     assert result.episode_return == pytest.approx(0.5)
 
 
+def test_without_successes_the_return_is_the_score_and_no_rate_is_logged():
+    vec_env = ScriptedVecEnv(4)
+    assert evaluate(RecordingPolicy(), vec_env, 6, seed=0).score == 0.5
+    vec_env.spec = replace(vec_env.spec, has_success=False)
+    step_wait = vec_env.step_wait
+    vec_env.step_wait = lambda ids: replace(step_wait(ids), episode_return=torch.full((len(ids),), -2.0))
+    result = evaluate(RecordingPolicy(), vec_env, 6, seed=0)
+    assert result.score == result.episode_return < -2
+    assert set(result.as_metrics()) == {"eval/episode_length", "eval/episode_return"}
+
+
 def test_progress_is_told_in_finished_episodes():
     told = []
     evaluate(RecordingPolicy(), ScriptedVecEnv(4), 6, seed=0, on_decision=told.append)
