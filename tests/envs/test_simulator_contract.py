@@ -67,7 +67,7 @@ def test_an_end_that_is_no_success_and_a_cut_are_told_apart():
     for flags in [(True, False, False), (False, True, False), (False, True, True)]:
         answer = StepResult(0.5, *map(np.bool_, flags))
         assert check(returning(step=answer)).step(np.zeros(ACTION_DIM)) == (0.5, *flags)
-    with pytest.raises(ContractError, match="returned a tuple of 4: 0.5, 'no', False, False; expected"):
+    with pytest.raises(ContractError, match=r"returned a StepResult of 4: 0\.5, 'no', False, False; "):
         check(returning(step=StepResult(0.5, "no", False, False))).step(np.zeros(ACTION_DIM))
 
 

@@ -14,6 +14,7 @@ from asyncflow.ppo.ppo import PPO
 from asyncflow.run import trainer
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint, point_at
 from asyncflow.run.evaluate import EvalResult
+from asyncflow.run.progress import Progress
 from asyncflow.run.rates import RateMeter
 
 EARLY = {(0, 0): "died", (1, 0): "timeout", (2, 0): "nonfinite"}  # (environment, episode) -> the fault that breaks it
@@ -169,3 +170,8 @@ def test_a_resumed_run_moves_the_link_that_a_killed_one_did_not(tmp_path, monkey
     point_at(tmp_path / "run", "best", tmp_path / "run" / "checkpoints" / "update_000001")
     go_on(tmp_path / "run")
     assert best_of(tmp_path / "run") == "update_000002"
+
+
+def test_the_first_evaluation_is_the_best_so_far_however_low_its_return_is():
+    assert Progress(updates=4).is_best(-1200.0)
+    assert not Progress(updates=8, best_success=-1200.0, best_update=4).is_best(-1300.0)
