@@ -225,5 +225,5 @@ def test_runs_cover_the_ids_in_order():
 def test_metrics_carry_their_glossary_names():
     metrics = evaluate(RecordingPolicy(), ScriptedVecEnv(1), 1, seed=0).as_metrics()
     assert set(metrics) == {
-        f"eval/{name}" for name in ("success_rate", "success_low", "success_high", "episode_length")
+        f"eval/{name}" for name in ("success_rate", "success_low", "success_high", "episode_length", "episode_return")
     }
