@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from asyncflow.rollout import inference
+from asyncflow.run.folder import describe_versions
 from tools.bench.common.report import (
     REPORTED,
     Finding,
@@ -18,7 +19,6 @@ from tools.bench.common.report import (
     describe_machine,
     describe_setting,
     describe_software,
-    describe_versions,
 )
 from tools.gpu_check.runs import (
     EQUAL_TOLERANCE,

@@ -60,7 +60,3 @@ def main() -> int:
     from tools.gpu_check.parts import check  # noqa: PLC0415 - what it imports might have been missing
 
     return check(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -99,12 +100,12 @@ class Scale:
 @contextmanager
 def cheap_weights() -> Iterator[None]:
     """Begin with scaled normal weights: orthogonal ones of this width take a processor many seconds each time."""
-    orthogonal = torch.nn.init.orthogonal_
-    torch.nn.init.orthogonal_ = lambda w, gain=1.0: torch.nn.init.normal_(w, std=gain / w.shape[1] ** 0.5)
-    try:
+
+    def scaled_normal(weight: Tensor, gain: float = 1.0) -> Tensor:
+        return torch.nn.init.normal_(weight, std=gain / weight.shape[1] ** 0.5)
+
+    with mock.patch.object(torch.nn.init, "orthogonal_", scaled_normal):
         yield
-    finally:
-        torch.nn.init.orthogonal_ = orthogonal
 
 
 def new_policy(config: Config, device: torch.device) -> tuple[Policy, EnvSpec]:
@@ -157,7 +158,7 @@ class Outcome:
                 self.tensors[f"rollout {rollout.index}, {name}"] = value.clone()
             return update(rollout, *arguments)
 
-        trainer.parts.ppo.update = record_and_update
+        vars(trainer.parts.ppo)["update"] = record_and_update
 
 
 def train_once(config: Config) -> Outcome:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch import nn
@@ -105,9 +106,5 @@ def _hunt_without_events(device: torch.device, num_weights: int) -> Finding:
 
 @contextmanager
 def _without_event_waits() -> Iterator[None]:
-    wait_event = weights.wait_event
-    weights.wait_event = lambda event, device: None
-    try:
+    with mock.patch.object(weights, "wait_event"):
         yield
-    finally:
-        weights.wait_event = wait_event

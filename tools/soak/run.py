@@ -241,14 +241,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     """Soak, or write the page."""
     options = parse_arguments()
     if options.page:
         soak_report.write_page(options.data, options.pages, options.warmup, list(ARGUMENTS))
     else:
         soak(options)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

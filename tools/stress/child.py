@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from functools import partial
+from unittest import mock
 
 from asyncflow import cli
 from asyncflow.config.sections import EnvConfig
@@ -69,8 +70,8 @@ def main() -> int:
     """Install the faults and run the command line; return its exit code."""
     plan = FaultPlan(**json.loads(sys.argv[1]))
     DisturbedVecEnv.plan = WatchingTrainer.plan = plan
-    build.make_vec_env = partial(_make_vec_env, plan)
-    launch.Trainer = WatchingTrainer
+    mock.patch.object(build, "make_vec_env", partial(_make_vec_env, plan)).start()  # for as long as the process lives
+    mock.patch.object(launch, "Trainer", WatchingTrainer).start()
     interrupt_on_signals()
     return cli.run(sys.argv[2:])
 

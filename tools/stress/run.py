@@ -10,7 +10,6 @@ side, one per core: threads that wait for commands, or for a fresh process where
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -143,7 +142,3 @@ def main() -> int:
         print(f"wrote {arguments.page.name}" + (f", WHICH SAYS THAT {num_failed} ROWS FAILED" if num_failed else ""))
     print(f"{len(rows) - num_failed} of {len(rows)} rows held, {time.monotonic() - start:.0f} s")
     return 1 if num_failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -83,6 +83,10 @@ class FaultySimulator:
         """Return the state."""
         return self._state.astype(np.float32)
 
+    def render(self) -> dict[str, NDArray[Any]]:
+        """Return nothing: there are no cameras."""
+        return {}
+
     def _poison(self, is_reward: bool) -> float:
         self._is_poisoned = True
         self._plan.note("nonfinite")

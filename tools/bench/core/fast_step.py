@@ -63,12 +63,12 @@ def measure(task: str, num_blocks: int, num_steps: int, seed: int) -> Timing:
     block_ms: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(num_blocks + 1):
         actions = np.random.default_rng(block).uniform(-0.5, 0.5, (num_steps, env.spec.action_dim))
-        ends = []
+        ends = {}
         for name in sorted(steps, reverse=bool(block % 2)):
             env.reset(block)
             block_ms[name].append(play(steps[name], actions))
-            ends.append(env.simulator_state())
-        if not np.array_equal(*ends):
+            ends[name] = env.simulator_state()
+        if not np.array_equal(ends["bare"], ends["fast"]):
             raise SystemExit(f"{task}: the two ways ended block {block} in different states")
     env.close()
     return Timing(task, block_ms["bare"][1:], block_ms["fast"][1:])

@@ -330,7 +330,3 @@ def main() -> int:
         parts.append(benches[name](options))
     is_whole = set(options.only) == set(PARTS) and set(options.task) == {"Toy", "Lift"}
     return finish(to_markdown("The core", parts), parts, options.out or (PAGE if is_whole else None))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

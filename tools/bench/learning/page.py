@@ -211,6 +211,14 @@ def mean_curve(seeds: dict[int, Curve], x: Callable[[Point], float]) -> tuple[li
     return xs, [100 * statistics.mean(point.success_rate for point in each) for each in points]
 
 
+def _thousand_env_steps(point: Point) -> float:
+    return point.env_steps / 1000
+
+
+def _seconds(point: Point) -> float:
+    return point.wall_s
+
+
 def draw_curves(axes: Axes, curves: Curves, x: Callable[[Point], float]) -> None:
     """Draw both modes: seeds thin, means thick, a name at the end of each mean."""
     for mode, style in zip(MODES, ("-", "--"), strict=True):
@@ -265,7 +273,7 @@ def draw_picture(path: Path, curves: Curves, options: argparse.Namespace) -> Non
         lags = by_panel.pop(" by policy lag", None)
         for panel, axes in by_panel.items():
             is_steps = panel == " over env steps"
-            draw_curves(axes, curves, lambda point, steps=is_steps: point.env_steps / 1000 if steps else point.wall_s)
+            draw_curves(axes, curves, _thousand_env_steps if is_steps else _seconds)
             add_names(axes, {"standard": "\u2014 standard", "vla": "- - vla"}, 0.97, "right")
             if options.task == TARGET_TASK:
                 add_target(axes)

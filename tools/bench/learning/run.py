@@ -300,7 +300,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     """Train, then evaluate; seeds outside conditions, so that an interrupted call leaves whole comparisons."""
     options = parse_arguments()
     runs = [Run(condition, seed, options.out) for seed in options.seeds for condition in options.conditions]
@@ -308,7 +308,4 @@ def main() -> None:
         train_all(runs, options)
     if options.phase != "train":
         evaluate_all(runs, options)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

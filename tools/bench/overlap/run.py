@@ -12,7 +12,6 @@ anew. A missed target exits with 1.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +88,3 @@ def main() -> int:
     if not options.page:
         measure({part: PARTS[part] for part in with_needs(options.part)}, settings, place)
     return report(place)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

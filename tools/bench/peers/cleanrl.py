@@ -62,13 +62,14 @@ def train_like_cleanrl(agent: CleanRLAgent, optimizer: torch.optim.Optimizer, ba
     advantages = compute_advantages(batch)
     rows = {name: getattr(batch, name).flatten(0, 1) for name in ("obs", "actions", "log_probs", "values")}
     rows |= {"advantages": advantages.flatten(), "returns": (advantages + batch.values).flatten()}
-    order, clip_fractions = np.arange(len(rows["obs"])), []
+    order = np.arange(len(rows["obs"]))
+    clip_fractions: list[float] = []
     for _ in range(NUM_EPOCHS):
         np.random.shuffle(order)
         for indices in np.split(order, NUM_MINIBATCHES):
             minibatch = {name: values[indices] for name, values in rows.items()}
             logged = train_minibatch(agent, optimizer, minibatch)
-            clip_fractions.append(logged["clip_fraction"])
+            clip_fractions.append(float(logged["clip_fraction"]))
     residual, variance = np.var((rows["returns"] - rows["values"]).numpy()), np.var(rows["returns"].numpy())
     numbers = {name: value.item() for name, value in logged.items() if isinstance(value, Tensor)}
     return numbers | {"clip_fraction": np.mean(clip_fractions), "explained_variance": 1 - residual / variance}

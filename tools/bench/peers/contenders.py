@@ -144,7 +144,8 @@ def make_rsl_rl(policy: GaussianPolicy, batch: Batch) -> Contender:
 
     def log_probs() -> Tensor:
         actor(rows.flatten(0, 1), stochastic_output=True)
-        return actor.get_output_log_prob(batch.actions.flatten(0, 1))
+        found: Tensor = actor.get_output_log_prob(batch.actions.flatten(0, 1))
+        return found
 
     def update() -> None:
         ppo.compute_returns(last_obs)

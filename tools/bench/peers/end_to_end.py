@@ -117,7 +117,7 @@ def import_simulator(plan: EnvPlan) -> None:
     """Import and compile what simulators need, for forks of this process: each of many would take seconds for it."""
     env = ChunkEnv(plan, 0)
     env.reset()
-    env.step(np.zeros(env.action_space.shape, np.float32))
+    env.step(np.zeros(env.action_space.shape or (), np.float32))
     env.close()
 
 
@@ -127,12 +127,11 @@ def import_simulator(plan: EnvPlan) -> None:
 def make_runs(rollout_size: int, num_updates: int) -> dict[str, Callable[[EnvPlan], Marks]]:
     """Return everyone, by name."""
     workers = count_workers()
-    size = {"rollout_size": rollout_size, "num_updates": num_updates}
     return {
-        OURS: partial(run_asyncflow, **size),
-        SB3: partial(run_sb3, num_envs=NUM_ENVS, **size),
-        SB3_FEW: partial(run_sb3, num_envs=workers, **size),
-        TORCHRL: partial(run_torchrl, num_workers=workers, **size),
+        OURS: partial(run_asyncflow, rollout_size=rollout_size, num_updates=num_updates),
+        SB3: partial(run_sb3, num_envs=NUM_ENVS, rollout_size=rollout_size, num_updates=num_updates),
+        SB3_FEW: partial(run_sb3, num_envs=workers, rollout_size=rollout_size, num_updates=num_updates),
+        TORCHRL: partial(run_torchrl, num_workers=workers, rollout_size=rollout_size, num_updates=num_updates),
     }
 
 

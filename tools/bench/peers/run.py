@@ -11,7 +11,6 @@ missed target exits with 1.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from tools.bench.common.report import REPOSITORY, Part, finish, to_markdown
@@ -49,7 +48,3 @@ def main() -> int:
     parts = measure(options)
     page = to_markdown("Beside other libraries", parts, f"- Peers: {describe_peers()}\n")
     return finish(page, parts, options.out or (PAGE if set(options.only) == set(PARTS) else None))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -76,7 +76,7 @@ def make_batch(policy: GaussianPolicy, num_steps: int) -> Batch:
     for t in range(num_steps):
         outcome = outcome_fields(random_result(obs[t], rng), GAMMA, torch.zeros(NUM_ENVS, dtype=torch.int64))
         rows.append(policy.sample_actions(obs[t], "train", noise[t]).update(outcome))
-    data = torch.stack(rows).contiguous()
+    data = TensorDict.stack(rows).contiguous()
     rows_of_finals = -(-num_steps * CHUNK_LENGTH // HORIZON)
     return Batch(
         rollout=Rollout(0, 0, RolloutInfo(0), data, obs, obs[:rows_of_finals]),

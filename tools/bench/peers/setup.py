@@ -51,14 +51,14 @@ def install() -> None:
         return
     subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER], check=True)
     share_packages(packages)
-    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
+    pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps"]
     subprocess.run([*pip, *PACKAGES], check=True)
     stamp.write_text(wanted)
 
 
 def share_packages(packages: str) -> None:
     """Let the environment see a folder of packages behind its own, those with a .pth file, as asyncflow, included."""
-    place = [PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    place = [str(PYTHON), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     own = subprocess.run(place, check=True, capture_output=True, text=True).stdout.strip()
     (Path(own) / "shared.pth").write_text(f"import site; site.addsitedir({packages!r})\n")
 

@@ -13,11 +13,10 @@ from asyncflow.config.sections import PolicyConfig
 from asyncflow.policies import make_policy
 from asyncflow.policies.gaussian import GaussianPolicy
 from tools.bench.common.report import REPORTED, Finding, Part, isolated
-from tools.bench.core.workers import NUM_ENVS
+from tools.bench.core.workers import CHUNK_LENGTH, NUM_ENVS
 from tools.bench.peers.contenders import Contender, make_asyncflow, make_cleanrl, make_rsl_rl, make_sb3_contender
 from tools.bench.peers.setting import (
     ACTION_DIM,
-    CHUNK_LENGTH,
     HIDDEN,
     NUM_EPOCHS,
     NUM_MINIBATCHES,

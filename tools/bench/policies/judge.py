@@ -50,7 +50,7 @@ def _row(what: str, kept: float, other: float, unit: str) -> Finding:
 
 def median_s(figures: Figures, variant: str) -> float:
     """Return the median seconds of an update."""
-    return statistics.median(figures["updates"][variant]["seconds"])
+    return float(statistics.median(figures["updates"][variant]["seconds"]))
 
 
 def measured_flops(figures: Figures, variant: str) -> float:

@@ -20,7 +20,7 @@ from tools.bench.policies.inference import BATCHES, find_spec, measure_decisions
 from tools.bench.policies.settings import PRESET, SIZES, SUBJECTS, Settings, load
 
 NUM_SLOTS = 2  # of `vla` with its default lag
-KEPT_AS = {  # what the ring keeps of observations
+KEPT_AS: dict[str, dict[str, Any]] = {  # what the ring keeps of observations
     "pictures": {"policy.freeze_backbone": False},
     "features, float32": {"policy.freeze_backbone": True, "policy.vla.feature_dtype": "float32"},
     "features, bfloat16": {"policy.freeze_backbone": True, "policy.vla.feature_dtype": "bfloat16"},

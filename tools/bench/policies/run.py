@@ -14,7 +14,6 @@ anew. A missed target exits with 1.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +68,3 @@ def main() -> int:
     if not options.page:
         measure({part: PARTS[part] for part in parts}, settings, place)
     return report(place, settings)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
