@@ -48,10 +48,11 @@ lint: $(STAMP) ## Check the style.
 types: $(STAMP) ## Check the types.
 	$(BIN)/mypy
 
-docs: $(STAMP) ## Write the pages that are made from the code.
+docs: $(STAMP) ## Write the pages that are made from the code, then build the documentation as a site in build/site.
 	$(BIN)/python -c "from asyncflow.metrics.glossary import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
 	$(BIN)/python -m tools.rooms
 	$(BIN)/python -m tools.handbook.always_holds
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 stress: $(STAMP) ## Inject every kind of fault and write docs/reliability.md; ten minutes. ARGS="--part cuts" runs a part.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.stress $(ARGS)
@@ -98,7 +99,7 @@ $(STAMP): pyproject.toml
 		[ -f "$$($$python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || \
 		{ echo "asyncflow needs Python's headers to build evdev; $$python has no Python.h (python3-dev)"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs]'
 	@touch $@
 
 # A second environment: LeRobot 0.3 holds torch below 2.8.
