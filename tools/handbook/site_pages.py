@@ -87,13 +87,12 @@ def _turn(link: re.Match[str], source: str, page: str, files: Files) -> str:
 def separate_blocks(markdown: str) -> str:
     """Return a text with a blank line before every list, table and fenced block that follows a paragraph."""
     lines: list[str] = []
-    fenced = False
+    fenced = listed = False
     for line in markdown.splitlines():
-        before = lines[-1] if lines else ""
-        opens = FENCE.match(line) and not fenced
-        starts = BLOCK.match(line) and not (BLOCK.match(before) or before.startswith("  "))
-        if before.strip() and not fenced and (opens or starts):
+        fence, block = bool(FENCE.match(line)), bool(BLOCK.match(line))
+        if lines and lines[-1].strip() and not fenced and (fence or (block and not listed)):
             lines.append("")
-        fenced ^= bool(FENCE.match(line))
+        fenced ^= fence
+        listed = bool(line.strip()) and (listed or block) and not fence
         lines.append(line)
     return "\n".join(lines) + "\n"
