@@ -44,6 +44,11 @@ class RingPlan:
         return int(self.fields.batch_size[0])
 
     @property
+    def num_decisions(self) -> int:
+        """Decisions of one rollout, T x N."""
+        return self.num_steps * self.num_envs
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of one rollout."""
         num_obs = self.num_steps + 1 + self.max_truncations

@@ -83,14 +83,111 @@ class Rollout:
         return self.info.policy_version
 
 
-@dataclass
-class _Slot:
-    state: SlotState = SlotState.FREE
-    index: int = -1
-    num_written: int = 0
-    num_finals: int = 0  # rows of the side table that were written
-    event: torch.cuda.Event | None = None
-    info: RolloutInfo = RolloutInfo(-1)
+class RolloutSlot:
+    """One place of the ring. The collector gets it from `begin_rollout`, fills it with a rollout, and hands it over.
+
+    All public methods are the collector's and are called while the slot is WRITING; none of them waits. Groups of
+    environments may be written in any order: disjoint environments are disjoint memory.
+
+    Attributes:
+        position: Where in the ring it lies.
+        index: Number of the rollout in it, 0 for the first of a run.
+        num_written: Decisions of which the outcome was written.
+        num_invalid: Those among them that are not to be trained on.
+    """
+
+    def __init__(self, ring: RolloutRing, position: int) -> None:
+        """Start FREE, at the ring's end of the queue."""
+        self.position, self.index = position, -1
+        self.num_written = self.num_invalid = 0
+        self._ring, self._state, self._info = ring, SlotState.FREE, RolloutInfo(-1)
+        memory = ring._memory[position]
+        self._data, self._obs = dict(leaves(memory["data"])), dict(leaves(memory["obs"]))
+        self._final_obs = memory["final_obs"]  # [max_truncations or more, N]
+        self._num_finals = [0] * ring.plan.num_envs  # rows of that table that were written, by environment
+        self._episode_starts = [0] * ring.plan.num_envs  # the open episode's first decision in this slot
+        self._event = record_event(ring.device)
+
+    def add(self, t: int, env_ids: range, obs: TensorDictBase, decision: TensorDictBase | Mapping[str, Tensor]) -> None:
+        """Write decision `t` of `env_ids`, [n], and the observations it was made on, [n]."""
+        self._write_obs(t, env_ids, obs)
+        self._write(t, env_ids, decision)
+
+    def add_outcome(self, t: int, env_ids: range, outcome: Mapping[str, Tensor]) -> None:
+        """Write what decision `t` of `env_ids` led to, each [n], and enter these decisions into the books.
+
+        Raises:
+            BufferClosed: The ring was closed; this is where a collector in mid-rollout learns of it.
+            AsyncflowError: The rollout was handed over already.
+        """
+        self._write(t, env_ids, outcome)
+        self._ring._count(self, len(env_ids))
+
+    def add_bootstrap_obs(self, env_ids: range, obs: TensorDictBase) -> None:
+        """Write the observations [n] that follow the rollout's last decision, row T."""
+        self._write_obs(self._ring.plan.num_steps, env_ids, obs)
+
+    def add_final_obs(self, env_id: int, obs: TensorDictBase) -> int:
+        """Write the true final observation, [], of a truncated episode into the side table and return its row there.
+
+        The table grows where environments cut more episodes than their horizon does.
+        """
+        row, old = self._num_finals[env_id], self._final_obs
+        if row == len(old):
+            num_rows = min(2 * row + 1, self._ring.plan.num_steps)
+            self._final_obs = allocate_rows(self._ring.plan.obs, (num_rows,), self._ring.device)
+            self._final_obs[:row] = old
+        for name, value in leaves(obs):
+            self._final_obs.get(name)[row, env_id] = value
+        self._num_finals[env_id] += 1
+        return row
+
+    def end_episode(self, t: int, env_id: int) -> None:
+        """Note that an environment's episode ended with decision `t`."""
+        self._episode_starts[env_id] = t + 1
+
+    def break_episode(self, t: int, env_id: int) -> None:
+        """End an environment's episode at `t` and mark all its decisions in this slot as not to be trained on."""
+        start = self._episode_starts[env_id]
+        self._data["valid"][start : t + 1, env_id] = False
+        self.num_invalid += t + 1 - start
+        self.end_episode(t, env_id)
+
+    def finish(self, info: RolloutInfo) -> None:
+        """Hand the rollout to the trainer: WRITING -> READY. Wakes `take`.
+
+        The trainer's reads come after the caller's writes by an event recorded here.
+
+        Raises:
+            AsyncflowError: Not every decision of the slot was written.
+        """
+        expected = self._ring.plan.num_decisions
+        if self.num_written != expected:
+            raise AsyncflowError(f"rollout {self.index}: {self.num_written} of {expected} decisions were written")
+        self._info, self._event = info, record_event(self._ring.device)
+        self._ring._hand_over(self)
+
+    def _begin(self, index: int) -> None:
+        self._state, self.index, self.num_written, self.num_invalid = SlotState.WRITING, index, 0, 0
+        self._num_finals = [0] * self._ring.plan.num_envs
+        self._episode_starts = [0] * self._ring.plan.num_envs
+
+    def _write(self, t: int, env_ids: range, fields: TensorDictBase | Mapping[str, Tensor]) -> None:
+        rows = as_slice(env_ids)
+        for name, value in fields.items():
+            self._data[name][t, rows] = value
+
+    def _write_obs(self, t: int, env_ids: range, obs: TensorDictBase) -> None:
+        rows = as_slice(env_ids)
+        for name, value in leaves(obs):
+            self._obs[name][t, rows] = value
+
+    def _lend(self) -> Rollout:
+        """Return views of all that was written."""
+        memory = self._ring._memory[self.position]
+        num_rows = max(*self._num_finals, self._ring.plan.max_truncations)
+        finals = self._final_obs[:num_rows]
+        return Rollout(self.index, self.position, self._info, memory["data"], memory["obs"], finals)
 
 
 class RolloutRing:
@@ -107,11 +204,8 @@ class RolloutRing:
         self.plan = plan
         self.device = device
         self._is_overwriting = is_overwriting
-        self._ring = plan.allocate(device)
-        self._data = dict(leaves(self._ring["data"]))
-        self._obs = dict(leaves(self._ring["obs"]))
-        self._final_obs = list(self._ring["final_obs"].unbind(0))  # of each slot: [max_truncations or more, N]
-        self._slots = [_Slot(event=record_event(device)) for _ in range(plan.num_slots)]
+        self._memory = plan.allocate(device)
+        self._slots = [RolloutSlot(self, position) for position in range(plan.num_slots)]
         self._changed = threading.Condition()
         self._is_closed = False
         self._num_started = 0
@@ -131,8 +225,8 @@ class RolloutRing:
 
     # Collector's side.
 
-    def begin_rollout(self) -> tuple[int, int]:
-        """Take a slot for the next rollout and return (rollout index, slot).
+    def begin_rollout(self) -> RolloutSlot:
+        """Return a slot for the next rollout: FREE -> WRITING.
 
         Called by the collector. Waits for a FREE slot, or when overwriting for a FREE or READY one; woken by
         `release` or `close`. Later writes on the caller's stream come after the trainer's last read.
@@ -143,78 +237,33 @@ class RolloutRing:
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._find_writable() is not None)
             self._check_open()
-            position = self._find_writable()
-            assert position is not None  # what the wait was for
-            slot = self._slots[position]
-            if slot.state is SlotState.READY:
+            slot = self._find_writable()
+            assert slot is not None  # what the wait was for
+            if slot._state is SlotState.READY:
                 self._books["dropped"] += slot.num_written
-                self._dropped_faults += slot.info.faults
-                self._dropped_episodes += slot.info.episodes
-            wait_event(slot.event, self.device)
-            self._slots[position] = _Slot(SlotState.WRITING, self._num_started)
+                self._dropped_faults += slot._info.faults
+                self._dropped_episodes += slot._info.episodes
+            wait_event(slot._event, self.device)
+            slot._begin(self._num_started)
             self._num_started += 1
-            return self._slots[position].index, position
+            return slot
 
-    def write(self, slot: int, t: int, env_ids: range, fields: TensorDictBase | Mapping[str, Tensor]) -> None:
-        """Copy fields, [n, ...], of decision `t` of `env_ids` into the ring. Called by the collector; never waits."""
-        rows = as_slice(env_ids)
-        for name, value in fields.items():
-            self._data[name][slot, t, rows] = value
-
-    def write_obs(self, slot: int, t: int, env_ids: range, obs: TensorDictBase) -> None:
-        """Copy observations [n] that decision `t` is made on; t = T is the bootstrap row. Called by the collector."""
-        rows = as_slice(env_ids)
-        for name, value in leaves(obs):
-            self._obs[name][slot, t, rows] = value
-
-    def write_final_obs(self, slot: int, row: int, env_id: int, obs: TensorDictBase) -> None:
-        """Copy the true final observation, [], of a truncated episode into the side table. Called by the collector.
-
-        It grows where environments cut more episodes than their horizon does.
-        """
-        old = table = self._final_obs[slot]
-        if row == len(table):
-            table = self._final_obs[slot] = allocate_rows(
-                self.plan.obs, (min(2 * row, self.plan.num_steps),), self.device
-            )
-            table[:row] = old
-        self._slots[slot].num_finals = max(self._slots[slot].num_finals, row + 1)
-        for name, value in leaves(obs):
-            table.get(name)[row, env_id] = value
-
-    def invalidate(self, slot: int, steps: range, env_id: int) -> None:
-        """Mark written decisions as not to be trained on. Called by the collector; never waits."""
-        self._data["valid"][slot, as_slice(steps), env_id] = False
-
-    def count(self, slot: int, num_decisions: int) -> None:
-        """Enter executed decisions into the books. Called by the collector; never waits.
-
-        Raises:
-            BufferClosed: `close` was called; this is where a collector in mid-rollout learns of it.
-        """
+    def _count(self, slot: RolloutSlot, num_decisions: int) -> None:
+        """Enter executed decisions into the books."""
         with self._changed:
             self._check_open()
-            self._slots[slot].num_written += num_decisions
+            if slot._state is not SlotState.WRITING:
+                raise AsyncflowError(f"rollout {slot.index} was handed over; `begin_rollout` lends the next slot")
+            slot.num_written += num_decisions
             self._books["collected"] += num_decisions
 
-    def finish_rollout(self, slot: int, info: RolloutInfo) -> None:
-        """Hand a written slot to the trainer: WRITING -> READY. Called by the collector; wakes `take`.
-
-        The trainer's reads come after the caller's writes by an event recorded here.
-
-        Raises:
-            AsyncflowError: Not every decision of the slot was counted.
-        """
-        entry = self._slots[slot]
-        expected = self.plan.num_steps * self.plan.num_envs
-        if entry.num_written != expected:
-            raise AsyncflowError(f"rollout {entry.index}: {entry.num_written} of {expected} decisions were written")
-        faults, episodes = self._dropped_faults + info.faults, self._dropped_episodes + info.episodes
-        entry.info = replace(info, faults=faults, episodes=episodes)
-        self._dropped_faults, self._dropped_episodes = (), ()
-        entry.event = record_event(self.device)
+    def _hand_over(self, slot: RolloutSlot) -> None:
+        """Make a slot READY; it tells, too, of what happened in rollouts that were dropped before it."""
         with self._changed:
-            entry.state = SlotState.READY
+            faults, episodes = self._dropped_faults + slot._info.faults, self._dropped_episodes + slot._info.episodes
+            slot._info = replace(slot._info, faults=faults, episodes=episodes)
+            self._dropped_faults, self._dropped_episodes = (), ()
+            slot._state = SlotState.READY
             self._changed.notify_all()
 
     # Trainer's side.
@@ -222,7 +271,7 @@ class RolloutRing:
     def take(self) -> Rollout:
         """Return the oldest READY rollout: READY -> TRAINING.
 
-        Called by the trainer. Waits for one; woken by `finish_rollout` or `close`.
+        Called by the trainer. Waits for one; woken by a slot's `finish` or `close`.
 
         Raises:
             BufferClosed: `close` was called.
@@ -230,24 +279,21 @@ class RolloutRing:
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._find_oldest_ready() is not None)
             self._check_open()
-            position = self._find_oldest_ready()
-            assert position is not None  # what the wait was for
-            slot = self._slots[position]
-            slot.state = SlotState.TRAINING
-        wait_event(slot.event, self.device)
-        views = self._ring[position]
-        final_obs = self._final_obs[position][: max(slot.num_finals, self.plan.max_truncations)]
-        return Rollout(slot.index, position, slot.info, views["data"], views["obs"], final_obs)
+            slot = self._find_oldest_ready()
+            assert slot is not None  # what the wait was for
+            slot._state = SlotState.TRAINING
+        wait_event(slot._event, self.device)
+        return slot._lend()
 
     def release(self, rollout: Rollout) -> None:
         """Give a trained rollout's slot back: TRAINING -> FREE. Called by the trainer; wakes `begin_rollout`."""
         num_valid = int(rollout.data["valid"].sum())  # sync: once per update, after the metrics were fetched
         slot = self._slots[rollout.slot]
-        slot.event = record_event(self.device)
+        slot._event = record_event(self.device)
         with self._changed:
             self._books["trained"] += num_valid
             self._books["invalid"] += slot.num_written - num_valid
-            slot.state, slot.num_written = SlotState.FREE, 0
+            slot._state, slot.num_written = SlotState.FREE, 0
             self._changed.notify_all()
 
     # Either side.
@@ -260,7 +306,7 @@ class RolloutRing:
         """
         with self._changed:
             books = dict(self._books)
-            books["in_flight"] = sum(slot.num_written for slot in self._slots if slot.state is not SlotState.FREE)
+            books["in_flight"] = sum(slot.num_written for slot in self._slots if slot._state is not SlotState.FREE)
         if books["collected"] != sum(books[k] for k in ("trained", "dropped", "invalid", "in_flight")):
             raise AsyncflowError(f"the buffer's books do not balance: {books}")
         return books
@@ -280,13 +326,13 @@ class RolloutRing:
         if self._is_closed:
             raise BufferClosed("the buffer is closed")
 
-    def _find_oldest(self, state: SlotState) -> int | None:
-        matching = [i for i, slot in enumerate(self._slots) if slot.state is state]
-        return min(matching, key=lambda i: self._slots[i].index, default=None)
+    def _find_oldest(self, state: SlotState) -> RolloutSlot | None:
+        matching = [slot for slot in self._slots if slot._state is state]
+        return min(matching, key=lambda slot: slot.index, default=None)
 
-    def _find_oldest_ready(self) -> int | None:
+    def _find_oldest_ready(self) -> RolloutSlot | None:
         return self._find_oldest(SlotState.READY)
 
-    def _find_writable(self) -> int | None:
+    def _find_writable(self) -> RolloutSlot | None:
         free = self._find_oldest(SlotState.FREE)
         return self._find_oldest_ready() if free is None and self._is_overwriting else free

@@ -30,7 +30,7 @@ from asyncflow.rollout.episodes import Episode
 from asyncflow.rollout.inference import make_sampler
 from asyncflow.rollout.latency import NO_LATENCY, EmulatedLatency, EmulatedSimulators
 from asyncflow.rollout.plan import outcome_fields
-from asyncflow.rollout.ring import RolloutInfo
+from asyncflow.rollout.ring import RolloutInfo, RolloutSlot
 from asyncflow.rollout.staging import Staging
 from asyncflow.rollout.streams import record_event, wait_event
 from asyncflow.rollout.success_value import rewards_after_success
@@ -63,6 +63,27 @@ class CollectorSettings:
     compile: CompileMode = "none"
 
 
+@dataclass
+class _Group:
+    """Environments that step together.
+
+    Attributes:
+        number: Which group it is.
+        env_ids: Its environments.
+        share: Their part of all environments.
+        staging: Its pinned buffers.
+        obs: [n] what they were last observed in, on the device.
+        is_encoded: Whether `obs` is as the ring keeps it.
+    """
+
+    number: int
+    env_ids: range
+    share: float
+    staging: Staging
+    obs: TensorDictBase
+    is_encoded: bool = False
+
+
 class RolloutWriter:
     """Collects one rollout after another into the buffer; used by one thread."""
 
@@ -91,21 +112,16 @@ class RolloutWriter:
         self._policy = make_acting_copy(policy)
         self._journal = journal
         self._weights = list(changing_tensors(self._policy).values())
-        self._groups = [range(g, env.num_envs, settings.num_env_groups) for g in range(settings.num_env_groups)]
-        self._staging = [Staging(self._buffer.device) for _ in self._groups]
+        self._groups = [self._make_group(g) for g in range(settings.num_env_groups)]
+        self._is_reset = False
         self._sample = make_sampler(self._policy, settings.compile, *self._example_inputs())
         self._built = record_event(self._buffer.device)
-        self._obs: list[TensorDictBase] = []  # of each group, on the device
-        self._raw: set[int] = set()  # groups whose observation is not encoded yet
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
         self._simulators = EmulatedSimulators(settings.env_latency)
         self._episodes: list[Episode] = []
         self._faults: list[Fault] = []
         self._states = torch.zeros(0)  # [N, ..., D] what every environment was last observed in, on the CPU
-        self._num_truncations = torch.zeros(env.num_envs, dtype=torch.int64)
-        self._num_invalid = 0
-        self._episode_starts = [0] * env.num_envs  # first decision of the open episode within the slot being written
 
     def collect_rollout(self) -> None:
         """Fill one slot of the ring and hand it over.
@@ -119,30 +135,35 @@ class RolloutWriter:
             EnvError: Simulators failed too often, or not one decision of the rollout is valid.
         """
         with self._watch.measure("wait_slot_s"), self._clock.waiting("collector"):
-            index, slot = self._buffer.begin_rollout()
-            version = self._load_weights(index)
+            slot = self._buffer.begin_rollout()
+            version = self._load_weights(slot.index)
         with self._watch.measure("collect_s"), torch.no_grad():
-            self._collect(index, slot)
-        self._hand_over(index, slot, version)
+            self._collect(slot)
+        self._hand_over(slot, version)
 
     def interrupt(self) -> None:
         """End a wait for simulators, now and later. Any thread or a signal handler; never waits."""
         self._env.interrupt()
 
+    def _make_group(self, number: int) -> _Group:
+        env_ids = range(number, self._env.num_envs, self._settings.num_env_groups)
+        example = self._buffer.plan.obs[: len(env_ids)].to(self._buffer.device)
+        return _Group(number, env_ids, len(env_ids) / self._env.num_envs, Staging(self._buffer.device), example)
+
     def _example_inputs(self) -> tuple[TensorDictBase, Tensor]:
         """Return encoded observations and noise of one group, as every decision has them."""
-        n, device = len(self._groups[0]), self._buffer.device
-        return self._buffer.plan.obs[:n].to(device), torch.zeros(n, self._policy.noise_size, device=device)
+        group, device = self._groups[0], self._buffer.device
+        return group.obs, torch.zeros(len(group.env_ids), self._policy.noise_size, device=device)
 
-    def _hand_over(self, index: int, slot: int, version: int) -> None:
-        if self._num_invalid == self._buffer.plan.num_steps * self._env.num_envs:
+    def _hand_over(self, slot: RolloutSlot, version: int) -> None:
+        if slot.num_invalid == slot.num_written:
             reason = self._faults[-1].message if self._faults else "every episode was given up"
-            raise EnvError(f"rollout {index}: not one decision is valid; {reason}")
+            raise EnvError(f"rollout {slot.index}: not one decision is valid; {reason}")
         faults, self._faults = tuple(self._faults), []
         episodes, self._episodes = tuple(self._episodes), []
         journal = self._env.journal()
         journal.note_states(self._states)
-        self._buffer.finish_rollout(slot, RolloutInfo(version, episodes, self._watch.take(), faults, journal))
+        slot.finish(RolloutInfo(version, episodes, self._watch.take(), faults, journal))
 
     def _load_weights(self, rollout_index: int) -> int:
         lag = self._settings.max_policy_lag
@@ -152,27 +173,28 @@ class RolloutWriter:
             torch._foreach_copy_(self._weights, tensors)
         return version
 
-    def _collect(self, index: int, slot: int) -> None:
+    def _collect(self, slot: RolloutSlot) -> None:
         """Interleave the groups: each waits for its chunk, decides, and starts the next one."""
-        if not self._obs:
-            first = self._env.reset(self._settings.seed, self._journal)
-            self._states = first["state"].clone()
-            self._check_replay()
-            pairs = zip(self._staging, self._groups, strict=True)
-            self._obs = [staging.send_rows("obs", first[as_slice(group)]) for staging, group in pairs]
-            self._raw = set(range(len(self._groups)))
-        self._num_truncations.zero_()
-        self._num_invalid = 0
-        self._episode_starts = [0] * self._env.num_envs
+        if not self._is_reset:
+            self._reset()
         num_steps = self._buffer.plan.num_steps
         for t in range(num_steps):
-            for g in range(len(self._groups)):
+            for group in self._groups:
                 if t > 0:
-                    self._receive(index, slot, t - 1, g)
-                self._decide(index, slot, t, g)
-        for g, group in enumerate(self._groups):
-            self._receive(index, slot, num_steps - 1, g)
-            self._buffer.write_obs(slot, num_steps, group, self._encoded_obs(g))
+                    self._receive(slot, t - 1, group)
+                self._decide(slot, t, group)
+        for group in self._groups:
+            self._receive(slot, num_steps - 1, group)
+            slot.add_bootstrap_obs(group.env_ids, self._encoded_obs(group))
+
+    def _reset(self) -> None:
+        """Begin the first episodes, or go on with the journal's."""
+        first = self._env.reset(self._settings.seed, self._journal)
+        self._states = first["state"].clone()
+        self._check_replay()
+        for group in self._groups:
+            self._observe(group, first[as_slice(group.env_ids)])
+        self._is_reset = True
 
     def _check_replay(self) -> None:
         """Tell if a resumed run does not stand where it was cut."""
@@ -184,91 +206,82 @@ class RolloutWriter:
             )
             self._faults.append(Fault("replayed", message))
 
-    def _decide(self, index: int, slot: int, t: int, g: int) -> None:
-        """Infer for group `g`, start its chunk, and write the decision while the simulators run."""
-        group = self._groups[g]
+    def _decide(self, slot: RolloutSlot, t: int, group: _Group) -> None:
+        """Infer for a group, start its chunk, and write the decision while the simulators run."""
         with self._watch.measure("inference_s"):
-            obs = self._encoded_obs(g)
-            decision = self._infer(obs, g, index * self._buffer.plan.num_steps + t)
+            obs = self._encoded_obs(group)
+            decision = self._infer(obs, group, slot.index * self._buffer.plan.num_steps + t)
             executed = decision["actions"][:, : self._policy.n_action_steps]
-            actions = self._staging[g].fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
-            self._settings.inference_latency.wait(index, len(group) / self._env.num_envs)  # beyond the device's work
-        start_chunk(self._env, actions, group)
+            actions = group.staging.fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
+            self._settings.inference_latency.wait(slot.index, group.share)  # beyond the device's work
+        start_chunk(self._env, actions, group.env_ids)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
-        self._buffer.write_obs(slot, t, group, obs)
-        self._buffer.write(slot, t, group, decision)
+        slot.add(t, group.env_ids, obs, decision)
 
-    def _encoded_obs(self, g: int) -> TensorDictBase:
-        """Return group `g`'s observation as the ring keeps it; encoded once, also where it begins the next rollout."""
-        if g in self._raw:
-            self._obs[g] = self._policy.encode_obs(self._obs[g])
-            self._raw.remove(g)
-        return self._obs[g]
+    def _observe(self, group: _Group, obs: TensorDict) -> None:
+        """Send a group's new observation to the device."""
+        group.obs, group.is_encoded = group.staging.send_rows("obs", obs), False
 
-    def _infer(self, obs: TensorDictBase, g: int, decision_index: int) -> TensorDict:
-        group = self._groups[g]
-        noise = policy_noise(self._settings.seed, group, decision_index, self._policy.noise_size)
-        noise = self._staging[g].send("noise", {"noise": noise})["noise"]
+    def _encoded_obs(self, group: _Group) -> TensorDictBase:
+        """Return a group's observation as the ring keeps it; encoded once, also where it begins the next rollout."""
+        if not group.is_encoded:
+            group.obs, group.is_encoded = self._policy.encode_obs(group.obs), True
+        return group.obs
+
+    def _infer(self, obs: TensorDictBase, group: _Group, decision_index: int) -> TensorDict:
+        noise = policy_noise(self._settings.seed, group.env_ids, decision_index, self._policy.noise_size)
+        noise = group.staging.send("noise", {"noise": noise})["noise"]
         return self._sample(obs, noise)
 
-    def _wait_for_chunk(self, index: int, t: int, g: int) -> ChunkResult:
-        """Wait for group `g`'s chunk, its emulated latency included, and trace who simulated it when."""
-        group = self._groups[g]
+    def _wait_for_chunk(self, slot: RolloutSlot, t: int, group: _Group) -> ChunkResult:
+        """Wait for a group's chunk, its emulated latency included, and trace who simulated it when."""
         with self._watch.measure("env_step_s"):
-            result = self._env.step_wait(group)
+            result = self._env.step_wait(group.env_ids)
             spans = [(f"worker {span.worker}", span.start_s, span.end_s) for span in result.spans]
             if self._settings.env_latency.mean_s:
                 ended_s = max((span.end_s for span in result.spans), default=time.perf_counter())
-                spans.append(("emulated", *self._simulators.wait(ended_s, index, len(group) / self._env.num_envs)))
+                spans.append(("emulated", *self._simulators.wait(ended_s, slot.index, group.share)))
         for lane, start_s, end_s in spans:
-            self._tracer.add(lane, "chunk", start_s, end_s, rollout=index, step=t, group=g)
+            self._tracer.add(lane, "chunk", start_s, end_s, rollout=slot.index, step=t, group=group.number)
         return result
 
-    def _receive(self, index: int, slot: int, t: int, g: int) -> None:
-        """Wait for group `g`'s chunk and write what decision `t` led to."""
-        group = self._groups[g]
-        result = self._wait_for_chunk(index, t, g)
-        outcome = outcome_fields(result, self._settings.gamma, self._store_final_obs(slot, g, result))
+    def _receive(self, slot: RolloutSlot, t: int, group: _Group) -> None:
+        """Wait for a group's chunk and write what decision `t` led to."""
+        result = self._wait_for_chunk(slot, t, group)
+        outcome = outcome_fields(result, self._settings.gamma, self._store_final_obs(slot, group, result))
         if self._settings.is_success_continued:
             outcome["rewards"] += rewards_after_success(result, self._settings.gamma)
-        self._buffer.write(slot, t, group, self._staging[g].send("outcome", outcome))
-        self._buffer.count(slot, len(group))
+        slot.add_outcome(t, group.env_ids, group.staging.send("outcome", outcome))
         self._faults += result.faults
-        self._follow_episodes(index, slot, t, group, result)
-        self._states[as_slice(group)] = result.obs["state"]
-        self._obs[g] = self._staging[g].send_rows("obs", result.obs)
-        self._raw.add(g)
+        self._follow_episodes(slot, t, group, result)
+        self._states[as_slice(group.env_ids)] = result.obs["state"]
+        self._observe(group, result.obs)
 
-    def _follow_episodes(self, index: int, slot: int, t: int, group: range, result: ChunkResult) -> None:
+    def _follow_episodes(self, slot: RolloutSlot, t: int, group: _Group, result: ChunkResult) -> None:
         """Note the episodes that ended, and take back what the slot holds of broken ones."""
-        now = index * self._buffer.plan.num_steps + t
+        now = slot.index * self._buffer.plan.num_steps + t
         for i in (result.terminated | result.truncated | result.broken).nonzero().flatten().tolist():
-            env = group[i]
             if result.broken[i]:
-                broken = range(self._episode_starts[env], t + 1)
-                self._buffer.invalidate(slot, broken, env)
-                self._num_invalid += len(broken)
-            else:
-                length = int(result.episode_length[i])
-                start = now + 1 - math.ceil(length / self._policy.n_action_steps)  # its last chunk alone may be short
-                episode_return, is_success = float(result.episode_return[i]), bool(result.is_success[i])
-                self._episodes.append(Episode(start, episode_return, length, is_success))
-            self._episode_starts[env] = t + 1
+                slot.break_episode(t, group.env_ids[i])
+                continue
+            slot.end_episode(t, group.env_ids[i])
+            length = int(result.episode_length[i])
+            start = now + 1 - math.ceil(length / self._policy.n_action_steps)  # its last chunk alone may be short
+            episode_return, is_success = float(result.episode_return[i]), bool(result.is_success[i])
+            self._episodes.append(Episode(start, episode_return, length, is_success))
 
-    def _store_final_obs(self, slot: int, g: int, result: ChunkResult) -> Tensor:
+    def _store_final_obs(self, slot: RolloutSlot, group: _Group, result: ChunkResult) -> Tensor:
         """Put true final observations into the side table and return each environment's row there, [n]."""
-        group = self._groups[g]
-        rows = self._num_truncations[as_slice(group)].clone()
+        rows = torch.zeros(len(group.env_ids), dtype=torch.int64)
         cut = result.truncated.nonzero().flatten().tolist()
         if cut:
-            sent = self._staging[g].send_rows("final_obs", result.final_obs)
+            sent = group.staging.send_rows("final_obs", result.final_obs)
             ended: Any = torch.stack([sent[i] for i in cut])  # a list as index would be uploaded, with a wait
             finals = self._policy.encode_obs(ended)
-        for row, i in enumerate(cut):
-            self._buffer.write_final_obs(slot, int(rows[i]), group[i], finals[row])
-            self._num_truncations[group[i]] += 1
-        return torch.where(result.truncated, rows, torch.zeros_like(rows))
+            for i, final_obs in zip(cut, finals, strict=True):
+                rows[i] = slot.add_final_obs(group.env_ids[i], final_obs)
+        return rows
 
 
 def give_up_non_finite(actions: Tensor, decision: TensorDict) -> Tensor:

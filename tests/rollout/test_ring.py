@@ -25,16 +25,30 @@ def make_buffer(num_slots=2, is_overwriting=False):
 
 def fill(buffer, groups=(range(NUM_ENVS),), is_valid=True):
     """Collect one rollout whose every number encodes (rollout, decision, environment)."""
-    index, slot = buffer.begin_rollout()
+    slot = buffer.begin_rollout()
+    write(slot, groups, is_valid)
+    hand_over(slot)
+    return slot.index
+
+
+def write(slot, groups=(range(NUM_ENVS),), is_valid=True):
     for t in range(NUM_STEPS):
         for group in groups:
             ids = torch.tensor(list(group))
-            valid = torch.full((len(group),), is_valid)
-            buffer.write(slot, t, group, {"ticket": 100.0 * index + 10 * t + ids, "valid": valid})
-            buffer.write_obs(slot, t, group, TensorDict({"state": ids[:, None].expand(-1, 2) + 10.0 * t}, [len(ids)]))
-            buffer.count(slot, len(group))
-    buffer.finish_rollout(slot, RolloutInfo(index, (Episode(index, 0.0, 1, False),), {}, (Fault("died", str(index)),)))
-    return index
+            obs = TensorDict({"state": ids[:, None].expand(-1, 2) + 10.0 * t}, [len(ids)])
+            slot.add(t, group, obs, {"ticket": 100.0 * slot.index + 10 * t + ids})
+            slot.add_outcome(t, group, {"valid": torch.full((len(group),), is_valid)})
+
+
+def hand_over(slot):
+    episodes, faults = (Episode(slot.index, 0.0, 1, False),), (Fault("died", str(slot.index)),)
+    slot.finish(RolloutInfo(slot.index, episodes, {}, faults))
+
+
+def written_only(slot, num_decisions):
+    """Enter decisions of all environments into the books, whatever is in them."""
+    for t in range(num_decisions // NUM_ENVS):
+        slot.add_outcome(t, range(NUM_ENVS), {})
 
 
 def expected(index):
@@ -43,10 +57,9 @@ def expected(index):
 
 def test_every_write_lands_at_its_slot_step_and_environment():
     buffer = make_buffer()
-    for tensors in (buffer._data, buffer._obs):
-        for tensor in tensors.values():
-            if tensor.is_floating_point():
-                tensor.fill_(torch.nan)
+    for tensor in buffer._memory.values(True, True):
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
     fill(buffer, groups=(range(0, 4, 2), range(1, 4, 2)))
     rollout = buffer.take()
     assert torch.equal(rollout.data["ticket"], expected(0))
@@ -80,7 +93,8 @@ def test_a_full_ring_blocks_the_collector_until_a_release():
     collector = Waiting(buffer.begin_rollout, buffer._changed)
     assert collector.waits()
     buffer.release(rollout)
-    assert collector.finish() == (1, 0)
+    slot = collector.finish()
+    assert (slot.index, slot.position) == (1, 0)
 
 
 def test_the_trainer_waits_for_a_rollout_and_is_woken_by_it():
@@ -127,8 +141,7 @@ def test_the_books_balance_in_every_state():
     buffer = make_buffer()
     fill(buffer)
     assert buffer.books() == {"collected": 12, "trained": 0, "dropped": 0, "invalid": 0, "in_flight": 12}
-    _, slot = buffer.begin_rollout()
-    buffer.count(slot, 2)
+    buffer.begin_rollout().add_outcome(0, range(2), {})
     assert buffer.books()["in_flight"] == 14
     buffer.release(buffer.take())
     assert buffer.books() == {"collected": 14, "trained": 12, "dropped": 0, "invalid": 0, "in_flight": 2}
@@ -142,10 +155,14 @@ def test_invalid_decisions_are_counted_apart():
     assert buffer.books()["trained"] == 0
 
 
-def test_written_decisions_can_be_taken_back():
+def test_a_broken_episode_takes_its_own_decisions_back():
     buffer = make_buffer()
-    fill(buffer)
-    buffer.invalidate(0, range(1, 3), 2)
+    slot = buffer.begin_rollout()
+    write(slot)
+    slot.end_episode(0, 2)
+    slot.break_episode(2, 2)
+    hand_over(slot)
+    assert slot.num_invalid == 2
     rollout = buffer.take()
     assert (~rollout.data["valid"]).nonzero().tolist() == [[1, 2], [2, 2]]
     buffer.release(rollout)
@@ -174,24 +191,34 @@ def test_a_restored_ring_goes_on_with_its_books_and_collects_again_what_was_in_f
 
 def test_an_unfinished_rollout_cannot_be_handed_over():
     buffer = make_buffer()
-    _, slot = buffer.begin_rollout()
-    buffer.count(slot, 5)
-    with pytest.raises(AsyncflowError, match="5 of 12 decisions"):
-        buffer.finish_rollout(slot, RolloutInfo(0))
+    slot = buffer.begin_rollout()
+    written_only(slot, 8)
+    with pytest.raises(AsyncflowError, match="8 of 12 decisions"):
+        slot.finish(RolloutInfo(0))
+
+
+def test_a_slot_that_was_handed_over_takes_no_more_decisions():
+    buffer = make_buffer()
+    slot = buffer.begin_rollout()
+    write(slot)
+    hand_over(slot)
+    with pytest.raises(AsyncflowError, match="rollout 0 was handed over"):
+        slot.add_outcome(0, range(NUM_ENVS), {})
+    assert buffer.books()["collected"] == 12
 
 
 def test_the_plan_states_the_bytes_that_are_then_allocated():
     buffer = make_buffer(num_slots=3)
-    assert buffer.plan.num_bytes == buffer._ring.bytes()
+    assert buffer.plan.num_bytes == buffer._memory.bytes()
 
 
 def test_memory_is_allocated_once():
     buffer = make_buffer()
-    before = {name: tensor.data_ptr() for name, tensor in buffer._data.items()}
+    before = {name: tensor.data_ptr() for name, tensor in buffer._memory.items(True, True)}
     for _ in range(4):
         fill(buffer)
         buffer.release(buffer.take())
-    assert before == {name: tensor.data_ptr() for name, tensor in buffer._data.items()}
+    assert before == {name: tensor.data_ptr() for name, tensor in buffer._memory.items(True, True)}
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 5])
@@ -216,28 +243,28 @@ def test_nested_observations_keep_their_names_dtypes_and_bytes():
     buffer = RolloutRing(plan, CPU)
     obs = spec.empty_obs(2)
     obs["images", "front"] += torch.tensor([7, 9], dtype=torch.uint8).view(2, 1, 1, 1)
-    _, slot = buffer.begin_rollout()
-    buffer.write_obs(slot, 1, range(1, 4, 2), obs)
-    buffer.write_final_obs(slot, 0, 2, obs[1])
-    buffer.count(slot, NUM_STEPS * NUM_ENVS)
-    buffer.finish_rollout(slot, RolloutInfo(0))
+    slot = buffer.begin_rollout()
+    slot.add(1, range(1, 4, 2), obs, {})
+    assert slot.add_final_obs(2, obs[1]) == 0
+    written_only(slot, NUM_STEPS * NUM_ENVS)
+    slot.finish(RolloutInfo(0))
     rollout = buffer.take()
     assert rollout.obs["images", "front"].dtype == torch.uint8
     assert rollout.obs["images", "front"][1, :, 0, 0, 0].tolist() == [0, 7, 0, 9]
     assert rollout.final_obs["images", "front"][0, :, 2, 1, 4].tolist() == [0, 0, 9, 0]
     per_obs, rows = NUM_ENVS * (2 * 4 + 3 * 2 * 5), NUM_STEPS + 1 + 1
-    assert plan.num_bytes == 2 * (NUM_STEPS * NUM_ENVS + rows * per_obs) == buffer._ring.bytes()
+    assert plan.num_bytes == 2 * (NUM_STEPS * NUM_ENVS + rows * per_obs) == buffer._memory.bytes()
 
 
 def test_the_side_table_holds_what_environments_cut_beyond_their_horizon():
     """gymnasium's environments may truncate at any step."""
     buffer = make_buffer(num_slots=1)
     for num_cut in (NUM_STEPS, 1):  # more than the plan foresees, then as many
-        _, slot = buffer.begin_rollout()
+        slot = buffer.begin_rollout()
         for row in range(num_cut):
-            buffer.write_final_obs(slot, row, 2, TensorDict({"state": torch.full((2,), float(row))}, []))
-        buffer.count(slot, NUM_STEPS * NUM_ENVS)
-        buffer.finish_rollout(slot, RolloutInfo(0))
+            assert slot.add_final_obs(2, TensorDict({"state": torch.full((2,), float(row))}, [])) == row
+        written_only(slot, NUM_STEPS * NUM_ENVS)
+        slot.finish(RolloutInfo(0))
         rollout = buffer.take()
         assert rollout.final_obs["state"][:, 2, 0].tolist() == list(range(num_cut))
         buffer.release(rollout)

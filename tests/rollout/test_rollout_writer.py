@@ -57,14 +57,15 @@ def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups, make_
     rings = []
     for device in ("cpu", "cuda"):
         _, channel, collector = build(make_env(), num_slots=2, groups=groups, lag=1)
-        collector._writer._staging = [Staging(torch.device(device)) for _ in range(groups)]
+        for group in collector._writer._groups:
+            group.staging = Staging(torch.device(device))
         with monkeypatch.context() as patch:
             patch.setattr(staging, "_pin", torch.empty_like)
             patch.setattr(staging, "_start_upload", upload)
             patch.setattr(staging, "record_event", lambda device: None)
             for _ in range(2):
                 finish_update(channel, collector.next_rollout())
-        rings.append(channel.buffer._ring.flatten_keys())
+        rings.append(channel.buffer._memory.flatten_keys())
     assert rings[0]["final_obs.state"].any()
     assert rings[0].keys() == rings[1].keys()
     assert all(torch.equal(rings[0][name], rings[1][name]) for name in rings[0].keys())  # noqa: SIM118 - TensorDict
@@ -224,7 +225,7 @@ def test_what_is_not_finite_never_reaches_the_ring(bad):
     collector._writer._policy.sample_actions = spoil.__get__(collector._writer._policy)
     rollout = collector.next_rollout()
     assert seen[0][2].isnan().all()  # which makes the environment give up the episode
-    assert all(x.isfinite().all() for x in channel.buffer._data.values())
+    assert all(x.isfinite().all() for x in channel.buffer._memory["data"].values())
     assert (~rollout.data["valid"]).nonzero().tolist() == [[0, 2]]
 
 

@@ -6,9 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
-from asyncflow.rollout.ring import RolloutRing
+from asyncflow.rollout.ring import RolloutSlot
 from tools.stress import cuts as stress_cuts
 from tools.stress import faults as stress_faults
 from tools.stress import ring as stress_ring
@@ -48,17 +47,12 @@ def test_rollouts_pass_the_ring_in_order_once_and_whole():
 
 
 def test_the_race_notices_a_row_of_another_rollout(monkeypatch):
-    write = RolloutRing.write
+    add = RolloutSlot.add
 
-    def write_late(self, slot, t, env_ids, fields):
-        stale = {
-            name: x - (torch.full_like(x, 8) if name == "ticket" else 0)
-            for name, x in fields.items()
-            if name != "valid"
-        }
-        write(self, slot, t, env_ids, fields | stale)
+    def add_late(self, t, env_ids, obs, decision):
+        add(self, t, env_ids, obs, decision | {"ticket": decision["ticket"] - 8})
 
-    monkeypatch.setattr(RolloutRing, "write", write_late)
+    monkeypatch.setattr(RolloutSlot, "add", add_late)
     race = stress_ring.RingRace(stress_ring.KINDS[0], 3, seed=0)
     race.run()
     assert "rollout 0 holds other rows than were written" in race.checks.failures

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.rollout.plan import RingPlan
-from asyncflow.rollout.ring import Rollout, RolloutInfo, RolloutRing
+from asyncflow.rollout.ring import Rollout, RolloutInfo, RolloutRing, RolloutSlot
 from tools.stress.report import Checks, Row
 
 NUM_STEPS, NUM_ENVS = 2, 4
@@ -86,24 +86,18 @@ class RingRace:
     def _collect(self) -> None:
         delays = random.Random(self._seed + 1)
         for _ in range(self._num_rollouts):
-            index, slot = self._buffer.begin_rollout()
-            tickets, is_valid = _TICKETS + index * SIZE, validity(self._seed, index)
+            slot = self._buffer.begin_rollout()
+            tickets, is_valid = _TICKETS + slot.index * SIZE, validity(self._seed, slot.index)
             for t in range(NUM_STEPS):
                 for group in self._groups:
-                    self._write(slot, t, group, tickets[t, group.start :: group.step], is_valid)
-                _pause(delays, is_slow=index // _PHASE % 2 == 1)
+                    _write(slot, t, group, tickets[t, group.start :: group.step])
+                _pause(delays, is_slow=slot.index // _PHASE % 2 == 1)
             for group in self._groups:
                 last = tickets[-1, group.start :: group.step] + NUM_ENVS
-                self._buffer.write_obs(slot, NUM_STEPS, group, _obs(last))
+                slot.add_bootstrap_obs(group, _obs(last))
             for env in (~is_valid).nonzero().flatten().tolist():
-                self._buffer.invalidate(slot, range(NUM_STEPS), env)
-            self._buffer.finish_rollout(slot, RolloutInfo(policy_version=index))
-
-    def _write(self, slot: int, t: int, group: range, tickets: Tensor, is_valid: Tensor) -> None:
-        valid = torch.ones(len(group), dtype=torch.bool)
-        self._buffer.write_obs(slot, t, group, _obs(tickets))
-        self._buffer.write(slot, t, group, {"ticket": tickets, "checksum": tickets * _FACTOR, "valid": valid})
-        self._buffer.count(slot, len(group))
+                slot.break_episode(NUM_STEPS - 1, env)
+            slot.finish(RolloutInfo(policy_version=slot.index))
 
     def _check_rollout(self, rollout: Rollout) -> None:
         """Check order and contents; count what was skipped."""
@@ -134,6 +128,11 @@ class RingRace:
         same = books["trained"] == self._trained and books["invalid"] == self._invalid
         dropped = books["dropped"] == self._dropped if is_over else books["dropped"] >= self._dropped
         self.checks.expect(same and dropped, f"rollout {self._next - 1}: the books say {books}")
+
+
+def _write(slot: RolloutSlot, t: int, group: range, tickets: Tensor) -> None:
+    slot.add(t, group, _obs(tickets), {"ticket": tickets, "checksum": tickets * _FACTOR})
+    slot.add_outcome(t, group, {"valid": torch.ones(len(group), dtype=torch.bool)})
 
 
 def validity(seed: int, index: int) -> Tensor:

@@ -34,7 +34,7 @@ from asyncflow.config.sections import Config
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file, resolve_checkpoint
 from asyncflow.rollout.plan import RingPlan, plan_ring
-from asyncflow.rollout.ring import RolloutRing
+from asyncflow.rollout.ring import RolloutInfo, RolloutRing
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
 from asyncflow.run.trainer import Trainer
@@ -78,16 +78,20 @@ def measure_row_writes(num_writes: int) -> tuple[NDArray[np.float64], int]:
     """Return the microseconds of each write of one row and the row's bytes."""
     torch.set_num_threads(1)
     plan, decision = make_flow_row()
-    buffer, everyone = RolloutRing(plan, torch.device("cpu")), range(plan.num_envs)
+    ring, everyone = RolloutRing(plan, torch.device("cpu")), range(plan.num_envs)
     outcome: Any = dict(plan.fields.exclude(*decision.keys()).items())  # as the collector makes it
     microseconds = np.zeros(num_writes)
     for index in range(num_writes):
-        slot, t = index // plan.num_steps % plan.num_slots, index % plan.num_steps
+        t = index % plan.num_steps
+        if t == 0:
+            slot = ring.begin_rollout()
         start = time.perf_counter_ns()
-        buffer.write_obs(slot, t, everyone, plan.obs)
-        buffer.write(slot, t, everyone, decision)
-        buffer.write(slot, t, everyone, outcome)
+        slot.add(t, everyone, plan.obs, decision)
+        slot.add_outcome(t, everyone, outcome)
         microseconds[index] = (time.perf_counter_ns() - start) / 1000
+        if t == plan.num_steps - 1:
+            slot.finish(RolloutInfo(0))
+            ring.release(ring.take())
     return microseconds, plan.obs.bytes() + plan.fields.bytes()
 
 
@@ -160,7 +164,7 @@ def traced_bytes(_: dict[str, float]) -> float:
 
 def ring_addresses(trainer: Trainer) -> list[int]:
     """Return where each field of the ring lies."""
-    return [field.data_ptr() for field in trainer.parts.channel.buffer._ring.values(True, True)]
+    return [field.data_ptr() for field in trainer.parts.channel.buffer._memory.values(True, True)]
 
 
 def record_memory(task: str, num_updates: int, seed: int, is_tracing: bool) -> tuple[NDArray[np.float64], bool]:
