@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -100,8 +101,9 @@ class RolloutSlot:
         """Start FREE, at the ring's end of the queue."""
         self.position, self.index = position, -1
         self.num_written = self.num_invalid = 0
-        self._ring, self._state, self._info = ring, SlotState.FREE, RolloutInfo(-1)
-        memory = ring._memory[position]
+        self._ring = weakref.proxy(ring)  # a reference would keep the memory until Python looks for cycles
+        self._state, self._info = SlotState.FREE, RolloutInfo(-1)
+        memory = ring.memory[position]
         self._data, self._obs = dict(leaves(memory["data"])), dict(leaves(memory["obs"]))
         self._final_obs = memory["final_obs"]  # [max_truncations or more, N]
         self._num_finals = [0] * ring.plan.num_envs  # rows of that table that were written, by environment
@@ -184,7 +186,7 @@ class RolloutSlot:
 
     def _lend(self) -> Rollout:
         """Return views of all that was written."""
-        memory = self._ring._memory[self.position]
+        memory = self._ring.memory[self.position]
         num_rows = max(*self._num_finals, self._ring.plan.max_truncations)
         finals = self._final_obs[:num_rows]
         return Rollout(self.index, self.position, self._info, memory["data"], memory["obs"], finals)
@@ -204,7 +206,7 @@ class RolloutRing:
         self.plan = plan
         self.device = device
         self._is_overwriting = is_overwriting
-        self._memory = plan.allocate(device)
+        self.memory = plan.allocate(device)  # [S] as `RingPlan.allocate` says
         self._slots = [RolloutSlot(self, position) for position in range(plan.num_slots)]
         self._changed = threading.Condition()
         self._is_closed = False
@@ -240,13 +242,16 @@ class RolloutRing:
             slot = self._find_writable()
             assert slot is not None  # what the wait was for
             if slot._state is SlotState.READY:
-                self._books["dropped"] += slot.num_written
-                self._dropped_faults += slot._info.faults
-                self._dropped_episodes += slot._info.episodes
+                self._drop(slot)
             wait_event(slot._event, self.device)
             slot._begin(self._num_started)
             self._num_started += 1
             return slot
+
+    def _drop(self, slot: RolloutSlot) -> None:
+        self._books["dropped"] += slot.num_written
+        self._dropped_faults += slot._info.faults
+        self._dropped_episodes += slot._info.episodes
 
     def _count(self, slot: RolloutSlot, num_decisions: int) -> None:
         """Enter executed decisions into the books."""
@@ -285,6 +290,34 @@ class RolloutRing:
         wait_event(slot._event, self.device)
         return slot._lend()
 
+    def take_all(self, is_waiting: bool = False) -> list[Rollout]:
+        """Return every READY rollout, oldest first: READY -> TRAINING, all at once, so that none in between is missing.
+
+        Called by the trainer. Waits until the ring is full if `is_waiting`, else never; woken by a slot's `finish` or
+        `close`.
+
+        Raises:
+            BufferClosed: `close` was called.
+        """
+        with self._changed:
+            if is_waiting:
+                self._changed.wait_for(lambda: self._is_closed or self.is_full)
+            self._check_open()
+            ready = sorted(self._ready(), key=lambda slot: slot.index)
+            for slot in ready:
+                slot._state = SlotState.TRAINING
+        for slot in ready:
+            wait_event(slot._event, self.device)
+        return [slot._lend() for slot in ready]
+
+    def drop_all(self) -> None:
+        """Give the slots of all READY rollouts back and count them as dropped. Called by the trainer; never waits."""
+        with self._changed:
+            for slot in sorted(self._ready(), key=lambda slot: slot.index):
+                self._drop(slot)
+                slot._state, slot.num_written = SlotState.FREE, 0
+            self._changed.notify_all()
+
     def release(self, rollout: Rollout) -> None:
         """Give a trained rollout's slot back: TRAINING -> FREE. Called by the trainer; wakes `begin_rollout`."""
         num_valid = int(rollout.data["valid"].sum())  # sync: once per update, after the metrics were fetched
@@ -297,6 +330,16 @@ class RolloutRing:
             self._changed.notify_all()
 
     # Either side.
+
+    @property
+    def num_ready(self) -> int:
+        """Rollouts that wait to be trained on. Any thread; never waits."""
+        return len(self._ready())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot holds a rollout that waits to be trained on. Any thread; never waits."""
+        return self.num_ready == self.plan.num_slots
 
     def books(self) -> dict[str, int]:
         """Return decisions `collected`, `trained`, `dropped`, `invalid`, `in_flight`. Any thread; never waits.
@@ -325,6 +368,9 @@ class RolloutRing:
     def _check_open(self) -> None:
         if self._is_closed:
             raise BufferClosed("the buffer is closed")
+
+    def _ready(self) -> list[RolloutSlot]:
+        return [slot for slot in self._slots if slot._state is SlotState.READY]
 
     def _find_oldest(self, state: SlotState) -> RolloutSlot | None:
         matching = [slot for slot in self._slots if slot._state is state]

@@ -57,7 +57,7 @@ def expected(index):
 
 def test_every_write_lands_at_its_slot_step_and_environment():
     buffer = make_buffer()
-    for tensor in buffer._memory.values(True, True):
+    for tensor in buffer.memory.values(True, True):
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)
     fill(buffer, groups=(range(0, 4, 2), range(1, 4, 2)))
@@ -209,16 +209,16 @@ def test_a_slot_that_was_handed_over_takes_no_more_decisions():
 
 def test_the_plan_states_the_bytes_that_are_then_allocated():
     buffer = make_buffer(num_slots=3)
-    assert buffer.plan.num_bytes == buffer._memory.bytes()
+    assert buffer.plan.num_bytes == buffer.memory.bytes()
 
 
 def test_memory_is_allocated_once():
     buffer = make_buffer()
-    before = {name: tensor.data_ptr() for name, tensor in buffer._memory.items(True, True)}
+    before = {name: tensor.data_ptr() for name, tensor in buffer.memory.items(True, True)}
     for _ in range(4):
         fill(buffer)
         buffer.release(buffer.take())
-    assert before == {name: tensor.data_ptr() for name, tensor in buffer._memory.items(True, True)}
+    assert before == {name: tensor.data_ptr() for name, tensor in buffer.memory.items(True, True)}
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 5])
@@ -253,7 +253,7 @@ def test_nested_observations_keep_their_names_dtypes_and_bytes():
     assert rollout.obs["images", "front"][1, :, 0, 0, 0].tolist() == [0, 7, 0, 9]
     assert rollout.final_obs["images", "front"][0, :, 2, 1, 4].tolist() == [0, 0, 9, 0]
     per_obs, rows = NUM_ENVS * (2 * 4 + 3 * 2 * 5), NUM_STEPS + 1 + 1
-    assert plan.num_bytes == 2 * (NUM_STEPS * NUM_ENVS + rows * per_obs) == buffer._memory.bytes()
+    assert plan.num_bytes == 2 * (NUM_STEPS * NUM_ENVS + rows * per_obs) == buffer.memory.bytes()
 
 
 def test_the_side_table_holds_what_environments_cut_beyond_their_horizon():

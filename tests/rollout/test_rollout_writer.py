@@ -65,7 +65,7 @@ def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups, make_
             patch.setattr(staging, "record_event", lambda device: None)
             for _ in range(2):
                 finish_update(channel, collector.next_rollout())
-        rings.append(channel.buffer._memory.flatten_keys())
+        rings.append(channel.buffer.memory.flatten_keys())
     assert rings[0]["final_obs.state"].any()
     assert rings[0].keys() == rings[1].keys()
     assert all(torch.equal(rings[0][name], rings[1][name]) for name in rings[0].keys())  # noqa: SIM118 - TensorDict
@@ -225,7 +225,7 @@ def test_what_is_not_finite_never_reaches_the_ring(bad):
     collector._writer._policy.sample_actions = spoil.__get__(collector._writer._policy)
     rollout = collector.next_rollout()
     assert seen[0][2].isnan().all()  # which makes the environment give up the episode
-    assert all(x.isfinite().all() for x in channel.buffer._memory["data"].values())
+    assert all(x.isfinite().all() for x in channel.buffer.memory["data"].values())
     assert (~rollout.data["valid"]).nonzero().tolist() == [[0, 2]]
 
 

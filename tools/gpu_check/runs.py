@@ -282,7 +282,7 @@ def _requested_bytes(device: torch.device) -> int:
 
 
 def _ring_tensors(buffer: RolloutRing) -> list[Tensor]:
-    return list(buffer._memory.flatten_keys().values())
+    return list(buffer.memory.flatten_keys().values())
 
 
 def _check_ring_stays(scale: Scale) -> Finding:

@@ -164,7 +164,7 @@ def traced_bytes(_: dict[str, float]) -> float:
 
 def ring_addresses(trainer: Trainer) -> list[int]:
     """Return where each field of the ring lies."""
-    return [field.data_ptr() for field in trainer.parts.channel.buffer._memory.values(True, True)]
+    return [field.data_ptr() for field in trainer.parts.channel.buffer.memory.values(True, True)]
 
 
 def record_memory(task: str, num_updates: int, seed: int, is_tracing: bool) -> tuple[NDArray[np.float64], bool]:
