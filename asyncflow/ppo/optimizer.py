@@ -2,8 +2,8 @@
 
 Owns the optimizer's state. It must not know about losses, nor what a step was computed from.
 
-A minibatch of a small network costs little more than the bookkeeping around Adam's kernel, so that `clip_gradients` and
-`step_if` call torch's kernels themselves. They compute what `clip_grad_norm_` and `Adam.step` do, bit for bit.
+`clip_gradients` and `step_if` compute what `clip_grad_norm_` and `Adam.step` do, bit for bit. They do not call those:
+a minibatch of a small network costs little more than the bookkeeping around Adam's kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from asyncflow.errors import CheckpointError
+from asyncflow.kernels import AdamTensors, adam_step_each, copy_each, norm_each, scale_each
 
 _STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -50,56 +51,36 @@ class GuardedAdam(torch.optim.Adam):
         norms = torch.stack([self._norm(gradients) for gradients in groups])
         for gradients, scale in zip(groups, (limit / (norms + 1e-6)).clamp(max=1.0), strict=True):
             if gradients:
-                torch._foreach_mul_(gradients, scale)
+                scale_each(gradients, scale)
         return norms
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         if not gradients:
             return torch.zeros((), device=next(iter(self._named.values())).device)
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norm_each(gradients)))
         return norm.float()
 
     @torch.no_grad()
     def step_if(self, is_usable: Tensor) -> None:
         """Take a step if `is_usable`, [] bool on the device, is true; else nothing changes. Reads nothing back."""
-        taken = is_usable.float()
-        found_inf = 1 - taken  # with which the kernel does nothing, as for a GradScaler
         for group, parameters in self._by_type:
             gradients = _gradients(parameters)
-            if gradients:
-                self._step_together(group, gradients, taken, found_inf)
-
-    def _step_together(
-        self, group: dict[str, Any], gradients: dict[Tensor, Tensor], taken: Tensor, found_inf: Tensor
-    ) -> None:
-        for parameter in gradients:
-            if not self.state[parameter]:
-                self.state[parameter] = _initial_state(parameter)
-        states = [self.state[parameter] for parameter in gradients]
-        steps, averages, squares = ([state[key] for state in states] for key in _STATE)
-        torch._foreach_add_(steps, [taken] * len(steps))  # a lone tensor would be read
-        torch._fused_adam_(
-            list(gradients),
-            list(gradients.values()),
-            averages,
-            squares,
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-            found_inf=found_inf,
-        )
+            if not gradients:
+                continue
+            for parameter in gradients:
+                if not self.state[parameter]:
+                    self.state[parameter] = _initial_state(parameter)
+            states = [self.state[parameter] for parameter in gradients]
+            steps, averages, squares = ([state[key] for state in states] for key in _STATE)
+            rates = {name: group[name] for name in ("lr", "betas", "eps")}
+            tensors = AdamTensors(list(gradients), list(gradients.values()), averages, squares, steps)
+            adam_step_each(tensors, is_usable, **rates)
 
     def remember(self) -> None:
         """Copy parameters and state for `put_back`."""
         live = self._live_tensors()
         self._remembered = {name: self._copies[name] for name in live}
-        torch._foreach_copy_(list(self._remembered.values()), list(live.values()))
+        copy_each(list(self._remembered.values()), list(live.values()))
 
     def put_back(self) -> None:
         """Make parameters and state what they were at the last `remember`; state that did not exist is removed."""
@@ -107,7 +88,7 @@ class GuardedAdam(torch.optim.Adam):
             if f"{name}.step" not in self._remembered:
                 self.state.pop(parameter, None)
         live = self._live_tensors()
-        torch._foreach_copy_([live[name] for name in self._remembered], list(self._remembered.values()))
+        copy_each([live[name] for name in self._remembered], list(self._remembered.values()))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return `<parameter>.step`, `.exp_avg` and `.exp_avg_sq` of every parameter that was trained; not copied."""

@@ -28,10 +28,9 @@ from asyncflow.ppo.losses import (
     kl_estimate,
     masked_mean,
     normalize,
-    objective_terms,
-    policy_loss,
     policy_statistics,
     sum_steps,
+    surrogate_loss,
     value_loss,
 )
 from asyncflow.ppo.optimizer import GuardedAdam
@@ -49,18 +48,18 @@ class Step(NamedTuple):
     Attributes:
         policy_loss: [].
         value_loss: [].
+        entropy: [].
         norms: Gradient norms of actor and critic, [2].
         log_probs: [B] or [B, K].
-        entropy: [B].
         is_usable: Whether a step was taken, [].
         is_finite: Whether loss and gradients were finite, [].
     """
 
     policy_loss: Tensor
     value_loss: Tensor
+    entropy: Tensor
     norms: Tensor
     log_probs: Tensor
-    entropy: Tensor
     is_usable: Tensor
     is_finite: Tensor
 
@@ -190,7 +189,7 @@ class PPO:
         return steps, minibatches.select(*_LOGGED)
 
     def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
-        """Return an epoch's minibatches, [num_minibatches, B], with what no step changes of their objectives."""
+        """Return an epoch's minibatches, [num_minibatches, B]: one copy of the rollout in another order."""
         size = [self.config.num_minibatches, len(batch) // self.config.num_minibatches]
 
         def pick(x: Tensor) -> Tensor:
@@ -198,7 +197,7 @@ class PPO:
 
         minibatches = batch.exclude(*_OUTCOME).apply(pick, batch_size=size)
         assert minibatches is not None  # only an `apply` to nothing returns that
-        return minibatches.update(objective_terms(minibatches, self.config.clip_coef, self.config.dual_clip))
+        return minibatches
 
     def _count_skipped(self, num_skipped: int) -> None:
         self.num_nonfinite_steps += num_skipped
@@ -286,31 +285,24 @@ class PPO:
         )
 
     def _step(self, batch: TensorDict, is_warmup: bool) -> Step:
-        """Take one optimizer step, unless a number is not finite or no decision is valid."""
-        config, share = self.config, batch["share"]
+        """Take one optimizer step, unless a number is not finite or no decision is valid. Reads nothing back."""
+        config, valid = self.config, batch["valid"]
         out = self.policy.default_forward(batch)
-        log_probs, values, entropy = (out[name].detach() for name in ("log_probs", "values", "entropy"))
-        actor = policy_loss(log_probs, batch)
-        critic = value_loss(values, batch, config.clip_coef if config.clip_value_loss else None)
-        loss, gradients = critic.value, {"values": config.vf_coef * critic.gradient}
+        surrogate = surrogate_loss(out["log_probs"], batch, config.clip_coef, config.dual_clip)
+        value = value_loss(out["values"], batch, config.clip_coef if config.clip_value_loss else None)
+        entropy = masked_mean(out["entropy"], valid)
+        loss = config.vf_coef * value
         if not is_warmup:
-            # Whatever its weight: an entropy that is not finite is that of a broken policy.
-            loss, gradients["log_probs"] = loss + actor.value + (entropy * share).sum(), actor.gradient
-            if config.ent_coef:
-                gradients["entropy"] = -config.ent_coef * share
-        norms = self._differentiate(out, gradients)
-        is_finite = (loss + norms.sum()).isfinite()
-        is_usable = is_finite & batch["valid"].any()  # zero gradients would still move weights by their momentum
+            loss = loss + surrogate - config.ent_coef * entropy
+        self.optimizer.zero_grad()
+        if loss.requires_grad:  # frozen parameters may leave nothing to train
+            loss.backward()
+        norms = self.optimizer.clip_gradients(config.max_grad_norm)
+        is_finite = (loss.detach() + norms.sum()).isfinite()
+        is_usable = is_finite & valid.any()  # zero gradients would still move weights by their momentum
         self.optimizer.step_if(is_usable)
-        return Step(actor.value, critic.value, norms, log_probs, entropy, is_usable, is_finite)
-
-    def _differentiate(self, out: TensorDict, gradients: dict[str, Tensor]) -> Tensor:
-        """Go on from the gradients with respect to `out`, and clip; return the norms of actor and critic, [2]."""
-        for parameter in (*self._actor, *self._critic):
-            parameter.grad = None
-        names = [name for name in gradients if out[name].requires_grad]  # frozen parameters may leave none
-        torch.autograd.backward([out[name] for name in names], [gradients[name] for name in names])
-        return self.optimizer.clip_gradients(self.config.max_grad_norm)
+        losses = (surrogate.detach(), value.detach(), entropy.detach())
+        return Step(*losses, norms, out["log_probs"].detach(), is_usable, is_finite)
 
     def _tabulate(self, steps: list[Step], minibatches: TensorDict) -> Tensor:
         """Return `_METRICS` of M minibatches, NaN if skipped, and whether for a number that was not finite, [M, 10].
@@ -322,9 +314,8 @@ class PPO:
             minibatches: [M, B] `_LOGGED`.
         """
         done = Step(*(torch.stack(column) for column in zip(*steps, strict=True)))
-        entropy = (done.entropy * minibatches["share"]).sum(-1)
-        logged = policy_statistics(done.log_probs, minibatches, self.config.clip_coef)
-        columns = [done.policy_loss, done.value_loss, entropy, *logged, *done.norms.unbind(1)]
+        logged = policy_statistics(done.log_probs, minibatches, self.config.clip_coef, self.config.dual_clip)
+        columns = [done.policy_loss, done.value_loss, done.entropy, *logged, *done.norms.unbind(1)]
         table = torch.where(done.is_usable, torch.stack(columns).float(), torch.nan)
         is_skipped = ~done.is_finite | (minibatches["is_lost"].any(-1) & ~minibatches["valid"].any(-1))
         return torch.cat([table, is_skipped.float().unsqueeze(0)]).T
@@ -367,6 +358,6 @@ _OF_THE_BATCH = (
     "explained_variance",
     "nonfinite_decisions",
 )
-_LOGGED = ("valid", "is_lost", "share", "advantages", "highest_ratio", "proximal", "behavior")
+_LOGGED = ("valid", "is_lost", "advantages", "proximal", "behavior")
 # `_LOGGED` is what is read after an epoch, `_OUTCOME` what neither a loss nor a policy reads, and no epoch shuffles.
 _OUTCOME = ("rewards", "discounts", "executed", "terminated", "truncated", "final_index", "is_weight_clipped")

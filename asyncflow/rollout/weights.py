@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from asyncflow.errors import AsyncflowError
+from asyncflow.kernels import copy_each
 from asyncflow.policies.base import set_eval
 from asyncflow.rollout.streams import record_event, wait_event
 
@@ -67,8 +68,7 @@ class WeightPublisher:
             self._versions[index] = -1
         wait_event(self._read[index], self._device)
         sources = changing_tensors(self._policy)  # asked anew: a policy may have put another tensor in a buffer's place
-        with torch.no_grad():
-            torch._foreach_copy_(self._snapshots[index], list(sources.values()))
+        copy_each(self._snapshots[index], list(sources.values()))
         self._written[index] = record_event(self._device)
         with self._changed:
             self._versions[index] = version

@@ -23,6 +23,7 @@ from asyncflow.config.sections import CompileMode
 from asyncflow.envs.base import ChunkResult, Fault, VecEnv, as_slice, start_chunk
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
+from asyncflow.kernels import copy_each
 from asyncflow.metrics.timing import Stopwatch
 from asyncflow.policies.base import Policy
 from asyncflow.rollout.channel import Channel
@@ -169,8 +170,8 @@ class RolloutWriter:
         lag = self._settings.max_policy_lag
         wanted = None if lag is None else max(0, rollout_index - lag)
         wait_event(self._built, self._buffer.device)  # the acting copy was made on the building thread's stream
-        with self._publisher.lease(wanted) as (version, tensors), torch.no_grad():
-            torch._foreach_copy_(self._weights, tensors)
+        with self._publisher.lease(wanted) as (version, tensors):
+            copy_each(self._weights, tensors)
         return version
 
     def _collect(self, slot: RolloutSlot) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from waiting import PATIENCE_S, Waiting
 
 from asyncflow.errors import AsyncflowError
+from asyncflow.kernels import copy_each
 from asyncflow.rollout.weights import PublisherClosed, WeightPublisher, changing_tensors, make_acting_copy
 
 
@@ -103,7 +104,7 @@ def test_no_lease_is_ever_torn(lag):
         acting = make_acting_copy(policy)
         for rollout in range(num_rollouts):
             with publisher.lease(max(0, rollout - lag)) as (version, tensors):
-                torch._foreach_copy_(list(changing_tensors(acting).values()), tensors)
+                copy_each(list(changing_tensors(acting).values()), tensors)
             values = {float(x) for t in changing_tensors(acting).values() for x in (t.min(), t.max())}
             torn.extend(values - {float(version)})
             seen.append(version)

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from asyncflow.kernels import copy_each
 from asyncflow.rollout import weights
 from asyncflow.rollout.streams import collector_stream
 from asyncflow.rollout.weights import WeightPublisher, changing_tensors, make_acting_copy
@@ -63,7 +64,7 @@ class DeviceHunt(Hunt):
         newest = self._publisher.newest
         with self._publisher.lease(wanted) as (version, tensors), torch.no_grad():
             stall(self._device, delays)
-            torch._foreach_copy_(self._targets, tensors)
+            copy_each(self._targets, tensors)
         values = {float(x) for target in self._targets for x in (target.min(), target.max())}
         self._judge(version, values, wanted, newest)
 
