@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LEROBOT := .venv-lerobot
 ARGS ?=
+# Processes that share the tests. Each takes about 3 GiB; 0 runs them in pytest's own.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 # The first Python of a supported version that can make virtual environments; `make PYTHON=... test` overrides it.
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -16,7 +19,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-learning learning-page gpu-check clean distclean
+.PHONY: help install train test test-slow test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-learning learning-page gpu-check clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,11 +27,14 @@ help: ## List the targets.
 train: $(STAMP) ## Set up, then fine-tune the shipped Lift policy asynchronously; ARGS="..." adds flags and overrides.
 	$(BIN)/asyncflow train --buffer-type vla $(ARGS)
 
-test: $(STAMP) ## Set up, then run the tests; ARGS="..." goes to pytest.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## Set up, then run the tests in JOBS=2 processes; ARGS="..." goes to pytest.
+	$(PYTEST) $(ARGS)
 
-test-all: $(STAMP) ## The same with the slow tests, which repeat at a larger scale what others show; some minutes more.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(ARGS)
+test-slow: $(STAMP) ## Run what `make test` leaves out: the tests that repeat at a larger scale what others show.
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: $(STAMP) ## Run both.
+	$(PYTEST) -m "" $(ARGS)
 
 test-lerobot: $(LEROBOT)/.installed ## Set up .venv-lerobot, with LeRobot and the torch that it needs, then run its tests there.
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/lerobot $(ARGS)

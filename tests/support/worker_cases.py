@@ -38,9 +38,8 @@ def run(vec_env: WorkerVecEnv, actions: torch.Tensor, env_ids: range = range(2))
 
 
 def tensors(result: ChunkResult) -> dict[str, torch.Tensor]:
-    values = {
-        entry.name: getattr(result, entry.name) for entry in fields(result) if entry.name not in ("faults", "spans")
-    }
+    values = {entry.name: getattr(result, entry.name) for entry in fields(result)}
+    values = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     return values | {"obs": result.obs["state"], "final_obs": result.final_obs["state"]}
 
 
