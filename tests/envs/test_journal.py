@@ -1,10 +1,9 @@
 """The journal: what it holds, and that replaying it gives what would have followed, bit for bit."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from fake_simulator import ACTION_DIM, SUCCEED, FakeSimulator
+from worker_cases import tensors
 
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, VecEnv
@@ -87,13 +86,6 @@ def play(vec_env: VecEnv, chunks: torch.Tensor) -> list[ChunkResult]:
             vec_env.step_async(actions[list(group)], group)
         results += [vec_env.step_wait(group) for group in reversed(groups)]
     return results
-
-
-def tensors(result: ChunkResult) -> dict[str, torch.Tensor]:
-    values = {
-        entry.name: getattr(result, entry.name) for entry in fields(result) if entry.name not in ("faults", "spans")
-    }
-    return values | {"obs": result.obs["state"], "final_obs": result.final_obs["state"]}
 
 
 def assert_resumes_bit_for_bit(vec_env: VecEnv, chunks: torch.Tensor, cut: int) -> None:
