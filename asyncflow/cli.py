@@ -30,7 +30,7 @@ from asyncflow.terminal import finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import Config
-    from asyncflow.run.trainer import Trainer
+    from asyncflow.run.recorded import RecordedRun
 
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]  # click's, which some versions of typer carry inside
 _CONFIG_KEYS = {
@@ -98,18 +98,18 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
     with _quiet_imports():
         from asyncflow.run import launch
 
-    def on_built(trainer: Trainer) -> None:
-        stop_on_signals(trainer.request_stop)
+    def on_built(run: RecordedRun) -> None:
+        stop_on_signals(run.request_stop)
 
     reporter = ConsoleReporter()
     try:
         if folder is None:
-            trainer = launch.train(resolved, reporter, on_built)
+            done = launch.train(resolved, reporter, on_built)
         else:
-            trainer = launch.resume(Path(folder), resolved, reporter, on_built)
+            done = launch.resume(Path(folder), resolved, reporter, on_built)
     finally:
         interrupt_on_signals()
-    return EXIT_INTERRUPTED if trainer.is_stopping else 0
+    return EXIT_INTERRUPTED if done.is_stopping else 0
 
 
 @app.command()

@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -62,6 +63,31 @@ def stop_on_signals(request_stop: Callable[[], None]) -> None:
 
     for number in _heard():
         signal.signal(number, stop)
+
+
+@contextlib.contextmanager
+def ctrl_c_calls(request_stop: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C call `request_stop`, which must not wait, within a block; a second one is Python's own.
+
+    Yields a function that tells whether Ctrl-C came. Outside the main thread, and where a program handles Ctrl-C by
+    itself, nothing changes.
+    """
+    interrupts: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        interrupts.append(number)
+        signal.signal(number, signal.default_int_handler)
+        request_stop()
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: bool(interrupts)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave_at_once(*_: object) -> NoReturn:

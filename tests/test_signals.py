@@ -201,7 +201,7 @@ def test_workers_ignore_what_the_parent_handles(hold_run):
 
 
 def test_a_signal_before_the_run_is_built_ends_it(hold_run, tmp_path):
-    end = interrupt(hold_run("asyncflow.run.launch:build_parts"), signal.SIGTERM)
+    end = interrupt(hold_run("asyncflow.run.launch:build_trainer"), signal.SIGTERM)
     assert end.is_clean, end
     assert not (tmp_path / "run").exists()
 
@@ -229,7 +229,9 @@ def test_an_update_that_takes_too_long_is_abandoned_and_the_boundary_before_it_i
 @pytest.mark.slow
 def test_a_signal_during_an_evaluation_leaves_it_owed(hold_run, tmp_path):
     """In a process what `test_launch` shows of an evaluation that a stop cut."""
-    end = interrupt(hold_run("asyncflow.run.trainer:Trainer._check_evaluation", "trainer.eval_interval=1", count=2))
+    end = interrupt(
+        hold_run("asyncflow.run.recorded:RecordedRun._check_evaluation", "trainer.eval_interval=1", count=2)
+    )
     assert end.is_clean, end
     assert saved_state(tmp_path / "run")["is_evaluation_owed"]
 

@@ -25,6 +25,8 @@ from asyncflow.errors import ContractError, EnvError
 if TYPE_CHECKING:
     from tensordict import TensorDict  # loading it would double the time in which a worker process starts
 
+    from asyncflow.config.sections import EnvConfig
+
 RENDERED = {"images": torch.uint8, "points": torch.float32}  # what cameras yield, by its name in an observation
 
 
@@ -217,6 +219,18 @@ class ChunkResult:
         return self.terminated if self.succeeded is None else self.succeeded
 
 
+class EnvOrigin(NamedTuple):
+    """What builds environments again.
+
+    Attributes:
+        config: The keys of `env`.
+        seed: The seed of the run, from which those of construction are derived.
+    """
+
+    config: EnvConfig
+    seed: int
+
+
 class VecEnv(ABC):
     """N environments that execute whole chunks and reset themselves; a chunk never crosses an episode.
 
@@ -226,7 +240,9 @@ class VecEnv(ABC):
 
     spec: EnvSpec
     num_envs: int
+    n_action_steps: int | None = None  # actions of a chunk, H; None where the environments do not say
     notices: tuple[str, ...] = ()  # what a run shows when it starts
+    origin: EnvOrigin | None = None  # what builds them again; None for environments of a user's own
 
     @property
     def simulator_spec(self) -> EnvSpec:

@@ -43,6 +43,7 @@ class CheckedVecEnv(VecEnv):
             ContractError: Their spec or their number is not what it must be.
         """
         self.env, self._name, self._chunk_length = env, name_of(env), chunk_length
+        self.n_action_steps = chunk_length
         self.num_envs = num_envs
         if getattr(env, "num_envs", None) != num_envs:
             raise broken(f"{self._name}.num_envs", "is", getattr(env, "num_envs", None), f"{num_envs}, as asked for")

@@ -96,7 +96,8 @@ class MappedVecEnv(VecEnv):
     def __init__(self, env: VecEnv, mapping: NameMapping) -> None:
         """Take over environments, which nobody else uses from now on."""
         self.env, self.num_envs, self.spec, self.notices = env, env.num_envs, mapping.spec, env.notices
-        self._mapping = mapping
+        self.n_action_steps, self.origin = env.n_action_steps, env.origin
+        self.mapping = mapping
 
     @property
     def simulator_spec(self) -> EnvSpec:
@@ -105,7 +106,7 @@ class MappedVecEnv(VecEnv):
 
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
         """Start or rebuild episodes; the journal holds the simulator's actions."""
-        return self._mapping.map_obs(self.env.reset(seed, journal))
+        return self.mapping.map_obs(self.env.reset(seed, journal))
 
     def journal(self) -> EpisodeJournal:
         """Return the simulators' journal."""
@@ -113,12 +114,12 @@ class MappedVecEnv(VecEnv):
 
     def step_async(self, actions: Tensor, env_ids: range) -> None:
         """Start one chunk of the model's actions, [n, H, M], in each of `env_ids`."""
-        self.env.step_async(self._mapping.map_actions(actions), env_ids)
+        self.env.step_async(self.mapping.map_actions(actions), env_ids)
 
     def step_wait(self, env_ids: range) -> ChunkResult:
         """Wait for a chunk, and map what it led to."""
         result = self.env.step_wait(env_ids)
-        obs, final_obs = (self._mapping.map_obs(each) for each in (result.obs, result.final_obs))
+        obs, final_obs = (self.mapping.map_obs(each) for each in (result.obs, result.final_obs))
         return replace(result, obs=obs, final_obs=final_obs)
 
     def interrupt(self) -> None:

@@ -66,7 +66,7 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
             image_shapes={CAMERA: (3, IMAGE_SIZE, IMAGE_SIZE)} if has_camera else {},
             task=TOY_POINTS if has_points else TOY_IMAGES if has_camera else TOY,
         )
-        self._chunk_length = chunk_length
+        self._chunk_length = self.n_action_steps = chunk_length
         self._seed = 0
         self._state = torch.zeros(num_envs, 4)
         self._episode = torch.zeros(num_envs, dtype=torch.int64)

@@ -66,7 +66,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
                 does not suffice.
         """
         _check_sendable(make_simulator)
-        self.num_envs = num_envs
+        self.num_envs, self.n_action_steps = num_envs, chunk_length
         self._config = config
         self._seed = 0
         self._journal = EpisodeJournal.start(num_envs)

@@ -11,11 +11,14 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from asyncflow.config.sections import PolicyConfig
 
 Mode = Literal["train", "eval"]
 
@@ -90,6 +93,7 @@ class Policy(nn.Module, ABC):
         log_prob_terms: Factor from `log_probs`, summed over its denoising steps if it has them, to the joint
             log-prob of the decision: K * H * A where `log_probs` is a mean, 1 where it is a sum.
         ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training.
+        made_from: The keys of `policy` that build it again; None for a policy of a user's own.
     """
 
     horizon: int
@@ -98,6 +102,7 @@ class Policy(nn.Module, ABC):
     noise_size: int
     log_prob_terms: float
     ratio_tolerance: float = 0.5
+    made_from: PolicyConfig | None = None
 
     def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
         """Return what the ring keeps of observations [N], and every other method takes as well as them.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import asyncflow
 from asyncflow.checksums import check_file
+from asyncflow.config.contracts import name_of
 from asyncflow.config.lerobot_folder import is_lerobot_folder, with_export
 from asyncflow.config.overrides import write_override
 from asyncflow.config.plain_values import is_deep
@@ -36,6 +37,7 @@ from asyncflow.policies.policy_header import read_policy_config, read_spec
 FORMAT = "asyncflow-policy"
 FORMAT_VERSION = 1
 FILE_NAME = "policy.safetensors"
+CLASS = "class"  # of the header: of a user's own policy, its name in place of a configuration
 SHARED = "shared"  # of the header: name -> name under which the same tensor is stored; absent without tied weights
 ASSETS = Path(__file__).parents[1] / "assets"
 MAX_REPORTED_TENSORS = 4
@@ -71,21 +73,26 @@ class PolicyFile:
         return NameMapping(self.policy_config.mapping, self.env_spec)
 
 
-def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig, env_spec: EnvSpec) -> None:
+def save_policy(path: str | Path, policy: nn.Module, policy_config: PolicyConfig | None, env_spec: EnvSpec) -> None:
     """Write a policy file, replacing an old one in a single step: a reader sees the old file or the new one."""
     state = policy.state_dict()
     shared = find_shared(state)
     tensors = {name: _own_memory(tensor) for name, tensor in state.items() if name not in shared}
-    write_atomically(Path(path), save(tensors, metadata=_make_metadata(shared, policy_config, env_spec)))
+    write_atomically(Path(path), save(tensors, metadata=_make_metadata(policy, shared, policy_config, env_spec)))
 
 
-def _make_metadata(shared: dict[str, str], policy_config: PolicyConfig, env_spec: EnvSpec) -> dict[str, str]:
+def _make_metadata(
+    policy: nn.Module, shared: dict[str, str], policy_config: PolicyConfig | None, env_spec: EnvSpec
+) -> dict[str, str]:
     header: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "asyncflow": asyncflow.__version__,
-        "policy": policy_config.model_dump(),
         "env": asdict(env_spec),
     }
+    if policy_config is None:
+        header[CLASS] = name_of(policy)
+    else:
+        header["policy"] = policy_config.model_dump()
     if shared:
         header[SHARED] = shared
     # One key: safetensors writes several in an order of its own, which differs between runs.
@@ -110,19 +117,19 @@ def find_shared(state: Mapping[str, Tensor]) -> dict[str, str]:
     return shared
 
 
-def check_saving(policy: nn.Module, policy_config: PolicyConfig, env_spec: EnvSpec) -> None:
+def check_saving(policy: nn.Module, policy_config: PolicyConfig | None, env_spec: EnvSpec) -> None:
     """Try, without their numbers, what `save_policy` will do: a run would learn only at its first checkpoint.
 
     Raises:
         ConfigError: A part of the policy or of the environment's description cannot be stored; names it.
     """
-    state = policy.state_dict()
+    state, source = policy.state_dict(), name_of(policy) if policy_config is None else policy_config.source
     for name, tensor in state.items():
         if problem := _find_problem(tensor):
-            raise ConfigError(f"{policy_config.source}: its state_dict holds {name}, {problem}")
-    check_finite(state, policy_config.source)  # as every reader of the file does
+            raise ConfigError(f"{source}: its state_dict holds {name}, {problem}")
+    check_finite(state, source)  # as every reader of the file does
     try:
-        _make_metadata({}, policy_config, env_spec)
+        _make_metadata(policy, {}, policy_config, env_spec)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"env.task = {env_spec.task}: its spec (EnvSpec) cannot be stored as JSON: {_one_line(error)}"
@@ -157,21 +164,30 @@ def load_policy_file(path: str | Path) -> PolicyFile:
     return read_policy_file(Path(path))
 
 
-def read_policy_file(path: Path) -> PolicyFile:
+def read_policy_file(path: Path, *, is_any_class: bool = False) -> PolicyFile:
     """Read a policy file, whatever its checksum.
+
+    Args:
+        path: The file.
+        is_any_class: Whether its tensors may be those of a user's own class, which only he can build.
 
     Raises:
         CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow, or a weight is not
             finite; one that robomimic wrote is described.
     """
     header = _read_header(path)
+    if CLASS in header and not is_any_class:
+        raise CheckpointError(
+            f"{path}: holds a policy of the class {header[CLASS]}, which asyncflow cannot build; go on with "
+            "asyncflow.Trainer.resume(path, policy=...)"
+        )
     try:
         tensors = _restore_shared(path, load_file(path), header)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: truncated or damaged: {_one_line(error)}") from None
     check_finite(tensors, str(path))
     try:
-        policy_config = with_export(read_policy_config(header), path.parent)
+        policy_config = PolicyConfig() if CLASS in header else with_export(read_policy_config(header), path.parent)
     except (ConfigError, ValueError) as error:
         raise _damaged(path, error) from None
     return PolicyFile(path, tensors, policy_config, _parse_env(header, path))

@@ -71,6 +71,7 @@ class PPO:
         config: The settings.
         seed: Of the minibatches' order; None, which counts as 0, until a trainer sets it.
         total_updates: Length of the run, over which a step size may fall; None until a trainer sets it.
+        is_described: Whether `config` alone builds it again.
         optimizer: Adam, with a step size each for actor and critic.
         num_nonfinite_steps: Minibatches of the run that were skipped because a number was not finite.
     """
@@ -104,6 +105,7 @@ class PPO:
         self.config = config = apply_settings(config, settings)
         self.seed, self.total_updates = seed, total_updates
         self.num_nonfinite_steps = 0
+        self.is_described = isinstance(advantage, str | None)
         self._estimator = make_estimator(config) if isinstance(advantage, str | None) else advantage
         self._actor = [p for p in policy.actor_parameters() if p.requires_grad]
         self._critic = [p for p in policy.critic_parameters() if p.requires_grad]

@@ -22,7 +22,7 @@ from asyncflow.metrics.tracing import Tracer, read_spans
 from asyncflow.profile.read import Leg, Memory, Mode, Window, read_leg
 from asyncflow.run import launch
 from asyncflow.run.evaluate import EvalResult
-from asyncflow.run.trainer import Trainer
+from asyncflow.run.recorded import RecordedRun
 from asyncflow.signals import signals_held
 
 
@@ -48,11 +48,11 @@ class Watcher:
     last: int
     rows: list[dict[str, float]] = field(default_factory=list)
     memory: Memory | None = None
-    _trainer: Trainer | None = None
+    _run: RecordedRun | None = None
 
-    def watch(self, trainer: Trainer) -> None:
-        """Take the trainer that is to be stopped."""
-        self._trainer = trainer
+    def watch(self, run: RecordedRun) -> None:
+        """Take the run that is to be stopped."""
+        self._run = run
 
     def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
         """Nothing to do."""
@@ -62,8 +62,8 @@ class Watcher:
         self.rows.append(dict(row))
         if len(self.rows) == self.last:
             self.memory = peak_memory()
-            assert self._trainer is not None  # it was built
-            self._trainer.request_stop()
+            assert self._run is not None  # it was built
+            self._run.request_stop()
 
     def evaluation(self, updates: int, result: EvalResult) -> None:
         """Nothing is evaluated."""

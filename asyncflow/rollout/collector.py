@@ -48,6 +48,17 @@ class Collector(ABC):
         """End a wait for simulators, now and later. Any thread or a signal handler; never waits."""
 
     @abstractmethod
+    def wait(self) -> None:
+        """Wait until the last rollout that was asked for is written and nothing runs; called by the trainer."""
+
+    @abstractmethod
+    def pause(self) -> None:
+        """Stop collecting, and wait for the chunks under way, so that others may use the environments.
+
+        Called by the trainer. Rollouts and weights are closed for this collector; another one goes on.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Stop collecting within one decision; called by the trainer, may be called twice."""
 
@@ -80,6 +91,14 @@ class InlineCollector(Collector):
     def interrupt(self) -> None:
         """End a wait for simulators."""
         self._writer.interrupt()
+
+    def wait(self) -> None:
+        """Nothing runs between two calls of `next_rollout`."""
+
+    def pause(self) -> None:
+        """Wait for the chunks that an interrupted `next_rollout` left under way."""
+        self._buffer.close()
+        self._writer.drain()
 
     def close(self) -> None:
         """Let a `next_rollout` under way end at its next decision."""
@@ -120,6 +139,18 @@ class ThreadedCollector(Collector):
     def interrupt(self) -> None:
         """End a wait for simulators."""
         self._writer.interrupt()
+
+    def wait(self) -> None:
+        """Wait for the thread, which leaves after its last rollout."""
+        self._thread.join()
+
+    def pause(self) -> None:
+        """Wake the thread, and wait until it has left and no chunk is under way."""
+        self._buffer.close()
+        self._publisher.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._writer.drain()
 
     def close(self) -> None:
         """Wake the thread, and wait until the decision under way is finished and the thread has left."""

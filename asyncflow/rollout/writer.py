@@ -10,6 +10,7 @@ Shapes: T decisions, N environments, n of them in a group, H executed actions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class RolloutWriter:
         self._groups = [self._make_group(g) for g in range(settings.num_env_groups)]
         self._is_reset = False
         self._sample = make_sampler(self._policy, settings.compile, *self._example_inputs())
+        self._under_way: list[range] = []  # groups whose chunk was started and not waited for
         self._built = record_event(self._buffer.device)
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
@@ -150,6 +152,15 @@ class RolloutWriter:
         env_ids = range(number, self._env.num_envs, self._settings.num_env_groups)
         example = self._buffer.plan.obs[: len(env_ids)].to(self._buffer.device)
         return _Group(number, env_ids, len(env_ids) / self._env.num_envs, Staging(self._buffer.device), example)
+
+    def drain(self) -> None:
+        """Wait for chunks that were started and not waited for; whoever ends the environments is not in the way.
+
+        Called when nobody collects any more, by the thread that did or after it has left.
+        """
+        while self._under_way:
+            with contextlib.suppress(EnvError):
+                self._env.step_wait(self._under_way.pop())
 
     def _example_inputs(self) -> tuple[TensorDictBase, Tensor]:
         """Return encoded observations and noise of one group, as every decision has them."""
@@ -216,6 +227,7 @@ class RolloutWriter:
             actions = group.staging.fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
             self._settings.inference_latency.wait(slot.index, group.share)  # beyond the device's work
         start_chunk(self._env, actions, group.env_ids)
+        self._under_way.append(group.env_ids)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
         slot.add(t, group.env_ids, obs, decision)
@@ -238,6 +250,7 @@ class RolloutWriter:
     def _wait_for_chunk(self, slot: RolloutSlot, t: int, group: _Group) -> ChunkResult:
         """Wait for a group's chunk, its emulated latency included, and trace who simulated it when."""
         with self._watch.measure("env_step_s"):
+            self._under_way.remove(group.env_ids)  # before: a wait that fails is not repeated
             result = self._env.step_wait(group.env_ids)
             spans = [(f"worker {span.worker}", span.start_s, span.end_s) for span in result.spans]
             if self._settings.env_latency.mean_s:

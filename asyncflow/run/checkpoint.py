@@ -62,10 +62,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PolicyToSave:
-    """A policy and what rebuilds it."""
+    """A policy and what rebuilds it; a class of a user's own has no configuration."""
 
     policy: Policy
-    config: PolicyConfig
+    config: PolicyConfig | None
     env_spec: EnvSpec
 
 
@@ -82,17 +82,35 @@ def save_checkpoint(run: Path, source: PolicyToSave, state: RunState, groups: Gr
         OSError: The disk is full or the folder was removed; older checkpoints are unharmed.
     """
     final = checkpoint_path(run, state.updates)
+    if not _holds(final, state):
+        write_checkpoint(final, source, state, groups)
+    point_at(run, "last", final)
+    return final
+
+
+def write_checkpoint(
+    final: Path, source: PolicyToSave, state: RunState, groups: Groups, extra: Mapping[str, bytes] | None = None
+) -> None:
+    """Write a checkpoint's folder under a temporary name, flush it, and give it its name, in an older one's place.
+
+    Args:
+        final: The folder.
+        source: The policy.
+        state: How far the run is.
+        groups: Group -> name -> tensor; neither name holds a slash.
+        extra: File name -> content of what else lies in the folder.
+
+    Raises:
+        OSError: The disk is full or the folder above was removed; an older checkpoint is unharmed.
+    """
     temporary = _hidden(final)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if not _holds(final, state):
-            temporary.mkdir()  # without its parents: a run folder that was removed is not made anew
-            _write(temporary, source, state, groups)
-            _publish(temporary, final)
+        temporary.mkdir()  # without its parents: a run folder that was removed is not made anew
+        _write(temporary, source, state, groups, extra or {})
+        _publish(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    point_at(run, "last", final)
-    return final
 
 
 def checkpoint_path(run: Path, updates: int) -> Path:
@@ -118,12 +136,14 @@ def _publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _write(folder: Path, source: PolicyToSave, state: RunState, groups: Groups) -> None:
+def _write(folder: Path, source: PolicyToSave, state: RunState, groups: Groups, extra: Mapping[str, bytes]) -> None:
     tensors = {f"{group}/{name}": t.detach().cpu().contiguous() for group, x in groups.items() for name, t in x.items()}
     save_policy(folder / FILE_NAME, source.policy, source.config, source.env_spec)
     source.policy.export(folder)
     write_atomically(folder / TRAINING, save(tensors))
     write_atomically(folder / STATE, state.to_json().encode())
+    for name, content in extra.items():
+        write_atomically(folder / name, content)
     write_atomically(folder / checksums.NAME, checksums.describe_folder(folder))
 
 
@@ -186,7 +206,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: A file is missing, truncated or damaged.
     """
     checksums.check_folder(path, {FILE_NAME, TRAINING, STATE})
-    policy = read_policy_file(path / FILE_NAME)
+    policy = read_policy_file(path / FILE_NAME, is_any_class=True)
     try:
         content, flat = (path / STATE).read_bytes(), load((path / TRAINING).read_bytes())
     except (OSError, SafetensorError, ValueError) as error:

@@ -14,9 +14,10 @@ from pathlib import Path
 from asyncflow.config.lerobot_folder import with_export
 from asyncflow.config.sections import Config
 from asyncflow.device import resolve_device
+from asyncflow.envs.base import VecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import find_policy_code
-from asyncflow.run.build import Parts, build_parts, check_start, tell_environment
+from asyncflow.run.build import build_eval_env, build_trainer, check_start
 from asyncflow.run.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -26,17 +27,21 @@ from asyncflow.run.checkpoint import (
     point_at,
 )
 from asyncflow.run.folder import changed_versions, create_run_folder, lock_run_folder, write_config
-from asyncflow.run.progress import Progress
-from asyncflow.run.trainer import Reporter, Trainer
+from asyncflow.run.parts import tell_environment
+from asyncflow.run.progress import Limits, Progress
+from asyncflow.run.recorded import RecordedRun, RunReporter
+from asyncflow.run.trainer import Trainer
 
 
-def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None] = lambda trainer: None) -> Trainer:
-    """Train a new run from beginning to end and return its closed trainer.
+def train(
+    config: Config, reporter: RunReporter, on_built: Callable[[RecordedRun], None] = lambda run: None
+) -> RecordedRun:
+    """Train a new run from beginning to end and return it, closed.
 
     Args:
         config: The run.
         reporter: Told what happens.
-        on_built: Given the trainer before it runs, so that a signal handler can stop it.
+        on_built: Given the run before it begins, so that a signal handler can stop it.
 
     Raises:
         ConfigError: The run cannot be built as asked.
@@ -47,27 +52,26 @@ def train(config: Config, reporter: Reporter, on_built: Callable[[Trainer], None
     if (told := tell_environment(config)) is not None:
         reporter.notice(told)
     with ExitStack() as stack:
-
-        def announce(ring_bytes: int) -> None:
-            nonlocal folder
-            folder, descriptor = create_run_folder(folder, config)
-            stack.callback(os.close, descriptor)
-            reporter.start(config, folder, ring_bytes, str(resolve_device(config.trainer.device)))
-
-        parts = build_parts(config, announce)
-        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter), on_built, reporter)
+        trainer, eval_env = _build(stack, config)
+        folder, descriptor = create_run_folder(folder, config)
+        stack.callback(os.close, descriptor)
+        _announce(trainer, config, folder, reporter)
+        return _run(stack, RecordedRun(trainer, eval_env, config, folder, reporter=reporter), on_built)
 
 
 def resume(
-    folder: Path, config: Config, reporter: Reporter, on_built: Callable[[Trainer], None] = lambda trainer: None
-) -> Trainer:
-    """Go on with a run from its newest checkpoint that is whole, to the end; return its closed trainer.
+    folder: Path,
+    config: Config,
+    reporter: RunReporter,
+    on_built: Callable[[RecordedRun], None] = lambda run: None,
+) -> RecordedRun:
+    """Go on with a run from its newest checkpoint that is whole, to the end; return it, closed.
 
     Args:
         folder: The run folder.
         config: The run, as `run_folder.resume_config` returns it.
         reporter: Told what happens.
-        on_built: Given the trainer before it runs, so that a signal handler can stop it.
+        on_built: Given the run before it goes on, so that a signal handler can stop it.
 
     Raises:
         CheckpointError: Every checkpoint is damaged.
@@ -89,14 +93,32 @@ def resume(
             reporter.notice(told)
         for change in changed_versions(folder):
             reporter.notice(f"since this run began, {change}: it may differ from an uncut one")
-        device = str(resolve_device(config.trainer.device))
-        parts = build_parts(config, lambda num_bytes: reporter.start(config, folder, num_bytes, device), checkpoint)
+        trainer, eval_env = _build(stack, config, checkpoint)
+        _announce(trainer, config, folder, reporter)
         if checkpoint is not None:
-            _tell_risen_step_size(config, checkpoint, parts, reporter)
-        return _run(stack, parts, lambda: Trainer(config, parts, folder, reporter, checkpoint), on_built, reporter)
+            _tell_risen_step_size(config, checkpoint, trainer, reporter)
+        return _run(
+            stack, RecordedRun(trainer, eval_env, config, folder, reporter=reporter, resumed=checkpoint), on_built
+        )
 
 
-def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
+def _build(stack: ExitStack, config: Config, checkpoint: Checkpoint | None = None) -> tuple[Trainer, VecEnv | None]:
+    """Build what trains and where it is evaluated; the stack closes both, whatever happens afterwards."""
+    trainer = build_trainer(config, checkpoint)
+    stack.callback(trainer.close)
+    eval_env = build_eval_env(config, trainer)
+    if eval_env is not None:
+        stack.callback(eval_env.close)
+    return trainer, eval_env
+
+
+def _announce(trainer: Trainer, config: Config, folder: Path, reporter: RunReporter) -> None:
+    """Tell the size of the ring, then allocate it."""
+    reporter.start(config, folder, trainer.collecting.plan.num_bytes, str(resolve_device(config.trainer.device)))
+    trainer.collecting.set_up(trainer.progress)
+
+
+def _find_start(folder: Path, reporter: RunReporter) -> Checkpoint | None:
     """Return where a run goes on; None at its beginning, if it was cut before its first checkpoint."""
     clean_checkpoints(folder)
     if not list_checkpoints(folder):
@@ -112,10 +134,10 @@ def _find_start(folder: Path, reporter: Reporter) -> Checkpoint | None:
     return checkpoint
 
 
-def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, parts: Parts, reporter: Reporter) -> None:
+def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, trainer: Trainer, reporter: RunReporter) -> None:
     """Say that a linear schedule begins again higher: it falls over more updates than it did."""
-    key, updates = "train/learning_rate", parts.progress.updates
-    before, now = checkpoint.state.row.get(key, math.inf), parts.ppo.learning_rates(updates)[key]
+    key, updates = "train/learning_rate", trainer.progress.updates
+    before, now = checkpoint.state.row.get(key, math.inf), trainer.ppo.learning_rates(updates)[key]
     if now > before:
         reporter.notice(
             f"algorithm.lr_schedule = linear falls over trainer.total_updates = {config.trainer.total_updates}, more "
@@ -127,27 +149,18 @@ def _check_unfinished(config: Config, checkpoint: Checkpoint | None) -> None:
     if checkpoint is None:
         return
     clocks = Progress(updates=checkpoint.state.updates, env_steps=checkpoint.state.env_steps)
-    if clocks.is_at_end(config.trainer) and not checkpoint.state.is_evaluation_owed:
+    if (
+        clocks.is_at_end(Limits(config.trainer.total_updates, config.trainer.total_env_steps))
+        and not checkpoint.state.is_evaluation_owed
+    ):
         raise ConfigError(
             f"--resume {checkpoint.path.parent.parent}: the run is finished after {clocks.updates} updates and "
             f"{clocks.env_steps} env steps; raise trainer.total_updates or trainer.total_env_steps to go on"
         )
 
 
-def _run(
-    stack: ExitStack,
-    parts: Parts,
-    make_trainer: Callable[[], Trainer],
-    on_built: Callable[[Trainer], None],
-    reporter: Reporter,
-) -> Trainer:
-    for notice in parts.env.notices:
-        reporter.notice(notice)
-    with ExitStack() as on_failure:
-        on_failure.callback(parts.close)  # a trainer that cannot be built leaves no simulators behind
-        trainer = make_trainer()
-        on_failure.pop_all()
-    stack.callback(trainer.close)
-    on_built(trainer)
-    trainer.run()
-    return trainer
+def _run(stack: ExitStack, run: RecordedRun, on_built: Callable[[RecordedRun], None]) -> RecordedRun:
+    stack.callback(run.close)
+    on_built(run)
+    run.run()
+    return run

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from asyncflow.config.sections import TrainerConfig
 from asyncflow.envs.journal import EpisodeJournal
+from asyncflow.errors import ConfigError
 from asyncflow.rollout.episodes import Episode, split_by_start
+from asyncflow.rollout.ring import Rollout
 from asyncflow.run.state import Books, RunState
 
 _PLAIN = (
@@ -22,6 +23,14 @@ _PLAIN = (
     "best_success",
     "best_update",
 )  # the same in a `RunState`
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where training ends, whichever comes first; None is no limit. Both count from the beginning of the run."""
+
+    total_updates: int | None = None
+    total_env_steps: int | None = None
 
 
 @dataclass
@@ -83,6 +92,16 @@ class Progress:
         """The three clocks by their metric names."""
         return {"env_steps": self.env_steps, "decisions": self.decisions, "updates": self.updates}
 
+    def advance(self, rollout: Rollout) -> None:
+        """Move to the boundary after the update on `rollout`; nothing in it can fail."""
+        valid = rollout.data["valid"]
+        self.updates += 1
+        self.decisions += int(valid.sum())  # sync: the update's metrics were just fetched
+        self.env_steps += int((rollout.data["executed"] * valid).sum())  # sync: likewise
+        self.next_rollout = rollout.index + 1
+        self.journal = rollout.info.journal
+        self.faults.update(fault.kind for fault in rollout.info.faults)
+
     def take_episodes(self, ended: Iterable[Episode], end: int) -> list[Episode]:
         """Take over episodes that ended, and return those that began before decision `end`, which count now."""
         counted, self.episodes = split_by_start([*self.episodes, *ended], end)
@@ -101,7 +120,24 @@ class Progress:
         """Tell whether an evaluation of this update beats all before."""
         return self.updates > 0 and (not self.best_update or score > self.best_success)
 
-    def is_at_end(self, limits: TrainerConfig) -> bool:
+    def limits_after(self, total_updates: int | None, total_env_steps: int | None) -> Limits:
+        """Return the limits that lie so many updates or env steps ahead.
+
+        Raises:
+            ConfigError: Neither is given, or one is below 1.
+        """
+        given = {"total_updates": total_updates, "total_env_steps": total_env_steps}
+        if all(value is None for value in given.values()):
+            raise ConfigError("train() needs total_updates or total_env_steps")
+        for name, value in given.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"train({name}={value}): must be at least 1")
+        return Limits(
+            None if total_updates is None else self.updates + total_updates,
+            None if total_env_steps is None else self.env_steps + total_env_steps,
+        )
+
+    def is_at_end(self, limits: Limits) -> bool:
         """Tell whether a limit of the run is reached."""
         return (limits.total_updates is not None and self.updates >= limits.total_updates) or (
             limits.total_env_steps is not None and self.env_steps >= limits.total_env_steps

@@ -1,58 +1,62 @@
-"""The loop: take a rollout, update, publish, release, then evaluate, log and save when due.
+"""The loop: take a rollout, update, publish, release, and tell callbacks. `Trainer` is what a user's program holds.
 
-Owns the order of things, the three clocks, and what a checkpoint holds. `Trainer` never asks whether rollouts are
-collected inline or in a thread; only `build` knows both kinds.
+The loop never asks whether rollouts are collected inline or in a thread (`collecting` does), and it writes nothing by
+itself: `recorded` adds a run folder, evaluation, logs and checkpoints to it by being one of its callbacks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import Literal, Protocol
 
-from asyncflow.config.plugins import trusting_words
-from asyncflow.config.sections import Config
-from asyncflow.envs.base import EnvInterrupted, Fault
-from asyncflow.errors import AsyncflowError, TrainingError
-from asyncflow.metrics.glossary import MetricLogger
+from torch import Tensor
+from typing_extensions import Self
+
+from asyncflow.config.sections import BufferType, CompileMode
+from asyncflow.envs.base import VecEnv
+from asyncflow.errors import AsyncflowError, ConfigError
 from asyncflow.metrics.timing import Stopwatch
-from asyncflow.policies.base import Normalizer, clipped_inputs
+from asyncflow.policies.base import Policy
+from asyncflow.policies.policy_file import check_saving
+from asyncflow.ppo.ppo import PPO
 from asyncflow.ppo.promises import check_first_ratio
+from asyncflow.rollout.channel import Channel
+from asyncflow.rollout.collector import Collector
 from asyncflow.rollout.episodes import episode_metrics
-from asyncflow.rollout.latency import EmulatedLatency
+from asyncflow.rollout.latency import NO_LATENCY, EmulatedLatency
 from asyncflow.rollout.ring import BufferClosed, Rollout
-from asyncflow.rollout.success_value import warn_of_returns, warn_of_shaped_reward
-from asyncflow.run.build import Parts
-from asyncflow.run.checkpoint import Checkpoint, PolicyToSave, point_at, prune_checkpoints, save_checkpoint
-from asyncflow.run.evaluate import EvalResult, evaluate
+from asyncflow.run.checkpoint import Checkpoint, PolicyToSave, write_checkpoint
+from asyncflow.run.collecting import Collecting, LoopSettings
+from asyncflow.run.doubts import Doubts
+from asyncflow.run.progress import Limits, Progress
 from asyncflow.run.rates import RateMeter, memory_metrics, rollout_metrics
-from asyncflow.run.state import name_snapshots
-from asyncflow.shell import command
+from asyncflow.run.recipe import RECIPE, Recipe, check_agreement, check_journal, read_saved
+from asyncflow.run.state import RunState, name_snapshots, read_snapshots
+from asyncflow.signals import ctrl_c_calls
 
-NOTICED_CLIPPED_SHARE = 0.1  # of a rollout's observed numbers
 STOP_GRACE_S = 5.0  # an update that takes longer after a request to stop is abandoned
+Row = dict[str, float]
 
 
 class Reporter(Protocol):
-    """Who watches a run."""
+    """Who watches a trainer."""
 
-    def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
-        """Everything is planned, nothing large is allocated yet."""
-
-    def update(self, row: dict[str, float]) -> None:
-        """An update was finished; `row` is its line of `metrics.jsonl`."""
-
-    def evaluation(self, updates: int, result: EvalResult) -> None:
-        """An evaluation was finished."""
+    def update(self, row: Row) -> None:
+        """An update was finished; `row` holds its metrics by the names of `docs/metrics.md`."""
 
     def notice(self, text: str) -> None:
         """Something was survived, or was not as expected."""
 
-    def end(self, run_dir: Path, checkpoint: Path, row: dict[str, float], is_stopped: bool) -> None:
-        """The run is over and saved; `row` is that of its last update."""
+
+class StopTraining(AsyncflowError):
+    """Raised by a callback: `train` returns after this update."""
 
 
 class UpdateAbandoned(AsyncflowError):
@@ -60,249 +64,345 @@ class UpdateAbandoned(AsyncflowError):
 
 
 class Trainer:
-    """Runs the loop on built parts. Main thread only, except `request_stop`."""
+    """Trains a policy in environments with PPO. Main thread only, except `request_stop` and `interrupt`.
 
-    def __init__(
-        self, config: Config, parts: Parts, run_dir: Path, reporter: Reporter, resumed: Checkpoint | None = None
+    Between two calls of `train` nothing runs; the environments may be evaluated in, and the next call goes on as if
+    that had not been.
+
+    Attributes:
+        policy: What is trained.
+        env: The environments that it acts in.
+        ppo: What updates it.
+        progress: How far training is.
+        row: Metrics of the last update.
+        callbacks: Called with the trainer and its row after every update.
+        is_stopping: Whether a stop was requested.
+    """
+
+    def __init__(  # noqa: PLR0913  keyword arguments with defaults, of which a user gives a few
+        self,
+        policy: Policy,
+        env: VecEnv,
+        ppo: PPO | None = None,
+        *,
+        buffer_size: int = 960,
+        buffer_type: BufferType = "vla",
+        max_policy_lag: int | None = None,
+        lag_mode: Literal["fixed", "bounded"] = "fixed",
+        on_full: Literal["block", "overwrite"] = "block",
+        num_env_groups: int = 1,
+        compile: CompileMode = "none",
+        seed: int = 0,
+        reporter: Reporter | None = None,
+        callbacks: Sequence[Callable[[Trainer, Row], object]] = (),
     ) -> None:
-        """Open the run's logs; `resumed` is what `parts` were built from."""
-        self.config, self.parts, self.run_dir, self.reporter = config, parts, run_dir, reporter
-        self.progress = parts.progress
-        self.is_stopping = False
-        self._stop_deadline = float("inf")
-        self._has_told_clipped = False
-        self._has_told_of_rewards = config.algorithm.success_value == "continue"
-        self._row: dict[str, float] = dict(resumed.state.row) if resumed else {}
-        self._is_evaluation_owed = resumed.state.is_evaluation_owed if resumed else True
-        self._newest = resumed.path if resumed else None
-        kept_rows = self.progress.updates - self._is_evaluation_owed if resumed else 0
-        self._logger = MetricLogger(run_dir, config.logging.logger, kept_rows)
-        self._logged = self.progress.updates  # the newest update whose row was written, or is owed with its evaluation
-        self._watch = Stopwatch(parts.channel.tracer.recorder("trainer"))
-        self._latency = EmulatedLatency.from_config(config.trainer, "update", config.algorithm.emulated_latency_s)
-        if config.logging.trace:
-            name = f"trace_{self.progress.updates:06d}.json" if resumed else "trace.json"
-            parts.channel.tracer.open(run_dir / name)
-        clocks = self.progress
-        counters = (clocks.env_steps, clocks.decisions, clocks.updates)
-        self._meter = RateMeter(parts.channel.clock, self._row.get("wall_s", 0.0), counters)
+        """Check that everything fits together; rollouts are allocated when training begins.
 
-    def run(self) -> dict[str, float]:
-        """Train to the end or until stopped, save, and return the last update's metrics.
+        Args:
+            policy: What is trained, on the device that it lies on.
+            env: Environments; the trainer closes them when it is closed.
+            ppo: What updates the policy; None: `PPO(policy)` with its defaults.
+            buffer_size: Decisions in a rollout, a multiple of the number of environments and of minibatches.
+            buffer_type: `vla` collects in a thread while training; `standard` collects, then trains.
+            max_policy_lag: Updates by which a rollout's weights may be older than those that are trained; None means 1
+                for `vla` and 0 for `standard`.
+            lag_mode: `fixed`: every rollout is as old as `max_policy_lag`, and the run can be repeated; `bounded`: it
+                is collected with the newest weights.
+            on_full: Whether a collector without a free slot waits, or drops the oldest finished rollout.
+            num_env_groups: Groups of environments stepped while others infer.
+            compile: How the collector's copy of the policy infers: `none`, `compile` or `graph`.
+            seed: Seed of start states, of noise and of the order of minibatches.
+            reporter: Told about every update, and what was survived; None: the log named `asyncflow` has the latter.
+            callbacks: Functions that are called with the trainer and the row of metrics after every update.
 
         Raises:
-            CollectorError: Collecting failed; what was trained is saved.
-            TrainingError: Training failed; the message names the last good checkpoint.
-            AsyncflowError: The end could not be saved.
+            ConfigError: Policy, environments and settings do not fit together, or memory does not suffice.
         """
-        try:
-            self._run_updates()
-        except TrainingError as error:
-            raise TrainingError(f"{error}; last good checkpoint: {self._newest or 'none'}") from error
-        except (Exception, SystemExit):  # a model or a simulator may call sys.exit
-            if self._is_whole and self._save():
-                words = trusting_words(self.config.policy.vla.model_class)
-                resume = command("train", "--resume", self.run_dir, *words)
-                self.reporter.notice(f"saved {self._newest}; go on with: {resume}")
-            raise
-        if not self._save():
-            raise AsyncflowError(f"the run's end could not be saved; newest checkpoint: {self._newest or 'none'}")
-        assert self._newest is not None  # it was saved
-        self.reporter.end(self.run_dir, self._newest, self._row, self.is_stopping)
-        return self._row
+        self.policy, self.env = policy, env
+        self.ppo = PPO(policy) if ppo is None else ppo
+        self.settings = LoopSettings(
+            buffer_size, buffer_type, max_policy_lag, lag_mode, on_full, num_env_groups, seed, compile
+        )
+        Recipe.describe(policy, env, self.ppo, self.settings)  # refuses settings that do not go together
+        check_agreement(policy, env, self.ppo)
+        self._has_own_length = self.ppo.total_updates is None
+        if self.ppo.seed is None:
+            self.ppo.seed = seed
+        self.progress, self.row = Progress(), Row()
+        self.reporter, self.callbacks = reporter, list(callbacks)
+        self.notice: Callable[[str], None] = logging.getLogger("asyncflow").warning
+        if reporter is not None:
+            self.notice = reporter.notice
+        self.is_stopping = False
+        self.update_latency: EmulatedLatency = NO_LATENCY
+        self.collecting = Collecting(env, policy, self.ppo.config, self.settings)
+        self._limits = Limits()
+        self._watch = Stopwatch(self.collecting.tracer.recorder("trainer"))
+        self._meter: RateMeter | None = None
+        self._stop_deadline = math.inf
+        self._doubts = Doubts(self._tell, self.ppo.config.success_value == "continue")
+        self._has_begun = self._is_closed = False
+
+    # What a user calls.
+
+    def train(self, *, total_updates: int | None = None, total_env_steps: int | None = None) -> Row:
+        """Train for so many updates or env steps more, whichever comes first, and return the last update's metrics.
+
+        Ctrl-C, or the stop button of a notebook, ends an update under way within seconds and raises
+        `KeyboardInterrupt`; the trainer can train on, be saved or be closed.
+
+        Args:
+            total_updates: Updates of this call.
+            total_env_steps: Env steps of this call; the update that reaches them is the last.
+
+        Raises:
+            ConfigError: Neither limit is given, or the step size falls over a number of updates that is not given.
+            CollectorError: Collecting failed.
+            TrainingError: Training diverged.
+        """
+        if self._is_closed:
+            raise ConfigError("the trainer is closed; load what was saved: Trainer.resume(path)")
+        limits = self.progress.limits_after(total_updates, total_env_steps)
+        if self._has_own_length:
+            if total_updates is None and self.ppo.config.lr_schedule != "constant":
+                raise ConfigError(
+                    f"algorithm.lr_schedule = {self.ppo.config.lr_schedule} needs train(total_updates=...), over which "
+                    "the step size changes"
+                )
+            self.ppo.total_updates = limits.total_updates
+        self.is_stopping, self._stop_deadline = False, math.inf
+        self.collecting.allow()
+        with ctrl_c_calls(self.request_stop) as was_interrupted:
+            row = self.train_until(limits)
+        if was_interrupted():
+            raise KeyboardInterrupt
+        return row
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything that training goes on from into a folder, which `resume` reads; return it.
+
+        The folder is a checkpoint: `asyncflow eval`, `--checkpoint` and `load_policy` take it, too. An older one of
+        that name is replaced in one step.
+
+        Raises:
+            ConfigError: The path is a file or a folder of something else, or the policy cannot be stored.
+            OSError: The disk is full.
+        """
+        folder = Path(path).expanduser()
+        recipe = Recipe.describe(self.policy, self.env, self.ppo, self.settings)
+        recipe.check_folder(folder)
+        source = self.policy_to_save()
+        check_saving(source.policy, source.config, source.env_spec)
+        write_checkpoint(folder, source, self.state(), self.groups(), {RECIPE: recipe.to_json().encode()})
+        return folder
+
+    @classmethod
+    def resume(  # noqa: PLR0913  objects that may have to be given
+        cls,
+        path: str | Path,
+        *,
+        policy: Policy | None = None,
+        env: VecEnv | None = None,
+        ppo: PPO | None = None,
+        reporter: Reporter | None = None,
+        callbacks: Sequence[Callable[[Trainer, Row], object]] = (),
+    ) -> Self:
+        """Return a trainer that goes on where another was saved, bit for bit as if it had not been cut.
+
+        Args:
+            path: A folder that `save` wrote; or a run folder of `asyncflow train`, or a checkpoint in it.
+            policy: The policy, where asyncflow cannot build it (a class of your own); its weights are replaced.
+            env: The environments, where asyncflow cannot build them.
+            ppo: The `PPO` of `policy`, where it was given objects such as an advantage estimator.
+            reporter: As for `Trainer`.
+            callbacks: As for `Trainer`.
+
+        Raises:
+            CheckpointError: Nothing was saved there, it is damaged, or does not fit what was given.
+            ConfigError: Something has to be given that was not; the message names it.
+        """
+        saved = read_saved(Path(path).expanduser())
+        with contextlib.ExitStack() as on_failure:
+            saved.recipe.check_given(policy=policy, env=env, ppo=ppo)
+            if env is None:
+                env = saved.build_env()
+                on_failure.callback(env.close)
+            policy = saved.load_into(policy) if policy is not None else saved.build_policy(env)
+            ppo = saved.build_ppo(policy) if ppo is None else ppo
+            trainer = cls(policy, env, ppo, **saved.recipe.arguments, reporter=reporter, callbacks=callbacks)
+            trainer.restore(saved.checkpoint)
+            on_failure.pop_all()
+        return trainer
 
     def request_stop(self) -> None:
-        """End the run after the update under way, if that is soon. Any thread or a signal handler; never waits."""
+        """Let `train` return after the update under way, if that is soon. Any thread or a signal handler."""
         self._stop_deadline = time.perf_counter() + STOP_GRACE_S
         self.is_stopping = True
-        self.parts.interrupt()
+        self.collecting.stop()
+
+    def interrupt(self) -> None:
+        """As `request_stop`, and end every wait for simulators, which cannot be used afterwards. Never waits."""
+        self.request_stop()
+        self.collecting.interrupt()
 
     def close(self) -> None:
-        """Join the collector thread, stop all simulators, close the logs; each of them whatever the others raise."""
-        with ExitStack() as stack:
-            stack.callback(self._close_logs)
-            stack.callback(self.parts.close)
+        """Stop collecting, then close the environments; may be called twice."""
+        self._is_closed = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.env.close)
+            stack.callback(self.collecting.close)
 
-    def _close_logs(self) -> None:
-        for problem in (*self._logger.close(), self.parts.channel.tracer.close()):
-            if problem is not None:
-                self.reporter.notice(problem)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The loop.
+
+    def train_until(self, limits: Limits) -> Row:
+        """Train until a limit of the whole run is reached or a stop was requested; return the last row.
+
+        Raises:
+            CollectorError: Collecting failed.
+            TrainingError: Training diverged.
+        """
+        self._limits, clocks = limits, self.progress
+        counters = (clocks.env_steps, clocks.decisions, clocks.updates)
+        self._meter = RateMeter(self.collecting.clock, self.row.get("wall_s", 0.0), counters)
+        self.begin()
+        try:
+            self._run_updates()
+            self.collecting.finish()
+        except BaseException:
+            self.collecting.stop()
+            raise
+        return self.row
+
+    def begin(self) -> None:
+        """Tell, once, what environments and rewards give reason to tell."""
+        if not self._has_begun:
+            self._has_begun = True
+            for notice in self.env.notices:
+                self.notice(notice)
+            self._doubts.look_at_rewards(self.env.simulator_spec.env_meta)
+
+    def _run_updates(self) -> None:
+        """The loop, the same for both buffer types."""
+        while not self.is_finished:
+            try:
+                with self._watch.measure("wait_data_s"):
+                    rollout = self._next_rollout()
+                self._train_on(rollout)
+            except (BufferClosed, UpdateAbandoned):
+                if not self.is_stopping:
+                    raise
+                break
+            try:
+                self._tell_update()
+            except StopTraining:
+                break
+
+    def _next_rollout(self) -> Rollout:
+        if not self.collecting.is_open:
+            total = self._limits.total_updates
+            self.collecting.open(self.progress, None if total is None else total - self.progress.updates)
+        return self.collecting.next_rollout()
+
+    def _train_on(self, rollout: Rollout) -> None:
+        """Update on one rollout, publish the new weights, release the slot, and note the metrics."""
+        progress, watch, channel = self.progress, self._watch, self.collecting.channel
+        assert self._meter is not None  # `train_until` made it
+        if progress.updates == 0:
+            check_first_ratio(self.policy, rollout, self.ppo.config.num_minibatches)
+        with channel.clock.busy("trainer"):
+            with watch.measure("update_s"):
+                metrics = self.ppo.update(rollout, progress.updates, self._check_update)
+            lag = progress.updates - rollout.policy_version
+            progress.advance(rollout)
+            self.policy.anneal(progress.updates)
+            with watch.measure("publish_s"):
+                channel.publisher.publish(progress.updates)
+            metrics |= rollout_metrics(rollout, lag, watch.take())
+            horizon = math.ceil(self.env.spec.horizon / self.policy.n_action_steps)
+            end = (rollout.index + 1) * self.collecting.plan.num_steps - horizon + 1  # later episodes may be open still
+            episodes = progress.take_episodes(rollout.info.episodes, end)
+            metrics |= episode_metrics(episodes, self.env.spec.has_success)
+            self._doubts.look_at_inputs(self.policy, self.env.spec, rollout.obs)
+            channel.buffer.release(rollout)
+        for fault in rollout.info.faults:
+            self.notice(fault.message)
+        self._doubts.look_at_returns(episodes)
+        metrics |= {f"buffer/{name}": float(count) for name, count in channel.buffer.books().items()}
+        metrics |= memory_metrics() | progress.fault_metrics() | progress.clocks
+        collect_s = rollout.info.seconds["collect_s"]
+        self.row = metrics | self._meter.measure(progress.env_steps, progress.decisions, progress.updates, collect_s)
+
+    def _tell(self, text: str) -> None:
+        self.notice(text)
+
+    def _tell_update(self) -> None:
+        if self.reporter is not None:
+            self.reporter.update(self.row)
+        for callback in self.callbacks:
+            callback(self, self.row)
+
+    def _check_update(self) -> None:
+        """Let a failed collector, or a stop requested too long ago, end an update before the next minibatch."""
+        self.collecting.check()
+        if time.perf_counter() > self._stop_deadline:
+            raise UpdateAbandoned("a stop was requested")
+        self.update_latency.wait(self.progress.updates)
+
+    # What others read.
 
     @property
     def is_finished(self) -> bool:
         """Whether a limit was reached or a stop was requested."""
-        return self.is_stopping or self.progress.is_at_end(self.config.trainer)
+        return self.is_stopping or self.progress.is_at_end(self._limits)
 
     @property
-    def _is_whole(self) -> bool:
-        """Whether a run can go on from here: the newest update is published and its row written, or owed with it."""
-        return self._is_evaluation_owed or self._logged == self.progress.updates
+    def channel(self) -> Channel:
+        """Ring and weights, once training has begun."""
+        return self.collecting.channel
 
-    def _run_updates(self) -> None:
-        """The loop, the same for both buffer types."""
-        self._tell_of_rewards(warn_of_shaped_reward(self.parts.env.simulator_spec.env_meta))
-        if self._is_evaluation_owed:
-            self._finish_update()
-        self.parts.collector.start()
-        while not self.is_finished:
-            try:
-                with self._watch.measure("wait_data_s"):
-                    rollout = self.parts.collector.next_rollout()
-                self._train_on(rollout)
-            except (BufferClosed, UpdateAbandoned):
-                break  # a stop was requested
-            self._finish_update()
+    @property
+    def collector(self) -> Collector:
+        """Where rollouts come from, once training has begun."""
+        return self.collecting.collector
 
-    def _train_on(self, rollout: Rollout) -> None:
-        """Update on one rollout, publish the new weights, release the slot, and note the metrics."""
-        parts, progress, watch = self.parts, self.progress, self._watch
-        if progress.updates == 0:
-            check_first_ratio(parts.policy, rollout, self.config.algorithm.num_minibatches)
-        with parts.channel.clock.busy("trainer"):
-            with watch.measure("update_s"):
-                metrics = parts.ppo.update(rollout, progress.updates, self._check_update)
-            lag = progress.updates - rollout.policy_version
-            self._advance(rollout)
-            parts.policy.anneal(progress.updates)
-            with watch.measure("publish_s"):
-                parts.channel.publisher.publish(progress.updates)
-            metrics |= rollout_metrics(rollout, lag, watch.take())
-            episodes = progress.take_episodes(rollout.info.episodes, self._end_of_fair_starts(rollout))
-            metrics |= episode_metrics(episodes, parts.env.spec.has_success)
-            self._tell_clipped(rollout)
-            parts.channel.buffer.release(rollout)
-        self._tell(rollout.info.faults)
-        self._tell_of_rewards(warn_of_returns(episodes))
-        metrics |= {f"buffer/{name}": float(count) for name, count in parts.channel.buffer.books().items()}
-        metrics |= memory_metrics() | progress.fault_metrics() | progress.clocks
-        collect_s = rollout.info.seconds["collect_s"]
-        self._row = metrics | self._meter.measure(progress.env_steps, progress.decisions, progress.updates, collect_s)
+    def unmeasured(self) -> contextlib.AbstractContextManager[None]:
+        """Leave a block, such as an evaluation in a callback, out of wall time and rates."""
+        return contextlib.nullcontext() if self._meter is None else self._meter.paused()
 
-    def _advance(self, rollout: Rollout) -> None:
-        """Move the counters to the boundary after the update on `rollout`; nothing in it can fail."""
-        progress, valid = self.progress, rollout.data["valid"]
-        progress.updates += 1
-        progress.decisions += int(valid.sum())  # sync: the update's metrics were just fetched
-        progress.env_steps += int((rollout.data["executed"] * valid).sum())  # sync: likewise
-        progress.next_rollout = rollout.index + 1
-        progress.journal = rollout.info.journal
-        progress.faults.update(fault.kind for fault in rollout.info.faults)
+    def state(self, is_evaluation_owed: bool = False) -> RunState:
+        """Return the plain values that training goes on from."""
+        books = self.collecting.books()
+        return self.progress.to_state(books, self.ppo.num_nonfinite_steps, is_evaluation_owed, self.row)
 
-    def _tell_clipped(self, rollout: Rollout) -> None:
-        """Say once that the policy no longer sees what it observes: its normaliser cuts too much of it."""
-        shares = None if self._has_told_clipped else clipped_inputs(self.parts.policy, rollout.obs)
-        if shares is None or (share := shares.mean().item()) < NOTICED_CLIPPED_SHARE:  # sync: one number a rollout
-            return
-        self._has_told_clipped = True
-        worst = self.parts.env.spec.name_number(int(shares.argmax()))
-        self.reporter.notice(
-            f"{share:.0%} of the numbers observed in a rollout lie beyond {Normalizer.LIMIT:g} times the "
-            f"demonstrations' range and are cut there, most often {worst}: the policy was made for other observations"
-        )
+    def groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors that training goes on from, besides the policy's."""
+        groups = name_snapshots(self.collecting.snapshots()) | {"optimizer": self.ppo.state_tensors()}
+        if self.progress.journal is not None:
+            groups["journal"] = self.progress.journal.to_tensors()
+        return groups
 
-    def _tell_of_rewards(self, warning: str | None) -> None:
-        """Say once that a success pays less than going on, unless the configuration sees to that."""
-        if warning is not None and not self._has_told_of_rewards:
-            self._has_told_of_rewards = True
-            self.reporter.notice(warning)
+    def policy_to_save(self) -> PolicyToSave:
+        """Return the policy with what rebuilds it."""
+        return PolicyToSave(self.policy, self.policy.made_from, self.env.simulator_spec)
 
-    def _end_of_fair_starts(self, rollout: Rollout) -> int:
-        """Return the decision from which on an episode may still have been open at the rollout's end."""
-        horizon = math.ceil(self.parts.env.spec.horizon / self.parts.policy.n_action_steps)
-        return (rollout.index + 1) * self.config.num_steps - horizon + 1
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, whose weights the policy has already.
 
-    def _tell(self, faults: Sequence[Fault]) -> None:
-        for fault in faults:
-            self.reporter.notice(fault.message)
-
-    def _check_update(self) -> None:
-        """Let a failed collector, or a stop requested too long ago, end an update before the next minibatch."""
-        self.parts.collector.check()
-        if time.perf_counter() > self._stop_deadline:
-            raise UpdateAbandoned("a stop was requested")
-        self._latency.wait(self.progress.updates)
-
-    def _finish_update(self) -> None:
-        """Evaluate, log and save, each when due."""
-        updates, interval = self.progress.updates, self.config.trainer.save_interval
-        before = (self.progress.best_success, self.progress.best_update)
-        is_best = self._evaluate_if_due()
-        if not updates:
-            return
-        self._log()
-        is_due = is_best or (updates % interval == 0 and not self.is_stopping)
-        if is_due and not self._save():
-            self.progress.best_success, self.progress.best_update = before  # what is not saved cannot be the best
-
-    def _log(self) -> None:
-        problems = self._logger.write(self._row)
-        self._logged = self.progress.updates
-        for problem in (*problems, self.parts.channel.tracer.flush()):
-            if problem is not None:
-                self.reporter.notice(problem)
-        self.reporter.update(self._row)
-
-    def _evaluate_if_due(self) -> bool:
-        """Evaluate while the collector goes on, unmeasured; tell whether this update is the best so far.
-
-        An evaluation that a stop prevents or cuts is owed, and made up for by a resumed run.
+        Raises:
+            CheckpointError: It is of another policy, of other environments, or of other settings.
         """
-        interval, updates = self.config.trainer.eval_interval, self.progress.updates
-        self._is_evaluation_owed = bool(interval) and (
-            updates % interval == 0 or self.progress.is_at_end(self.config.trainer)
-        )
-        if not self._is_evaluation_owed or self.is_stopping:
-            return False
-        try:
-            with self._meter.paused():
-                result = self._evaluate()
-        except (BufferClosed, EnvInterrupted):
-            return False  # a stop was requested
-        self._is_evaluation_owed = False
-        self._row |= result.as_metrics()
-        self.reporter.evaluation(updates, result)
-        self.progress.faults.update(fault.kind for fault in result.faults)
-        self._tell(result.faults)
-        is_best = self.progress.is_best(result.score)
-        if is_best:
-            self.progress.best_success, self.progress.best_update = result.score, updates
-        return is_best
-
-    def _evaluate(self) -> EvalResult:
-        assert self.parts.eval_env is not None  # evaluations are due
-        trainer = self.config.trainer
-        return evaluate(
-            self.parts.policy, self.parts.eval_env, trainer.eval_episodes, trainer.seed, self._check_evaluation
-        )
-
-    def _check_evaluation(self, _num_finished: int) -> None:
-        """Let a failed collector or a requested stop end an evaluation between two decisions."""
-        self.parts.collector.check()
-        if self.is_stopping:
-            raise BufferClosed("a stop was requested")
-
-    def _save(self) -> bool:
-        """Save the boundary after the newest update; tell whether that worked. A full disk is reported, no more."""
-        parts, progress = self.parts, self.progress
-        source = PolicyToSave(parts.policy, self.config.policy, parts.env.simulator_spec)
-        groups = name_snapshots(parts.channel.publisher.snapshots()) | {"optimizer": parts.ppo.state_tensors()}
-        if progress.journal is not None:
-            groups["journal"] = progress.journal.to_tensors()
-        books, num_skipped = parts.channel.buffer.settled_books(), parts.ppo.num_nonfinite_steps
-        state = progress.to_state(books, num_skipped, self._is_evaluation_owed, self._row)
-        try:
-            self._newest = save_checkpoint(self.run_dir, source, state, groups)
-            if progress.best_update == progress.updates:
-                point_at(self.run_dir, "best", self._newest)
-        except OSError as error:
-            reason = f"{error.strerror or error}; newest: {self._newest or 'none'}; trying again at the next save"
-            self.reporter.notice(f"the checkpoint of update {progress.updates} could not be written: {reason}")
-            return False
-        self._prune()
-        return True
-
-    def _prune(self) -> None:
-        try:
-            prune_checkpoints(self.run_dir, self.config.trainer.keep_last)
-        except OSError as error:
-            self.reporter.notice(f"old checkpoints could not be removed: {error.strerror or error}")
+        state = checkpoint.state
+        journal = checkpoint.journal
+        check_journal(journal, self.env, self.policy, checkpoint.path)
+        self.collecting.restore(read_snapshots(checkpoint.groups), asdict(state.books), str(checkpoint.path))
+        self.ppo.load_state_tensors(checkpoint.groups.get("optimizer", {}))
+        self.ppo.num_nonfinite_steps = state.num_nonfinite_steps
+        self.progress, self.row = Progress.from_state(state, journal), dict(state.row)

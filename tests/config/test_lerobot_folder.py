@@ -220,7 +220,7 @@ def version_is(monkeypatch, lerobot, transformers="4.53.3"):
 
 def test_without_lerobot_a_run_says_how_to_install_it_before_simulators_are_built(tmp_path, folder, monkeypatch):
     version_is(monkeypatch, None)
-    monkeypatch.setattr("asyncflow.run.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.run.parts.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     changes = TOY | {"policy.checkpoint": str(folder), "logging.out": str(tmp_path / "run")}
     message = r"needs the package lerobot 0.3, which is not installed: pip install 'asyncflow\[lerobot\]'$"
     with pytest.raises(ConfigError, match=message) as caught:

@@ -93,8 +93,8 @@ def test_a_registered_policy_and_environment_are_trained_by_name(tmp_path):
     reporter = Silent()
     done = train(load_config("toy", TOY | changes), reporter)
     assert reporter.rows[-1]["updates"] == 6
-    assert isinstance(done.parts.policy, GaussianPolicy)
-    assert isinstance(done.parts.env.env, ToyVecEnv)
+    assert isinstance(done.trainer.policy, GaussianPolicy)
+    assert isinstance(done.trainer.env.env, ToyVecEnv)
 
 
 def test_a_policy_that_was_trained_in_a_registered_environment_starts_there_again(tmp_path):

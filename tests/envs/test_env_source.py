@@ -14,8 +14,8 @@ from asyncflow.envs.source import adopt_environment, restore_environment, tell_c
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import save_policy
-from asyncflow.run import build
-from asyncflow.run.build import build_parts, check_start
+from asyncflow.run import parts
+from asyncflow.run.build import build_trainer, check_start
 from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
@@ -55,7 +55,7 @@ def asked(monkeypatch):
         configs.append(env_config)
         raise InterruptedError
 
-    monkeypatch.setattr(build, "make_vec_env", make)
+    monkeypatch.setattr(parts, "make_vec_env", make)
     return configs
 
 
@@ -98,7 +98,7 @@ def test_simulators_are_built_as_the_policys_file_describes(policy_file, asked):
     config = lift(policy_file(TEN_HZ))
     check_start(config)
     with pytest.raises(InterruptedError):
-        build_parts(config)
+        build_trainer(config)
     assert asked[0].env_meta["env_kwargs"]["control_freq"] == 10
     assert asked[0].horizon == load_config("lift").env.horizon
 
@@ -113,7 +113,7 @@ def test_a_resumed_run_builds_what_its_checkpoint_describes(tmp_path, policy_fil
     policy_file(TEN_HZ)
     config = lift(None, **{"env.env_meta": str(tmp_path / "gone.json")})
     with pytest.raises(InterruptedError):
-        build_parts(config, resumed=Checkpoint(tmp_path, {}, {}, {}))
+        build_trainer(config, resumed=Checkpoint(tmp_path, {}, {}, {}))
     assert asked[0].env_meta == TEN_HZ.env_meta
 
 

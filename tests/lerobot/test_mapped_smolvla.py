@@ -12,7 +12,7 @@ from tiny_smolvla import write_policy, write_vlm
 
 from asyncflow.config.presets import load_config
 from asyncflow.errors import CheckpointError
-from asyncflow.run.build import build_parts
+from asyncflow.run.build import build_trainer
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 
 IMAGES = {"policy.mapping.obs.images": {"top_image": "observation.images.front"}}
@@ -55,7 +55,7 @@ def test_the_ratio_is_one_where_dimensions_are_not_executed(folder, method):
 
 def test_a_camera_needs_a_mapping_to_have_another_name(folder):
     with pytest.raises(CheckpointError, match=r"missing: front; not the model's: top; see env.cameras and policy.map"):
-        build_parts(load_config("toy_vla_tiny", MAPPED | {"policy.checkpoint": str(folder)}))
+        build_trainer(load_config("toy_vla_tiny", MAPPED | {"policy.checkpoint": str(folder)}))
 
 
 def test_vla_equals_standard_with_a_mapping(tmp_path, folder):

@@ -41,7 +41,7 @@ from tiny_smolvla import ACTION_DIM, CAMERA, CHUNK, STATE, STATE_DIM, STATS
 
 from asyncflow.config.presets import load_config
 from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.run.build import build_parts
+from asyncflow.run.build import build_trainer
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 
 TRAIN = TRAIN_SMOLVLA | {"policy.horizon": CHUNK}
@@ -343,7 +343,7 @@ def test_a_trained_run_is_evaluated_without_the_folder_it_began_from(trained):
 
 
 def test_a_run_can_begin_from_the_folder_of_another(trained):
-    parts = build_parts(load_config("toy_vla_tiny", TRAIN | {"policy.checkpoint": str(exported(trained[0]))}))
+    parts = build_trainer(load_config("toy_vla_tiny", TRAIN | {"policy.checkpoint": str(exported(trained[0]))}))
     parts.close()
     tensors = load_trained(trained[0]).model.lerobot.state_dict()
     own = parts.policy.model.lerobot.state_dict()

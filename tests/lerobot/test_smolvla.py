@@ -19,7 +19,7 @@ from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_into, load_policy_file
 from asyncflow.policies.vla.policy import VLAPolicy
-from asyncflow.run.build import build_parts
+from asyncflow.run.build import build_trainer
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.seeding import policy_noise
 
@@ -275,7 +275,7 @@ def test_a_trained_run_is_evaluated_without_the_folder_it_began_from(trained):
 
 def test_a_run_can_begin_from_the_folder_of_another(trained):
     folder = trained[0] / "checkpoints" / "last" / "lerobot"
-    parts = build_parts(load_config("toy_vla_tiny", TRAIN | {"policy.checkpoint": str(folder)}))
+    parts = build_trainer(load_config("toy_vla_tiny", TRAIN | {"policy.checkpoint": str(folder)}))
     parts.close()
     weights = load_trained(trained[0]).model.lerobot.state_dict()
     own = parts.policy.model.lerobot.state_dict()

@@ -144,7 +144,7 @@ def test_the_example_trains(tmp_path, buffer_type, keys):
     reporter = Silent()
     done = train(load_config("toy_vla_tiny", changes), reporter)
     assert reporter.rows[-1]["updates"] == 6
-    assert set(done.parts.channel.buffer.plan.obs.keys()) == ({"prefix"} if keys else {"state", "images"})
+    assert set(done.trainer.channel.buffer.plan.obs.keys()) == ({"prefix"} if keys else {"state", "images"})
 
 
 @pytest.mark.parametrize("name", ["ActorCritic", "Headless"])
@@ -155,7 +155,7 @@ def test_an_actor_critic_trains(tmp_path, name):
     done = train(config, reporter)
     fresh = make_policy(config.policy, {"state": (4,)}, 2, 0)
     assert reporter.rows[-1]["updates"] == 6
-    assert not torch.equal(done.parts.policy.model.mean.weight, fresh.model.mean.weight)
+    assert not torch.equal(done.trainer.policy.model.mean.weight, fresh.model.mean.weight)
 
 
 def test_weights_are_read_from_a_file(tmp_path):
@@ -240,7 +240,7 @@ def test_actions_of_another_shape_are_refused():
 
 def test_a_class_that_cannot_be_imported_is_found_before_simulators_are_built(tmp_path, monkeypatch):
     changes = {"policy.vla.model_class": "nowhere.Model", "logging.out": str(tmp_path / "run")}
-    monkeypatch.setattr("asyncflow.run.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.run.parts.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     with pytest.raises(ConfigError, match="No module named 'nowhere'"):
         train(load_config("toy_vla_tiny", TOY | changes), Silent())
 

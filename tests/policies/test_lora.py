@@ -74,7 +74,7 @@ def test_vla_equals_standard_with_adapters(tmp_path, lag):
     runs = []
     for mode in ("vla", "standard"):
         changes = {"trainer.buffer_type": mode, "logging.out": str(tmp_path / mode), "buffer.max_policy_lag": lag}
-        runs.append(train(load_config("toy_vla_tiny", LORA | changes), Silent()).parts.policy)
+        runs.append(train(load_config("toy_vla_tiny", LORA | changes), Silent()).trainer.policy)
     assert all(torch.equal(a, b) for a, b in zip(*(policy.parameters() for policy in runs), strict=True))
     moved = [p for name, p in runs[0].named_parameters() if "lora_B" in name]
     assert all(p.abs().sum() > 0 for p in moved)  # they begin at zero

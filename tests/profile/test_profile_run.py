@@ -14,7 +14,7 @@ from silent import TOY
 from asyncflow.config.presets import load_config
 from asyncflow.profile.leg import leg_config, measure_span_cost, num_warmup, peak_memory, run_leg
 from asyncflow.profile.read import Window
-from asyncflow.run import build
+from asyncflow.run import parts
 
 WINDOW = Window(num_warmup=2, num_updates=3)
 
@@ -97,7 +97,7 @@ def test_a_span_costs_microseconds():
 
 
 def test_every_worker_has_a_lane_and_memory(monkeypatch):
-    monkeypatch.setattr(build, "make_vec_env", simulators(HarmlessSimulator))
+    monkeypatch.setattr(parts, "make_vec_env", simulators(HarmlessSimulator))
     leg = run_leg(toy(**{"env.num_workers": 2}), "vla", WINDOW)
     assert {span.lane for span in leg.spans} == {"collector", "trainer", "worker 0", "worker 1"}
     assert leg.memory.workers_bytes > 50e6

@@ -16,7 +16,7 @@ from asyncflow.policies import make_policy
 from asyncflow.rollout import inference
 from asyncflow.rollout.inference import GraphedSampler, make_sampler
 from asyncflow.rollout.weights import changing_tensors, make_acting_copy
-from asyncflow.run.build import build_parts, check_start
+from asyncflow.run.build import build_trainer, check_start
 from asyncflow.run.launch import train
 from asyncflow.seeding import policy_noise
 
@@ -217,9 +217,9 @@ def test_what_a_device_can_do_is_not_refused(mode, device):
     check_compile(mode, torch.device(device))
 
 
-@pytest.mark.parametrize("begin", [check_start, build_parts])
+@pytest.mark.parametrize("begin", [check_start, build_trainer])
 def test_a_graph_on_a_cpu_is_found_before_simulators_are_built(tmp_path, monkeypatch, begin):
-    monkeypatch.setattr("asyncflow.run.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.run.parts.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     config = load_config("toy", TOY | {"policy.compile": "graph", "logging.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"policy\.compile = 'graph'"):
         begin(config)

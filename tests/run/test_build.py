@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from silent import TOY, Silent, start
+from silent import TOY, Silent, build, start
 
 from asyncflow import resources
 from asyncflow.config.policy import MappingConfig
@@ -16,15 +16,16 @@ from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.ppo.ppo import PPO
 from asyncflow.rollout.weights import WeightPublisher, changing_tensors
-from asyncflow.run import build
-from asyncflow.run.build import build_parts, build_policy
+from asyncflow.run import collecting
+from asyncflow.run import parts as run_parts
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.run.launch import train
+from asyncflow.run.parts import build_policy
 
 
 def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "free_memory", lambda device: 80_000)
-    monkeypatch.setattr(build, "RolloutRing", lambda *_: pytest.fail("the ring was allocated"))
+    monkeypatch.setattr(collecting, "RolloutRing", lambda *_: pytest.fail("the ring was allocated"))
     with pytest.raises(ConfigError, match=r"device cpu: .* are free; lower buffer.buffer_size or"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
     assert not (tmp_path / "run").exists()
@@ -45,13 +46,13 @@ def test_the_copies_that_an_update_makes_of_a_rollout_are_checked_for(tmp_path, 
 
         monkeypatch.setattr(PPO, name, noting)
 
-    monkeypatch.setattr(build, "check_memory", lambda num_bytes, device, keys: asked.append(num_bytes))
+    monkeypatch.setattr(collecting, "check_memory", lambda num_bytes, device, keys: asked.append(num_bytes))
     for name in ("_prepare", "_shuffle"):
         note(name, getattr(PPO, name))
-    parts = train(load_config("toy_vla_tiny", PICTURES | {"logging.out": str(tmp_path / "run")}), Silent()).parts
+    parts = train(load_config("toy_vla_tiny", PICTURES | {"logging.out": str(tmp_path / "run")}), Silent()).trainer
     weights = sum(p.nbytes for p in parts.policy.parameters())
     rest = parts.channel.buffer.plan.num_bytes + sum(t.nbytes for t in changing_tensors(parts.policy).values())
-    left = asked[0] - rest - build.NUM_OPTIMIZER_COPIES * weights
+    left = asked[0] - rest - collecting.NUM_OPTIMIZER_COPIES * weights
     assert 0.7 * left < held["_prepare"] + held["_shuffle"] <= left
 
 
@@ -59,7 +60,7 @@ def test_the_copies_that_an_update_makes_of_a_rollout_are_checked_for(tmp_path, 
     ("obs_keys", "said"), [(["object", "cube"], r"Lift has no cube; it has"), (["object"], r"made for env.obs_keys = ")]
 )
 def test_observations_that_do_not_fit_are_found_before_simulators_are_built(tmp_path, monkeypatch, obs_keys, said):
-    monkeypatch.setattr(build, "make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr(run_parts, "make_vec_env", lambda *_: pytest.fail("simulators were built"))
     config = load_config("lift", {"env.obs_keys": obs_keys, "logging.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=said):
         train(config, Silent())
@@ -106,7 +107,7 @@ def checkpoint_with(folder, kept):
 def test_a_checkpoint_without_weights_that_rollouts_act_with_is_refused_by_version(tmp_path, kept, lacking):
     checkpoint = checkpoint_with(tmp_path / "run", kept)
     with pytest.raises(CheckpointError, match=rf"update_000006: lacks the weights of version {lacking}, with which"):
-        build_parts(load_config("toy", LAG_4), resumed=checkpoint)
+        build(load_config("toy", LAG_4), resumed=checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +125,12 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_taken_over(uncut, g
     whole = load_checkpoint(list_checkpoints(folder)[-1])
     other = replace(whole, groups=whole.groups | {group: change(whole.groups[group])})
     with pytest.raises(CheckpointError, match=said):
-        build_parts(load_config("toy", LAG_4), resumed=other)
+        build(load_config("toy", LAG_4), resumed=other)
 
 
 def test_with_bounded_lag_the_newest_weights_suffice(tmp_path):
     checkpoint = checkpoint_with(tmp_path / "run", [6])
-    parts = build_parts(load_config("toy", LAG_4 | {"buffer.lag_mode": "bounded"}), resumed=checkpoint)
+    parts = build(load_config("toy", LAG_4 | {"buffer.lag_mode": "bounded"}), resumed=checkpoint)
     parts.close()
     assert list(parts.channel.publisher.snapshots()) == [6]
 
@@ -138,7 +139,7 @@ def test_a_lag_limit_that_was_raised_by_hand_is_refused(tmp_path):
     start(tmp_path / "run", "toy", LAG_4 | {"buffer.max_policy_lag": 1, "trainer.total_updates": 6})
     checkpoint = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])
     with pytest.raises(CheckpointError, match=r"lacks the weights of version 2, 3, 4, with which"):
-        build_parts(load_config("toy", LAG_4), resumed=checkpoint)
+        build(load_config("toy", LAG_4), resumed=checkpoint)
 
 
 @pytest.mark.parametrize("num_kept", [0, 1, 3])
@@ -150,4 +151,4 @@ def test_weights_that_were_not_restored_are_noticed_before_anything_waits_for_th
 
     monkeypatch.setattr(WeightPublisher, "restore", forget_the_oldest)
     with pytest.raises(CheckpointError, match=r"lacks the weights of version 2, 3"):
-        build_parts(load_config("toy", LAG_4), resumed=checkpoint_with(tmp_path / "run", range(2, 7)))
+        build(load_config("toy", LAG_4), resumed=checkpoint_with(tmp_path / "run", range(2, 7)))

@@ -14,8 +14,8 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file, save_policy
-from asyncflow.run import build
 from asyncflow.run import evaluate_file as evaluate_checkpoint
+from asyncflow.run import parts
 from asyncflow.run.launch import train
 
 MILLION, BILLION, MOST = 10**6, 10**9, 2**63 - 1
@@ -37,7 +37,7 @@ MILLION, BILLION, MOST = 10**6, 10**9, 2**63 - 1
 def test_sizes_beyond_the_machine_are_refused_before_anything_is_built(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, preset: str, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(build, "make_vec_env", lambda *_: pytest.fail("environments were built"))
+    monkeypatch.setattr(parts, "make_vec_env", lambda *_: pytest.fail("environments were built"))
     config = load_config(preset, changes | {"logging.out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"are needed, .* are free; lower|beyond what can be counted; lower"):
         train(config, Silent())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from silent import TOY, Silent, assert_equal, go_on, outcome, start
+from silent import TOY, Silent, assert_equal, build, go_on, outcome, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.errors import ConfigError
@@ -12,7 +12,6 @@ from asyncflow.policies.base import Policy
 from asyncflow.policies.vla.policy import VLAPolicy
 from asyncflow.ppo.ppo import PPO
 from asyncflow.rollout.weights import changing_tensors
-from asyncflow.run.build import build_parts
 from asyncflow.run.launch import train
 
 FROZEN = TOY | {"policy.freeze_backbone": True, "trainer.total_updates": 3, "env.horizon": 8}
@@ -22,7 +21,7 @@ TOKENS, WIDTH = 4 + len("reach the goal") + 1 + 1, 64  # patches, bytes, the ins
 def run(folder, changes):
     reporter = Silent()
     done = train(load_config("toy_vla_tiny", FROZEN | changes | {"logging.out": str(folder)}), reporter)
-    return done.parts, reporter.rows
+    return done.trainer, reporter.rows
 
 
 def count_backbone(monkeypatch):
@@ -102,13 +101,13 @@ def assert_same_training(tmp_path, monkeypatch, changes, tolerance):
 
 def test_a_frozen_run_still_learns_its_expert_and_nothing_else(tmp_path):
     parts, _ = run(tmp_path / "run", {})
-    fresh = build_parts(load_config("toy_vla_tiny", FROZEN)).policy
+    fresh = build(load_config("toy_vla_tiny", FROZEN)).policy
     moved = {n for (n, a), b in zip(parts.policy.named_parameters(), fresh.parameters(), strict=True) if (a != b).any()}
     assert moved == {name for name, _ in parts.policy.named_parameters() if "backbone" not in name}
 
 
 def test_only_trainable_parameters_and_buffers_are_published():
-    policy = build_parts(load_config("toy_vla_tiny", FROZEN)).policy
+    policy = build(load_config("toy_vla_tiny", FROZEN)).policy
     trainable = {name for name, p in policy.named_parameters() if p.requires_grad}
     buffers = {name for name, _ in policy.named_buffers()}
     assert set(changing_tensors(policy)) == trainable | buffers
@@ -118,7 +117,7 @@ def test_only_trainable_parameters_and_buffers_are_published():
 @pytest.mark.parametrize(("feature_dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_the_plan_counts_the_features_and_no_pictures(feature_dtype, size):
     config = load_config("toy_vla_tiny", FROZEN | {"policy.vla.feature_dtype": feature_dtype})
-    plan = build_parts(config).channel.buffer.plan
+    plan = build(config).channel.buffer.plan
     assert plan.obs.bytes() == 4 * TOKENS * WIDTH * size
     rows = plan.num_steps * plan.fields.bytes() + (plan.num_steps + 1 + plan.max_truncations) * plan.obs.bytes()
     assert plan.num_bytes == plan.num_slots * rows

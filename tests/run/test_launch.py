@@ -117,15 +117,15 @@ def test_with_bounded_lag_nothing_is_trained_twice_and_the_books_balance(tmp_pat
 def stop_in_evaluation(updates):
     """Return a hook that requests a stop in the evaluation after an update."""
 
-    def hook(trainer):
-        check = trainer._check_evaluation
+    def hook(run):
+        check = run._check_evaluation
 
         def stop_there(num_finished):
-            if trainer.progress.updates == updates:
-                trainer.request_stop()
+            if run.progress.updates == updates:
+                run.request_stop()
             check(num_finished)
 
-        trainer._check_evaluation = stop_there
+        run._check_evaluation = stop_there
 
     return hook
 
@@ -148,15 +148,15 @@ def test_a_run_is_finished_once_its_last_evaluation_is_made_up_for(tmp_path):
 
 
 def test_what_fails_between_an_update_and_its_publication_leaves_a_run_that_goes_on(tmp_path, uncut):
-    def fail_at_three(trainer):
-        anneal = trainer.parts.policy.anneal
+    def fail_at_three(run):
+        anneal = run.trainer.policy.anneal
 
         def fail(updates):
             if updates == 3:
                 raise ArithmeticError("no noise level")
             anneal(updates)
 
-        trainer.parts.policy.anneal = fail
+        run.trainer.policy.anneal = fail
 
     changes = TOY | FLOW | {"trainer.save_interval": 1}
     with pytest.raises(ArithmeticError, match="no noise level"):
@@ -166,19 +166,19 @@ def test_what_fails_between_an_update_and_its_publication_leaves_a_run_that_goes
 
 
 WHERE_IT_FAILS = {  # between the publication of an update and the end of its row
-    "release": lambda trainer: (trainer.parts.channel.buffer, "release"),
-    "books": lambda trainer: (trainer.parts.channel.buffer, "books"),
-    "logger": lambda trainer: (trainer._logger, "write"),
-    "reporter": lambda trainer: (trainer.reporter, "update"),
+    "release": lambda run: (run.trainer.channel.buffer, "release"),
+    "books": lambda run: (run.trainer.channel.buffer, "books"),
+    "logger": lambda run: (run._logger, "write"),
+    "reporter": lambda run: (run.reporter, "update"),
 }
 
 
-def fail_after_update_3(trainer, owner, name):
+def fail_after_update_3(run, owner, name):
     """Let a method raise once three updates are published."""
     method = getattr(owner, name)
 
     def fail(*arguments):
-        if trainer.parts.channel.publisher.newest == 3:
+        if run.trainer.channel.publisher.newest == 3:
             raise ArithmeticError("lost the thread")
         return method(*arguments)
 
@@ -196,7 +196,7 @@ def test_what_fails_between_a_publication_and_its_row_leaves_no_update_without_a
             tmp_path / "cut",
             "toy",
             changes,
-            on_built=lambda trainer: fail_after_update_3(trainer, *WHERE_IT_FAILS[where](trainer)),
+            on_built=lambda run: fail_after_update_3(run, *WHERE_IT_FAILS[where](run)),
         )
     go_on(tmp_path / "cut")
     assert_equal(outcome(uncut(changes)), outcome(tmp_path / "cut"))
@@ -210,21 +210,21 @@ def test_an_update_whose_row_was_written_is_saved_when_its_reporter_fails(tmp_pa
             tmp_path / "run",
             "toy",
             TOY,
-            on_built=lambda trainer: fail_after_update_3(trainer, trainer.reporter, "update"),
+            on_built=lambda run: fail_after_update_3(run, run.reporter, "update"),
         )
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["update_000003"]
 
 
 def test_an_evaluation_that_fails_is_made_up_for_with_its_row(tmp_path, uncut):
-    def fail_in_evaluation(trainer):
-        check = trainer._check_evaluation
+    def fail_in_evaluation(run):
+        check = run._check_evaluation
 
         def fail(num_finished):
-            if trainer.progress.updates == 3:
+            if run.progress.updates == 3:
                 raise EnvError("workers were replaced too often")
             check(num_finished)
 
-        trainer._check_evaluation = fail
+        run._check_evaluation = fail
 
     changes = TOY | {"trainer.eval_interval": 3, "trainer.eval_episodes": 6}
     with pytest.raises(EnvError, match="too often"):

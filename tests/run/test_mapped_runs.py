@@ -13,9 +13,9 @@ from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file, resolve_checkpoint, save_policy
-from asyncflow.run.build import build_policy
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
+from asyncflow.run.parts import build_policy
 from asyncflow.seeding import derive_seed
 
 PRESET, UPDATES = "toy_vla_tiny", {"trainer.total_updates": 3}
@@ -153,7 +153,7 @@ def test_a_checkpoint_is_read_under_the_names_that_a_mapping_gives(tmp_path):
 )
 @pytest.mark.parametrize("policy", [{"policy.kind": "vla"}, {"policy.vla.model_class": "torch.nn.Identity"}])
 def test_wrong_names_and_sizes_are_found_before_simulators_are_built(tmp_path, monkeypatch, keys, said, policy):
-    monkeypatch.setattr("asyncflow.run.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.run.parts.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     changes = {f"policy.mapping.{key}": value for key, value in keys.items()} | {"policy.kind": "vla"} | policy
     changes |= {"env.cameras": ["agentview"], "policy.checkpoint": None, "logging.out": str(tmp_path / "run")}
     with pytest.raises(ConfigError, match=said):

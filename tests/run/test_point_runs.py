@@ -41,7 +41,7 @@ def test_the_plan_counts_the_bytes_of_the_clouds(tmp_path):
     for reporter, task in zip(reporters, ("Toy", "ToyPoints"), strict=True):
         out = {"logging.out": str(tmp_path / task), "trainer.total_updates": 1, "trainer.buffer_type": "standard"}
         done = train(load_config("toy", TOY_POINTS | out | {"env.task": task}), reporter)
-    plan = done.parts.channel.buffer.plan
+    plan = done.trainer.channel.buffer.plan
     rows = (plan.num_steps + 1 + plan.max_truncations) * plan.num_envs
     assert reporters[1].ring_bytes - reporters[0].ring_bytes == rows * NUM_POINTS * 6 * 4
 

@@ -11,11 +11,10 @@ from silent import TOY, assert_equal, go_on, outcome, start
 from asyncflow.envs.base import Fault
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.ppo.ppo import PPO
-from asyncflow.run import trainer
+from asyncflow.run import recorded
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint, point_at
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.progress import Progress
-from asyncflow.run.rates import RateMeter
 
 EARLY = {(0, 0): "died", (1, 0): "timeout", (2, 0): "nonfinite"}  # (environment, episode) -> the fault that breaks it
 LATE = {(3, 1): "raised"}
@@ -95,16 +94,16 @@ def test_skipped_minibatches_are_counted_on_after_a_cut(tmp_path):
     trainers = []
 
     def skip_three(built):
-        built.parts.ppo.num_nonfinite_steps = 3
+        built.trainer.ppo.num_nonfinite_steps = 3
 
     start(tmp_path / "run", "toy", TOY, 2, skip_three)
     go_on(tmp_path / "run", trainers.append)
-    assert trainers[0].parts.ppo.num_nonfinite_steps == 3
+    assert trainers[0].trainer.ppo.num_nonfinite_steps == 3
 
 
 def test_the_wall_clock_goes_on_after_a_cut(tmp_path):
     def pretend_to_be_old(built):
-        built._meter = RateMeter(built.parts.channel.clock, wall_s=1e6)
+        built.trainer.row["wall_s"] = 1e6
 
     start(tmp_path / "run", "toy", TOY, 2, pretend_to_be_old)
     rows = go_on(tmp_path / "run").rows
@@ -121,7 +120,7 @@ def script_success(monkeypatch, rates):
     def find(*_):
         return EvalResult(4, 0, next(remaining), 0.0, 1.0, 10.0, 0.0, 0.0)
 
-    monkeypatch.setattr(trainer, "evaluate", find)
+    monkeypatch.setattr(recorded, "evaluate", find)
 
 
 def best_of(folder):

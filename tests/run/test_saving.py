@@ -106,7 +106,7 @@ def load(folder: Any, name: str, **keys: Any) -> Any:
 def test_tied_weights_are_saved_once_and_come_back_under_both_names(tmp_path):
     done = train(load(tmp_path / "run", "Tied"), Silent())
     path = tmp_path / "run/checkpoints/last/policy.safetensors"
-    own, file = done.parts.policy.state_dict(), load_policy_file(path)
+    own, file = done.trainer.policy.state_dict(), load_policy_file(path)
     assert {name: tensor.tolist() for name, tensor in file.tensors.items()} == {k: t.tolist() for k, t in own.items()}
     assert path.read_bytes().count(b"model.second.weight") == 1  # in the header alone
 

@@ -17,12 +17,13 @@ from asyncflow.errors import AsyncflowError, CheckpointError, CollectorError, Co
 from asyncflow.metrics.tracing import read_spans
 from asyncflow.policies.policy_file import save_policy
 from asyncflow.ppo.ppo import PPO
-from asyncflow.run import trainer
-from asyncflow.run.build import build_parts, build_policy
+from asyncflow.run import recorded, trainer
+from asyncflow.run.build import build_trainer
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
-from asyncflow.run.trainer import Trainer
+from asyncflow.run.parts import build_policy
+from asyncflow.run.recorded import RecordedRun
 
 FLOW = {
     "policy.kind": "flow",
@@ -154,20 +155,20 @@ def test_a_failed_collector_ends_an_evaluation(tmp_path, monkeypatch):
     step_wait, trainers, decisions = ToyVecEnv.step_wait, [], []
 
     def fail_in_second_rollout(env, env_ids):
-        if env is trainers[0].parts.env and trainers[0].progress.updates == 1:
+        if env is trainers[0].trainer.env and trainers[0].progress.updates == 1:
             raise EnvError("workers were replaced too often")
         return step_wait(env, env_ids)
 
     def decide_twice(policy, env, num_episodes, seed, on_decision):
         if trainers[0].progress.updates == 1:
-            trainers[0].parts.collector._thread.join()
+            trainers[0].trainer.collector._thread.join()
         for _ in range(2):
             on_decision(0)
             decisions.append(trainers[0].progress.updates)
         return EvalResult(1, 0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0)
 
     monkeypatch.setattr(ToyVecEnv, "step_wait", fail_in_second_rollout)
-    monkeypatch.setattr(trainer, "evaluate", decide_twice)
+    monkeypatch.setattr(recorded, "evaluate", decide_twice)
     changes = TOY | {"trainer.buffer_type": "vla", "trainer.eval_interval": 1, "logging.out": str(tmp_path / "run")}
     with pytest.raises(CollectorError, match="too often"):
         train(load_config("toy", changes), Silent(), trainers.append)
@@ -193,7 +194,7 @@ def test_collecting_goes_on_during_an_update(tmp_path, monkeypatch):
         step_async(env, actions, env_ids)
 
     def meet(built):
-        check = built._check_update
+        check = built.trainer._check_update
 
         def check_and_meet():
             check()
@@ -202,7 +203,7 @@ def test_collecting_goes_on_during_an_update(tmp_path, monkeypatch):
                 met.append(updates)
                 meeting.wait()
 
-        built._check_update = check_and_meet
+        built.trainer._check_update = check_and_meet
 
     monkeypatch.setattr(ToyVecEnv, "step_async", collect)
     changes = TOY | {"trainer.buffer_type": "vla", "trainer.total_updates": 4, "logging.trace": True}
@@ -223,10 +224,9 @@ def test_nothing_is_left_running(tmp_path):
 
 def test_a_stop_ends_with_a_checkpoint(tmp_path):
     config = load_config("toy", TOY | {"logging.out": str(tmp_path / "run"), "trainer.total_updates": 10_000})
-    parts = build_parts(config)
     reporter = Silent()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    built = Trainer(config, parts, tmp_path / "run", reporter)
+    built = RecordedRun(build_trainer(config), None, config, tmp_path / "run", reporter=reporter)
     reporter.update = lambda row: built.request_stop() if row["updates"] == 3 else None
     try:
         built.run()
@@ -241,7 +241,7 @@ def test_a_stop_ends_with_a_checkpoint(tmp_path):
 def test_a_mistake_is_found_before_simulators_are_built(tmp_path, monkeypatch, key):
     wrong = {"policy.checkpoint": "nowhere", "trainer.device": "cuda:77", "policy.log_prob": "per_step"}
     changes = TOY | {"logging.out": str(tmp_path / "run"), key: wrong[key]}
-    monkeypatch.setattr("asyncflow.run.build.make_vec_env", lambda *_: pytest.fail("simulators were built"))
+    monkeypatch.setattr("asyncflow.run.parts.make_vec_env", lambda *_: pytest.fail("simulators were built"))
     with pytest.raises(ConfigError):
         train(load_config("toy", changes), Silent())
     assert not (tmp_path / "run").exists()
@@ -251,7 +251,7 @@ def test_a_trainer_that_cannot_be_built_leaves_no_environment_open(tmp_path, mon
     closed = []
     close = ToyVecEnv.close
     monkeypatch.setattr(ToyVecEnv, "close", lambda env: (closed.append(env), close(env)))
-    monkeypatch.setattr("asyncflow.run.trainer.MetricLogger", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("asyncflow.run.recorded.MetricLogger", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
     assert len(closed) == 1
@@ -278,7 +278,7 @@ def test_a_full_disk_at_a_checkpoint_is_reported_and_the_run_goes_on(tmp_path, m
 
 
 def test_an_end_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(recorded, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(AsyncflowError, match="the run's end could not be saved; newest checkpoint: none"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())
 
@@ -289,7 +289,7 @@ def test_an_update_abandoned_after_a_stop_leaves_the_boundary_before_it(tmp_path
     changes = TOY | {"trainer.buffer_type": buffer_type, "logging.out": str(tmp_path / "run")}
 
     def stop_in_third_update(built):
-        check, calls = built._check_update, []
+        check, calls = built.trainer._check_update, []
 
         def count():
             calls.append(1)
@@ -297,7 +297,7 @@ def test_an_update_abandoned_after_a_stop_leaves_the_boundary_before_it(tmp_path
                 built.request_stop()
             check()
 
-        built._check_update = count
+        built.trainer._check_update = count
 
     uncut = str(tmp_path / "uncut")
     train(load_config("toy", changes | {"trainer.total_updates": 2, "logging.out": uncut}), Silent())

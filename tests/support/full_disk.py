@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncflow.run import trainer
+from asyncflow.run import recorded
 
 
 @contextmanager
@@ -27,11 +27,11 @@ def full_disk(folder: Path, num_bytes: int = 10) -> Iterator[None]:
 
 def fail_to_save(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
     """Let no checkpoint be written after so many updates; those of others are."""
-    save = trainer.save_checkpoint
+    save = recorded.save_checkpoint
 
     def save_or_fail(run_dir: Path, source: Any, state: dict[str, Any], groups: Any) -> Path:
         if state.updates == updates:
             raise OSError(28, "No space left on device")
         return save(run_dir, source, state, groups)
 
-    monkeypatch.setattr(trainer, "save_checkpoint", save_or_fail)
+    monkeypatch.setattr(recorded, "save_checkpoint", save_or_fail)

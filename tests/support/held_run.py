@@ -39,9 +39,9 @@ def simulate_with(make_simulator):
     """Let every run simulate in worker processes, without robosuite."""
     from inline_worker import simulators, workers  # noqa: PLC0415  not in the workers
 
-    from asyncflow.run import build  # noqa: PLC0415
+    from asyncflow.run import parts  # noqa: PLC0415
 
-    build.make_vec_env = simulators(make_simulator)
+    parts.make_vec_env = simulators(make_simulator)
     if make_simulator is StuckSimulator:
         workers._CLOSE_TIMEOUT_S = 0.1  # none of them leaves by itself
 

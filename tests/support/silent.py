@@ -8,6 +8,7 @@ import torch
 from asyncflow.config.presets import load_config
 from asyncflow.metrics.glossary import is_timing
 from asyncflow.ppo.ppo import PPO
+from asyncflow.run.build import build_trainer
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.run.folder import resume_config
 from asyncflow.run.launch import resume, train
@@ -66,6 +67,13 @@ class Silent:
         self.ended = True
 
 
+def build(config, resumed=None):
+    """Return the trainer of a run, its ring allocated."""
+    trainer = build_trainer(config, resumed)
+    trainer.collecting.set_up(trainer.progress)
+    return trainer
+
+
 def start(folder, preset, changes, stop_at=None, on_built=lambda trainer: None):
     """Train, and request a stop as soon as `stop_at` updates are finished."""
     reporter, trainers = Silent(), []
@@ -94,8 +102,8 @@ def record(folder, preset, changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PPO, "_prepare", keep)
         done = train(load_config(preset, changes | {"logging.out": str(folder)}), reporter)
-    state = done.parts.ppo.optimizer.state_dict()["state"]
-    tensors = [p.detach() for p in done.parts.policy.parameters()]
+    state = done.trainer.ppo.optimizer.state_dict()["state"]
+    tensors = [p.detach() for p in done.trainer.policy.parameters()]
     tensors += [value for index in sorted(state) for value in state[index].values()]
     rows = [{k: v for k, v in row.items() if not is_timing(k)} for row in reporter.rows]
     return tensors, batches, rows

@@ -26,10 +26,10 @@ from asyncflow.metrics.glossary import is_timing
 from asyncflow.policies import Policy, make_policy
 from asyncflow.rollout.plan import plan_ring
 from asyncflow.rollout.ring import RolloutRing
-from asyncflow.run.build import build_parts
+from asyncflow.run.build import build_trainer
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
-from asyncflow.run.trainer import Trainer
+from asyncflow.run.recorded import RecordedRun
 from tools.bench.common.report import Finding
 from tools.bench.policies.inference import modes_on
 
@@ -147,10 +147,10 @@ class Outcome:
     def end(self, run_dir: Path, checkpoint: Path, row: dict[str, float], is_stopped: bool) -> None:
         """Nothing to do."""
 
-    def record(self, trainer: Trainer) -> None:
+    def record(self, run: RecordedRun) -> None:
         """Keep every rollout as it is trained on."""
-        self._buffer = trainer.parts.channel.buffer
-        update = trainer.parts.ppo.update
+        self._buffer = run.trainer.channel.buffer
+        update = run.trainer.ppo.update
 
         def record_and_update(rollout: Any, *arguments: Any) -> dict[str, float]:
             self.versions.append(rollout.policy_version)
@@ -158,7 +158,7 @@ class Outcome:
                 self.tensors[f"rollout {rollout.index}, {name}"] = value.clone()
             return update(rollout, *arguments)
 
-        vars(trainer.parts.ppo)["update"] = record_and_update
+        vars(run.trainer.ppo)["update"] = record_and_update
 
 
 def train_once(config: Config) -> Outcome:
@@ -166,9 +166,9 @@ def train_once(config: Config) -> Outcome:
     outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="asyncflow_gpu_check_") as folder:
         values = config.model_copy(update={"logging": config.logging.model_copy(update={"out": f"{folder}/run"})})
-        parts = train(values, outcome, outcome.record).parts
-    outcome.tensors |= {f"weight {name}": p.detach().clone() for name, p in parts.policy.named_parameters()}
-    outcome.tensors |= {f"optimizer {name}": x.clone() for name, x in parts.ppo.state_tensors().items()}
+        trainer = train(values, outcome, outcome.record).trainer
+    outcome.tensors |= {f"weight {name}": p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    outcome.tensors |= {f"optimizer {name}": x.clone() for name, x in trainer.ppo.state_tensors().items()}
     return outcome
 
 
@@ -237,19 +237,19 @@ def check_ratio(scale: Scale) -> Iterator[Finding]:
 
 
 def _ratio_error(config: Config) -> float:
-    parts = build_parts(config)
+    trainer = build_trainer(config)
     try:
-        parts.collector.start()
-        rollout = parts.collector.next_rollout()
+        trainer.collecting.open(trainer.progress)
+        rollout = trainer.collecting.next_rollout()
         batch = rollout.data.clone()
         batch["obs"] = rollout.obs[:-1].clone()
         batch = batch.flatten(0, 1)
         piece = len(batch) // config.algorithm.num_minibatches
         with torch.no_grad():
-            again = torch.cat([parts.policy.default_forward(part)["log_probs"] for part in batch.split(piece)])
+            again = torch.cat([trainer.policy.default_forward(part)["log_probs"] for part in batch.split(piece)])
         return float(((again - batch["log_probs"]).exp() - 1).abs().max())
     finally:
-        parts.close()
+        trainer.close()
 
 
 # Memory.

@@ -21,7 +21,7 @@ from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import AsyncflowError
 from asyncflow.rollout.ring import Rollout
-from asyncflow.run import build, launch
+from asyncflow.run import build, parts
 from asyncflow.run.trainer import Trainer
 from asyncflow.signals import interrupt_on_signals
 from tools.stress.simulator import FaultPlan, FaultySimulator
@@ -70,8 +70,8 @@ def main() -> int:
     """Install the faults and run the command line; return its exit code."""
     plan = FaultPlan(**json.loads(sys.argv[1]))
     DisturbedVecEnv.plan = WatchingTrainer.plan = plan
-    mock.patch.object(build, "make_vec_env", partial(_make_vec_env, plan)).start()  # for as long as the process lives
-    mock.patch.object(launch, "Trainer", WatchingTrainer).start()
+    mock.patch.object(parts, "make_vec_env", partial(_make_vec_env, plan)).start()  # for as long as the process lives
+    mock.patch.object(build, "Trainer", WatchingTrainer).start()
     interrupt_on_signals()
     return cli.run(sys.argv[2:])
 

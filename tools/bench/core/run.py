@@ -37,7 +37,7 @@ from asyncflow.rollout.plan import RingPlan, plan_ring
 from asyncflow.rollout.ring import RolloutInfo, RolloutRing
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
-from asyncflow.run.trainer import Trainer
+from asyncflow.run.recorded import RecordedRun
 from tools.bench.common.report import REPOSITORY, Finding, Part, finish, isolated, to_markdown, with_range
 from tools.bench.core.workers import NUM_ENVS, bench_workers
 
@@ -162,9 +162,9 @@ def traced_bytes(_: dict[str, float]) -> float:
     return float(tracemalloc.get_traced_memory()[0])
 
 
-def ring_addresses(trainer: Trainer) -> list[int]:
+def ring_addresses(run: RecordedRun) -> list[int]:
     """Return where each field of the ring lies."""
-    return [field.data_ptr() for field in trainer.parts.channel.buffer.memory.values(True, True)]
+    return [field.data_ptr() for field in run.trainer.channel.buffer.memory.values(True, True)]
 
 
 def record_memory(task: str, num_updates: int, seed: int, is_tracing: bool) -> tuple[NDArray[np.float64], bool]:
@@ -174,8 +174,8 @@ def record_memory(task: str, num_updates: int, seed: int, is_tracing: bool) -> t
     if is_tracing:
         tracemalloc.start()
     with run_config(task, num_updates, {"trainer.buffer_type": "vla", "trainer.seed": seed}) as config:
-        trainer = train(config, recorder, lambda built: before.extend(ring_addresses(built)))
-    return recorder.notes["bytes"], ring_addresses(trainer) == before
+        done = train(config, recorder, lambda built: before.extend(ring_addresses(built)))
+    return recorder.notes["bytes"], ring_addresses(done) == before
 
 
 def fit_growth(num_bytes: NDArray[np.float64]) -> tuple[float, float]:

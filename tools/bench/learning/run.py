@@ -34,8 +34,8 @@ from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import NameMapping, map_names
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_into, load_policy_file, resolve_checkpoint
-from asyncflow.run.build import settle_environment
 from asyncflow.run.evaluate import EvalResult, evaluate
+from asyncflow.run.parts import settle_environment
 from asyncflow.seeding import derive_seed
 from tools.bench.common.report import REPOSITORY, describe_command, describe_machine, describe_software
 

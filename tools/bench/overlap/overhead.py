@@ -19,7 +19,7 @@ from asyncflow.config.sections import Config
 from asyncflow.profile.model import Interval, log_ratio_interval, mean
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
-from asyncflow.run.trainer import Trainer
+from asyncflow.run.recorded import RecordedRun
 from tools.bench.common.records import Place
 from tools.bench.common.report import isolated
 from tools.bench.overlap.settings import Settings
@@ -80,25 +80,25 @@ class Switch:
     num_windows: int
     trace: Path
     costs: list[Cost] = field(default_factory=list)
-    _trainer: Trainer | None = None
+    _run: RecordedRun | None = None
     _start: Cost | None = None
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, run: RecordedRun) -> None:
         """Take the run that is measured."""
-        self._trainer = trainer
+        self._run = run
 
     def update(self, row: dict[str, float]) -> None:
         """Begin or end a window, when due."""
         windows, rest = divmod(int(row["updates"]) - NUM_WARMUP_UPDATES, self.window)
         if rest or windows < 0 or len(self.costs) == self.num_windows:
             return
-        assert self._trainer is not None  # it was built
-        tracer = self._trainer.parts.channel.tracer
+        assert self._run is not None  # it was built
+        tracer = self._run.trainer.channel.tracer
         if self._start is not None:
             tracer.close()  # writes; does nothing where nothing was recorded
             self.costs.append(read_clocks() - self._start)
         if len(self.costs) == self.num_windows:
-            self._trainer.request_stop()
+            self._run.request_stop()
             return
         self._start = read_clocks()
         if is_on(len(self.costs), self.is_second):

@@ -28,7 +28,7 @@ from asyncflow.profile.leg import change
 from asyncflow.resources import check_memory
 from asyncflow.rollout.plan import RingPlan, plan_ring
 from asyncflow.rollout.ring import Rollout, RolloutInfo
-from asyncflow.run.build import NUM_OPTIMIZER_COPIES
+from asyncflow.run.collecting import NUM_OPTIMIZER_COPIES
 from tools.bench.policies.inference import build, randomised
 
 # How a backbone is treated: `trained`, or frozen and `run_again` by the update on what was observed, or frozen and its
