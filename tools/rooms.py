@@ -16,8 +16,8 @@ BEGIN, END = "<!-- rooms: written by tools/rooms.py -->\n", "<!-- end of rooms -
 
 # A module imports from its own room and from those below it. What lies in no folder is a door or the ground.
 ROOMS = ["doors", "profile", "run", "demos", "ppo", "rollout", "policies", "envs", "metrics", "config", "ground"]
-CAPTIONS = {"doors": "Commands, flags and exit codes", "ground": "What every room may use"}
-DOORS = {"__main__", "cli", "flags"}
+CAPTIONS = {"doors": "What a program imports; commands, flags and exit codes", "ground": "What every room may use"}
+DOORS = {"__main__", "cli", "flags", "library"}
 
 
 def module_name(path: Path) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import PolicyConfig
+    from asyncflow.envs.base import EnvSpec
 
 Mode = Literal["train", "eval"]
 
@@ -94,6 +95,7 @@ class Policy(nn.Module, ABC):
             log-prob of the decision: K * H * A where `log_probs` is a mean, 1 where it is a sum.
         ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training.
         made_from: The keys of `policy` that build it again; None for a policy of a user's own.
+        made_for: The environments that the file describes of which it was loaded, in the simulator's names.
     """
 
     horizon: int
@@ -103,6 +105,7 @@ class Policy(nn.Module, ABC):
     log_prob_terms: float
     ratio_tolerance: float = 0.5
     made_from: PolicyConfig | None = None
+    made_for: EnvSpec | None = None
 
     def encode_obs(self, obs: TensorDictBase) -> TensorDictBase:
         """Return what the ring keeps of observations [N], and every other method takes as well as them.

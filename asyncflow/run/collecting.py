@@ -107,7 +107,7 @@ class Collecting:
         self._can_go_on = False  # whether the writer stands between two rollouts, with nothing collected ahead
         self._restored: tuple[Mapping[int, Mapping[str, Tensor]], Mapping[str, int]] | None = None
         self._source = ""
-        self._is_stopped = False
+        self._is_collecting = self._is_stopped = False
 
     def _make_plan(self) -> RingPlan:
         env, policy, settings = self._env, self._policy, self._settings
@@ -136,7 +136,7 @@ class Collecting:
     @property
     def is_open(self) -> bool:
         """Whether rollouts can be asked for."""
-        return self._writer is not None and not self._can_go_on
+        return self._is_collecting
 
     def restore(self, snapshots: Mapping[int, Mapping[str, Tensor]], books: Mapping[str, int], source: str) -> None:
         """Let `open` go on from a checkpoint; `source` is its name in errors.
@@ -175,7 +175,7 @@ class Collecting:
         """
         self.set_up(progress)
         assert self._writer is not None  # it was just made
-        self._can_go_on = False
+        self._can_go_on, self._is_collecting = False, True
         self._num_left = num_rollouts
         is_waiting = self._settings.on_full == "block"  # else rollouts are dropped, and more are needed
         channel = self.channel
@@ -245,6 +245,7 @@ class Collecting:
         is_ahead = self._settings.buffer_type == "vla" and (
             self._num_left != 0 or self._settings.on_full == "overwrite"
         )
+        self._is_collecting = False
         if self._is_stopped or is_ahead:
             self.stop()
         elif self._writer is not None:
@@ -253,7 +254,7 @@ class Collecting:
 
     def allow(self) -> None:
         """Forget a `stop`: `open` collects again."""
-        self._is_stopped = False
+        self._is_collecting = self._is_stopped = False
 
     def stop(self) -> None:
         """Let collecting end with the chunk under way. Any thread or a signal handler; never waits."""
@@ -271,7 +272,8 @@ class Collecting:
         """Stop collecting, and wait until the chunk under way has ended: the environments are free for others then."""
         if self._writer is not None and self._collector is not None:
             self._collector.pause()
-        self._writer, self._can_go_on = None, False
+        self._writer = None
+        self._can_go_on = self._is_collecting = False
 
     def close(self) -> None:
         """Stop collecting, whatever is waited for; waits for the thread."""

@@ -94,13 +94,13 @@ def build_policy(
         _check_origin(config.policy, file, mapping)
         load_into(policy, file)
     else:
-        _scale_untrained(policy, seen, config.policy)
+        scale_untrained(policy, seen, config.policy)
     policy.anneal(resumed.state.updates if resumed else 0)
     policy.made_from = config.policy
     return policy.to(device)
 
 
-def _scale_untrained(policy: Policy, seen: EnvSpec, config: PolicyConfig) -> None:
+def scale_untrained(policy: Policy, seen: EnvSpec, config: PolicyConfig) -> None:
     """Scale the actions of a policy that no file scales; `seen` is in the model's names."""
     scale_actions(policy, seen.action_limits)
     is_unlimited = not all(bool(limit.isfinite().all()) for limit in seen.action_limits)

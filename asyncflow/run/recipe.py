@@ -217,6 +217,18 @@ def check_agreement(policy: Policy, env: VecEnv, ppo: PPO) -> None:
     """
     if ppo.policy is not policy:
         raise ConfigError("ppo updates another policy than the trainer was given; write PPO(policy, ...) with this one")
+    check_sizes(policy, env)
+    made_from, is_own = policy.made_from, type(policy).__module__.startswith("asyncflow.")
+    if (not is_own) if made_from is None else made_from.is_from_elsewhere:
+        check_promises(policy, policy.n_action_steps, env.spec)
+
+
+def check_sizes(policy: Policy, env: VecEnv) -> None:
+    """Refuse a policy that decides other chunks or other actions than environments execute.
+
+    Raises:
+        ConfigError: See above; says how to make them agree.
+    """
     if env.n_action_steps not in (None, policy.n_action_steps):
         raise ConfigError(
             f"n_action_steps: the environments execute {env.n_action_steps} actions of a chunk and the policy decides "
@@ -228,9 +240,6 @@ def check_agreement(policy: Policy, env: VecEnv, ppo: PPO) -> None:
             f"the environments' actions have {env.spec.action_dim} dimensions and the policy's {policy.action_dim}; "
             "make the policy for these environments: make_policy(kind, env)"
         )
-    made_from, is_own = policy.made_from, type(policy).__module__.startswith("asyncflow.")
-    if (not is_own) if made_from is None else made_from.is_from_elsewhere:
-        check_promises(policy, policy.n_action_steps, env.spec)
 
 
 def check_journal(journal: EpisodeJournal | None, env: VecEnv, policy: Policy, path: Path) -> None:
