@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from asyncflow.ppo.advantages import AdvantageEstimator
     from asyncflow.ppo.gae import Transitions
     from asyncflow.ppo.ppo import PPO
+    from asyncflow.rollout.buffer import RolloutBuffer
     from asyncflow.run.evaluate import EvalResult
     from asyncflow.run.trainer import Reporter, StopTraining, Trainer
 
@@ -60,6 +61,7 @@ _HOMES = {
     "ppo.advantages": ("AdvantageEstimator",),
     "ppo.gae": ("Transitions",),
     "ppo.ppo": ("PPO",),
+    "rollout.buffer": ("RolloutBuffer",),
     "run.evaluate": ("EvalResult",),
     "run.trainer": ("Reporter", "StopTraining", "Trainer"),
 }
@@ -81,6 +83,7 @@ __all__ = [
     "EvalResult",
     "Policy",
     "Reporter",
+    "RolloutBuffer",
     "Simulator",
     "StopTraining",
     "Trainer",
