@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from asyncflow.ppo.ppo import PPO
     from asyncflow.rollout.buffer import RolloutBuffer
     from asyncflow.run.evaluate import EvalResult
-    from asyncflow.run.trainer import Reporter, StopTraining, Trainer
+    from asyncflow.run.reporter import Reporter
+    from asyncflow.run.trainer import StopTraining, Trainer
 
 _HOMES = {
     "envs.base": ("ChunkResult", "EnvSpec", "VecEnv"),
@@ -63,7 +64,8 @@ _HOMES = {
     "ppo.ppo": ("PPO",),
     "rollout.buffer": ("RolloutBuffer",),
     "run.evaluate": ("EvalResult",),
-    "run.trainer": ("Reporter", "StopTraining", "Trainer"),
+    "run.reporter": ("Reporter",),
+    "run.trainer": ("StopTraining", "Trainer"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -29,7 +29,8 @@ from asyncflow.run.checkpoint import (
 from asyncflow.run.folder import changed_versions, create_run_folder, lock_run_folder, write_config
 from asyncflow.run.parts import tell_environment
 from asyncflow.run.progress import Limits, Progress
-from asyncflow.run.recorded import RecordedRun, RunReporter
+from asyncflow.run.recorded import RecordedRun
+from asyncflow.run.reporter import RunReporter
 from asyncflow.run.trainer import Trainer
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
 
 from asyncflow.config.plugins import trusting_words
 from asyncflow.config.sections import Config
@@ -19,21 +18,9 @@ from asyncflow.rollout.ring import BufferClosed
 from asyncflow.run.checkpoint import Checkpoint, point_at, prune_checkpoints, save_checkpoint
 from asyncflow.run.evaluate import EvalResult, evaluate
 from asyncflow.run.progress import Limits
-from asyncflow.run.trainer import Reporter, Row, Trainer
+from asyncflow.run.reporter import Row, RunReporter
+from asyncflow.run.trainer import Trainer
 from asyncflow.shell import command
-
-
-class RunReporter(Reporter, Protocol):
-    """Who watches a run with a folder."""
-
-    def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
-        """Everything is planned, nothing large is allocated yet."""
-
-    def evaluation(self, updates: int, result: EvalResult) -> None:
-        """An evaluation was finished."""
-
-    def end(self, run_dir: Path, checkpoint: Path, row: Row, is_stopped: bool) -> None:
-        """The run is over and saved; `row` is that of its last update."""
 
 
 class RecordedRun:

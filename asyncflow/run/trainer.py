@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal
 
 from torch import Tensor
 from typing_extensions import Self
@@ -38,21 +38,11 @@ from asyncflow.run.doubts import Doubts
 from asyncflow.run.progress import Limits, Progress
 from asyncflow.run.rates import RateMeter, memory_metrics, rollout_metrics
 from asyncflow.run.recipe import RECIPE, Recipe, check_agreement, check_journal, read_saved
+from asyncflow.run.reporter import Reporter, Row
 from asyncflow.run.state import RunState, name_snapshots, read_snapshots
 from asyncflow.signals import ctrl_c_calls
 
 STOP_GRACE_S = 5.0  # an update that takes longer after a request to stop is abandoned
-Row = dict[str, float]
-
-
-class Reporter(Protocol):
-    """Who watches a trainer."""
-
-    def update(self, row: Row) -> None:
-        """An update was finished; `row` holds its metrics by the names of `docs/metrics.md`."""
-
-    def notice(self, text: str) -> None:
-        """Something was survived, or was not as expected."""
 
 
 class StopTraining(AsyncflowError):
@@ -128,7 +118,8 @@ class Trainer:
         self._has_own_length = self.ppo.total_updates is None
         if self.ppo.seed is None:
             self.ppo.seed = seed
-        self.progress, self.row = Progress(), Row()
+        self.progress = Progress()
+        self.row: Row = {}
         self.reporter, self.callbacks = reporter, list(callbacks)
         self.notice: Callable[[str], None] = logging.getLogger("asyncflow").warning
         if reporter is not None:
