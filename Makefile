@@ -58,6 +58,7 @@ docs: $(STAMP) ## Write the pages that are made from the code, then build the do
 	$(BIN)/python -c "from asyncflow.metrics.glossary import glossary_markdown as text; print(text(), end='')" > docs/metrics.md
 	$(BIN)/python -m tools.rooms
 	$(BIN)/python -m tools.handbook.always_holds
+	$(BIN)/python -m tools.handbook.picture
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 stress: $(STAMP) ## Inject every kind of fault and write docs/reliability.md; ten minutes. ARGS="--part cuts" runs a part.

@@ -1,4 +1,4 @@
-"""The pages that tools make: `docs/always_holds.md` names only tests that exist and is current."""
+"""The pages that tools make are current, `docs/always_holds.md` names only tests that exist, and lines are short."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.handbook import always_holds
+from tools.handbook import always_holds, commands, picture, wrap
 
 TESTS = {"run/test_a.py": ["test_one", "test_two"], "envs/test_b.py": ["test_two"]}
 
@@ -46,3 +46,32 @@ def test_a_promise_stands_above_its_tests_by_file() -> None:
     assert page.endswith(
         "## All\n\n- It holds.\n    - `run/test_a.py`: `test_one`, `test_two`\n    - `envs/test_b.py`\n"
     )
+
+
+def test_the_picture_is_current() -> None:
+    assert picture.PAGE.read_text() == picture.draw(), "run `make docs`"
+
+
+WRITTEN_BY_TOOLS = {"always_holds.md", "metrics.md", "reliability.md"}
+PAGES = [path for path in commands.pages() if path.name not in WRITTEN_BY_TOOLS]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_no_line_of_a_page_is_longer_than_120(path: Path) -> None:
+    assert wrap.long_lines(path.read_text()) == [], f"run `python -m tools.handbook.wrap {path}`"
+
+
+def test_paragraphs_and_lists_are_wrapped_and_code_and_tables_are_not() -> None:
+    words = " ".join(["word"] * 40)
+    kept = f"# {words}\n\n| {words} |\n\n```\n{words}\n```\n\n    {words}\n"
+    assert wrap.wrap(kept) == kept
+    lines = wrap.wrap(f"- {words}\n  more\n- short\n").splitlines()
+    assert [line[:2] for line in lines] == ["- ", "  ", "- "]
+    assert max(map(len, lines)) <= 120
+    assert " ".join(lines).split() == f"- {words} more - short".split()
+
+
+def test_a_sum_never_begins_a_line_as_a_list_would() -> None:
+    lines = wrap.wrap("collected = " + " + ".join(["trained"] * 30) + "\n").splitlines()
+    assert len(lines) > 1
+    assert not any(line.startswith("+") for line in lines)
