@@ -29,6 +29,7 @@ TOYS = {
     TOY_IMAGES: "the same, seen by a camera from above",
     TOY_POINTS: "the same, seen as a point cloud",
 }
+GYM = "gym:"  # before an id that gymnasium knows, as in `gym:Pendulum-v1`
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 POINTS = "points."  # before the camera, in the key of a point cloud's shape
@@ -114,12 +115,12 @@ def name_of_env(env_meta: Any) -> str:
 
 
 def is_described(config: EnvConfig) -> bool:
-    """Tell whether `resolve_task` knows what is simulated; it does not know the toys, nor tasks of other packages.
+    """Tell whether `resolve_task` knows what is simulated: not toys, gymnasium's ids, or tasks of other packages.
 
     Raises:
         ConfigError: As `is_plugin`.
     """
-    return not is_plugin(config) and config.task not in TOYS
+    return not is_plugin(config) and config.task not in TOYS and not config.task.startswith(GYM)
 
 
 def is_plugin(config: EnvConfig) -> bool:
@@ -129,11 +130,12 @@ def is_plugin(config: EnvConfig) -> bool:
         ConfigError: It is not clear what is meant: the package took a name of asyncflow's own, or there is also an
             `env.env_meta`, which describes something else.
     """
-    is_own = config.task in TOYS or own_name(config.task) in TASKS
+    is_undescribed = config.task in TOYS or config.task.startswith(GYM)
+    is_own = is_undescribed or own_name(config.task) in TASKS
     if config.env_meta is None and is_own:
         refuse_taken_name(ENVS, config.task, "env.task")
     is_other = not is_own and config.task in plugin_names(ENVS)
-    if config.env_meta is not None and (is_other or config.task in TOYS):
+    if config.env_meta is not None and (is_other or is_undescribed):
         raise ConfigError(
             f"env.env_meta = {config.env_meta}: describes another environment than env.task = {config.task}; leave one "
             "of them out"
@@ -177,6 +179,11 @@ def check_cameras(config: EnvConfig) -> None:
     Raises:
         ConfigError: A camera that a task of the table lacks; a toy takes no cameras, and no history either.
     """
+    if config.task.startswith(GYM) and (config.cameras or config.point_clouds):
+        raise ConfigError(
+            f"env.cameras = {config.cameras}, env.point_clouds = {config.point_clouds}: env.task = {config.task} is "
+            "observed as a vector"
+        )
     if config.task in TOYS and config.env_meta is None:
         if config.cameras or config.point_clouds or config.n_obs_steps > 1:
             points = f"env.point_clouds = {config.point_clouds}, " if config.point_clouds else ""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
-from asyncflow.config.tasks import TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
+from asyncflow.config.tasks import GYM, TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import EnvConfig
@@ -41,6 +41,10 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
 
         sees_images, sees_points = config.task == TOY_IMAGES, config.task == TOY_POINTS
         return ToyVecEnv(num_envs, chunk_length, config.horizon, sees_images, sees_points)
+    if config.task.startswith(GYM):
+        from asyncflow.envs.simulators import build_gym  # noqa: PLC0415
+
+        return build_gym(config, chunk_length, num_envs, seed)
     settings = resolve_task(config)
     prepare_caches()  # here, so that it is told once and not by every worker
 

@@ -59,8 +59,10 @@ class Simulator(Protocol):
     def render(self) -> dict[str, NDArray[Any]]:
         """Return what the cameras see after the last step or reset, in the order of the `spec`'s `rendered_shapes`.
 
-        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has either.
+        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has either;
+        a class derived from this one needs it only then.
         """
+        return {}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -19,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import parent_process, resource_tracker
+from multiprocessing import parent_process, resource_tracker, spawn
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from typing import Any, Literal
@@ -41,6 +42,7 @@ _SLICE_S = 1.0  # of a wait
 _STOPPED_S = 0.5  # a slice that ends so much too late is one in which this process was stopped
 _NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_prepare = spawn.get_preparation_data
 _start_lock = threading.Lock()  # two threads may replace workers, and starting one changes the environment variables
 
 
@@ -83,12 +85,12 @@ class WorkerSetup:
     """What every worker is given.
 
     Attributes:
-        make_simulator: Seed -> simulator; picklable.
+        make_simulator: Seed -> simulator, pickled.
         board: Memory shared with the parent.
         seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
     """
 
-    make_simulator: SimulatorFactory
+    make_simulator: bytes
     board: ChunkBoard
     seed: int
 
@@ -251,7 +253,8 @@ def _work(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
 
 
 def _build_runner(setup: WorkerSetup, env: int) -> EpisodeRunner:
-    return EpisodeRunner(setup.make_simulator(derive_seed(setup.seed, "simulator", env)), env, setup.board)
+    make_simulator = pickle.loads(setup.make_simulator)
+    return EpisodeRunner(make_simulator(derive_seed(setup.seed, "simulator", env)), env, setup.board)
 
 
 def _obey(
@@ -282,9 +285,17 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
+def _prepare_without_main(name: str) -> dict[str, Any]:
+    return {key: value for key, value in _prepare(name).items() if not key.startswith("init_main")}
+
+
 @contextlib.contextmanager
 def _worker_environment() -> Iterator[None]:
-    """Set what a worker inherits: one thread per numeric library, and signals blocked until the worker ignores them."""
+    """Set what a worker inherits: one thread per numeric library, and signals blocked until the worker ignores them.
+
+    A worker does not run the main program's file again, as `spawn` has it: cloudpickle sends along what is needed of
+    it. So a script that makes environments needs no `if __name__ == "__main__"`.
+    """
     with _start_lock:
         saved = {name: os.environ.get(name) for name in _NUM_THREADS}
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
@@ -292,8 +303,10 @@ def _worker_environment() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # it has unblocked the others
         os.environ.update(dict.fromkeys(_NUM_THREADS, "1"))
         try:
+            spawn.get_preparation_data = _prepare_without_main
             yield
         finally:
+            spawn.get_preparation_data = _prepare
             for name, value in saved.items():
                 if value is None:
                     del os.environ[name]

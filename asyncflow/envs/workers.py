@@ -17,10 +17,10 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import compress
-from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any
 
+import cloudpickle
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -53,7 +53,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         """Start the workers and wait until each has constructed its simulators.
 
         Args:
-            make_simulator: Seed -> simulator; must be picklable. It runs in the workers.
+            make_simulator: Seed -> simulator. It runs in the workers, to which cloudpickle sends it: with its code if
+                that is a script's or a notebook's.
             config: Its `num_workers`, of which at most N are used, `n_obs_steps`, what its cameras yield,
                 `step_timeout_s`, `max_restarts` and `restart_window_s` are read.
             num_envs: Environments, N.
@@ -65,7 +66,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             ConfigError: It cannot be constructed as asked, breaks its contract or cannot be pickled, or shared memory
                 does not suffice.
         """
-        _check_sendable(make_simulator)
+        factory = _pack(make_simulator)
         self.num_envs, self.n_action_steps = num_envs, chunk_length
         self._config = config
         self._seed = 0
@@ -80,7 +81,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         image_shape = (config.n_obs_steps, len(config.cameras), 3, *config.camera_size)
         point_shape = (config.n_obs_steps, len(config.point_clouds), config.num_points, 6)
         self._board = ChunkBoard.allocate(num_envs, chunk_length, image_shape, point_shape)
-        self._setup = WorkerSetup(make_simulator, self._board, seed)
+        self._setup = WorkerSetup(factory, self._board, seed)
         try:
             self.spec, self.notices = self._start_workers(
                 min(num_envs, config.num_workers or len(os.sched_getaffinity(0)))
@@ -331,11 +332,13 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         return obs
 
 
-def _check_sendable(make_simulator: SimulatorFactory) -> None:
+def _pack(make_simulator: SimulatorFactory) -> bytes:
+    """Return a factory as it is sent to workers."""
     try:
-        ForkingPickler.dumps(make_simulator)
+        packed: bytes = cloudpickle.dumps(make_simulator)
     except Exception as error:  # whatever a class of another package raises
         raise ContractError(
-            f"make_simulator = {make_simulator} cannot be pickled for the worker processes: {error}; expected a "
-            "function or class at the top of a module, or a functools.partial of one"
+            f"make_simulator = {make_simulator} cannot be pickled for the worker processes: {error}; what it refers to "
+            "must not be open files, locks, running environments and the like"
         ) from None
+    return packed

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from copy import deepcopy
@@ -49,7 +50,8 @@ def name_run_folder(config: Config) -> Path:
         ConfigError: The folder already holds a run, or files that a run would write to.
     """
     trainer = config.trainer
-    default = f"runs/{config.env.task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    task = re.sub(r"[:/]", "-", config.env.task)  # of gymnasium's ids
+    default = f"runs/{task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.logging.out or default)
     _refuse_run(folder)
     return folder

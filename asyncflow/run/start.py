@@ -14,7 +14,7 @@ from asyncflow.config.overrides import write_value
 from asyncflow.config.presets import apply_overrides, load_config, parse_overrides, preset_names, read_preset
 from asyncflow.config.sections import values_by_key
 from asyncflow.config.task_table import TASKS, own_name
-from asyncflow.config.tasks import TOYS, find_task, load_env_meta, name_of_env, task_names
+from asyncflow.config.tasks import GYM, TOYS, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.files import expand_user
 
@@ -32,6 +32,8 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     if not isinstance(task, str):
         return None  # the validation will say what is wrong with it
     task = own_name(task)
+    if task.startswith(GYM):
+        return "gym"
     if (task in TASKS or task in TOYS) and task.lower() in preset_names():
         return task.lower()
     if task not in task_names():

@@ -212,9 +212,9 @@ def test_a_simulator_that_cannot_be_constructed_is_an_error_and_leaves_no_proces
 def test_a_simulator_that_cannot_be_pickled_is_refused_in_one_line_and_leaves_no_process():
     before = set(multiprocessing.active_children())
     with pytest.raises(
-        ContractError, match=r"make_simulator = .*lambda.* cannot be pickled .*: .*; expected a function"
+        ContractError, match=r"^make_simulator = .*FakeSimulator.* cannot be pickled .*: .*lock.*; what it refers"
     ):
-        make(1, make_simulator=lambda seed: None)
+        make(1, make_simulator=partial(FakeSimulator, threading.Lock()))
     assert set(multiprocessing.active_children()) <= before
 
 
