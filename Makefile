@@ -19,7 +19,7 @@ PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do 
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-learning learning-page gpu-check clean distclean
+.PHONY: help install train test test-slow test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-gym bench-learning learning-page gpu-check clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -83,6 +83,9 @@ bench-policies: $(STAMP) ## Measure what policies cost and write docs/benchmarks
 
 bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/peers.md; eight minutes, needs a quiet machine.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.peers $(ARGS)
+
+bench-gym: $(STAMP) ## Train beside stable-baselines3 on gymnasium's tasks and write docs/benchmarks/gym.md; an hour, can be resumed.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.gym $(ARGS)
 
 bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, needs a quiet machine, can be resumed.
 	$(BIN)/python -m tools.bench.learning --out runs/learning $(ARGS)

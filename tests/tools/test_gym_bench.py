@@ -1,0 +1,63 @@
+"""What the comparison on gymnasium's tasks makes of returns: intervals, verdicts and its page."""
+
+import math
+
+import pytest
+
+pytest.importorskip("gymnasium")
+
+from tools.bench.gym.page import ASYNC, SB3, STANDARD, collect, judge, mean_interval, write_page
+from tools.bench.gym.setting import TASKS, TaskSetting, play
+
+MACHINE = {"processor": "A processor", "cores": "2", "memory": "24 GiB"}
+
+
+def record(learner: str, seed: int, returns: list[float], commit: str = "abc") -> dict:
+    result = {"returns": returns, "env_steps": 100, "wall_s": 1.0}
+    software = {"commit": commit, "python": "3.11"}
+    peers = {"stable-baselines3": "2.9"} if learner == SB3 else {}
+    head = {"task": "pendulum", "learner": learner, "seed": seed, "machine": MACHINE, "software": software}
+    return head | {"peers": peers, "command": "python -m tools.bench.gym", "result": result}
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.303 / math.sqrt(3), 2 + 4.303 / math.sqrt(3)))
+    assert mean_interval([5.0]) == (-math.inf, math.inf)
+
+
+def test_a_mean_below_the_peers_worst_seed_misses() -> None:
+    records = [record(SB3, 0, [-200.0, -100.0]), record(SB3, 1, [-250.0]), record(STANDARD, 0, [-240.0])]
+    records += [record(ASYNC, 0, [-200.0]), record(ASYNC, 1, [-302.0])]
+    assert collect(records)["pendulum"] == {
+        SB3: {0: -150.0, 1: -250.0},
+        STANDARD: {0: -240.0},
+        ASYNC: {0: -200.0, 1: -302.0},
+    }
+    standard, threaded = judge(collect(records))
+    assert (standard.is_met, threaded.is_met) == (True, False)
+    assert (threaded.measured, threaded.target) == ("-251.0", ">= -250.0, the lowest of 2 seeds of stable-baselines3")
+
+
+def test_the_page_shows_every_learner_each_seed_and_what_was_missed() -> None:
+    records = [record(learner, seed, [-100.0 * (1 + seed)]) for learner in (SB3, STANDARD) for seed in range(2)]
+    page = write_page([*records, record(ASYNC, 0, [-900.0], commit="def")])
+    assert "| Pendulum-v1 | 40,960 | stable-baselines3 | -150 | -785 to 485 | -100, -200 |" in page
+    assert "| Pendulum-v1 | 40,960 | asyncflow vla | -900 | -inf to inf | -900 |" in page
+    assert "**no**" in page
+    assert "- Commit: `abc`, `def`" in page
+    assert "- Peer: stable-baselines3 2.9" in page
+    assert all(len(line) <= 120 or line.startswith("|") for line in page.splitlines())
+
+
+def test_everyone_plays_the_same_episodes() -> None:
+    task = TaskSetting("Pendulum-v1", 0, 0.9, 0.001, 2)
+    seen: list[float] = []
+    returns = [play(task, lambda obs: (seen.append(float(obs[0])), obs[:1])[1]) for _ in range(2)]
+    assert returns[0] == returns[1]
+    assert len(seen) == 2 * 2 * 200
+    assert returns[0][0] != returns[0][1]
+
+
+def test_budgets_are_whole_rollouts() -> None:
+    assert all(task.env_steps % (8 * 256) == 0 for task in TASKS.values())

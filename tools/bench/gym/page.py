@@ -1,0 +1,115 @@
+"""The page: returns of every learner, their interval over seeds, and whether asyncflow learns what its peer learns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tools.bench.common.report import Finding, describe_setting, to_table
+from tools.bench.gym.setting import (
+    BATCH_SIZE,
+    CLIP,
+    HIDDEN,
+    LAMBDA,
+    MAX_GRAD_NORM,
+    NUM_ENVS,
+    NUM_EPOCHS,
+    NUM_STEPS,
+    TASKS,
+    VF_COEF,
+)
+
+SB3, STANDARD, ASYNC = "stable-baselines3", "asyncflow standard", "asyncflow vla"
+LEARNERS = (SB3, STANDARD, ASYNC)
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
+
+Returns = dict[str, dict[str, dict[int, float]]]
+"""Task -> learner -> seed -> mean return of its evaluation episodes."""
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of a mean over seeds (Student's t); both infinite for one seed."""
+    if len(values) < 2:
+        return -math.inf, math.inf
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def judge(returns: Returns) -> list[Finding]:
+    """Return whether each of asyncflow's modes reaches its peer: a mean no lower than that of the peer's worst seed."""
+    found = []
+    for task, by_learner in returns.items():
+        peer = list(by_learner.get(SB3, {}).values())
+        for learner in (STANDARD, ASYNC):
+            values = list(by_learner.get(learner, {}).values())
+            if peer and values:
+                mean = statistics.mean(values)
+                what = f"{TASKS[task].env_id}: {learner}, mean return of {len(values)} seeds"
+                target = f">= {min(peer):.1f}, the lowest of {len(peer)} seeds of {SB3}"
+                found.append(Finding(what, f"{mean:.1f}", target, mean >= min(peer)))
+    return found
+
+
+def collect(records: Iterable[dict[str, Any]]) -> Returns:
+    """Return the mean return of every seed."""
+    returns: Returns = {}
+    for record in records:
+        seeds = returns.setdefault(record["task"], {}).setdefault(record["learner"], {})
+        seeds[record["seed"]] = statistics.mean(record["result"]["returns"])
+    return returns
+
+
+def write_page(records: Sequence[dict[str, Any]]) -> str:
+    """Return the page.
+
+    Args:
+        records: Of finished runs, of which at least one is asyncflow's.
+    """
+    returns = collect(records)
+    own = [record for record in records if record["learner"] != SB3]
+    commits = sorted({record["software"]["commit"] for record in records})
+    software = own[0]["software"] | {"commit": "`, `".join(commits)}
+    peers: dict[str, str] = next((record["peers"] for record in records if record["learner"] == SB3), {})
+    versions = ", ".join(f"{name} {version}" for name, version in peers.items())
+    commands = "\n".join(dict.fromkeys(record["command"] for record in records))
+    rows = []
+    for task, by_learner in returns.items():
+        for learner in LEARNERS:
+            values = [by_learner.get(learner, {})[seed] for seed in sorted(by_learner.get(learner, {}))]
+            if values:
+                low, high = mean_interval(values)
+                seeds = ", ".join(f"{value:.0f}" for value in values)
+                cells = [TASKS[task].env_id, f"{TASKS[task].env_steps:,}", learner, f"{statistics.mean(values):.0f}"]
+                rows.append([*cells, f"{low:.0f} to {high:.0f}", seeds])
+    verdicts = [[each.what, each.measured, each.target, "yes" if each.is_met else "**no**"] for each in judge(returns)]
+    head = ["task", "env steps", "trained by", "mean return", "95 % over seeds", "each seed"]
+    parts = [
+        "# Beside stable-baselines3 on gymnasium's tasks",
+        f"{describe_setting(records[0]['machine'], software)}- Peer: {versions}",
+        f"```\n{commands}\n```",
+        to_table(head, rows),
+        to_table(["what", "measured", "target", "met"], verdicts),
+        _describe_setting(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe_setting() -> str:
+    tasks = "\n".join(
+        f"- {task.env_id}: gamma {task.gamma}, step size {task.learning_rate}, {task.num_episodes} episodes at the end."
+        for task in TASKS.values()
+    )
+    return (
+        f"Both train actor and critic of {HIDDEN} units each from scratch, on {NUM_ENVS} environments, {NUM_STEPS}\n"
+        f"env steps of each in a rollout, {NUM_EPOCHS} epochs of minibatches of {BATCH_SIZE}, clip {CLIP},\n"
+        f"lambda {LAMBDA}, weight of the value loss {VF_COEF}, gradient norm {MAX_GRAD_NORM}, one action a\n"
+        "decision. Neither scales observations or rewards. stable-baselines3 has tanh networks, normalises advantages\n"
+        "in each minibatch and limits one gradient norm of actor and critic; asyncflow has ReLU networks, normalises\n"
+        "advantages in each rollout and limits two norms. `asyncflow standard` collects, then trains; `asyncflow vla`\n"
+        "collects in a thread while it trains, one update behind.\n\n"
+        f"{tasks}\n\n"
+        "At the end of training the policies act without noise in episodes from the same start states. A seed's\n"
+        "return is the mean of them. The interval is Student's, over seeds."
+    )

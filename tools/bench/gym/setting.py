@@ -1,0 +1,71 @@
+"""What both libraries train with: tasks, budgets, hyperparameters, and the episodes that judge the result.
+
+It imports neither of them, so that each runs in an environment of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+HIDDEN = [64, 64]
+NUM_ENVS, NUM_STEPS = 8, 256  # 2,048 decisions a rollout
+NUM_EPOCHS, BATCH_SIZE = 10, 64
+CLIP, LAMBDA, MAX_GRAD_NORM, VF_COEF, STD = 0.2, 0.95, 0.5, 0.5, 1.0
+FIRST_EVALUATION_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class TaskSetting:
+    """One task.
+
+    Attributes:
+        env_id: gymnasium's name of it.
+        env_steps: What is trained on, a multiple of a rollout.
+        gamma: Discount per env step.
+        learning_rate: Adam's, of actor and critic.
+        num_episodes: Of the evaluation at the end.
+    """
+
+    env_id: str
+    env_steps: int
+    gamma: float
+    learning_rate: float
+    num_episodes: int
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the values as a file holds them."""
+        return asdict(self)
+
+
+TASKS = {
+    "pendulum": TaskSetting("Pendulum-v1", 40_960, 0.9, 1e-3, 30),
+    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 40_960, 0.99, 3e-4, 10),
+}
+
+Decide = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def play(task: TaskSetting, decide: Decide) -> list[float]:
+    """Return the returns of a task's evaluation episodes, the same start states for everyone.
+
+    Args:
+        task: The task.
+        decide: Observation [D] -> action [A] without noise.
+    """
+    env, returns = gymnasium.make(task.env_id), []
+    for episode in range(task.num_episodes):
+        obs, _ = env.reset(seed=FIRST_EVALUATION_SEED + episode)
+        total, is_over = 0.0, False
+        while not is_over:
+            space: Any = env.action_space
+            action = np.clip(decide(np.asarray(obs, np.float32)), space.low, space.high)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, is_over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return returns
