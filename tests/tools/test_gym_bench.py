@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
+from tools.bench.gym.own import configure
 from tools.bench.gym.page import ASYNC, SB3, STANDARD, collect, judge, mean_interval, write_page
 from tools.bench.gym.setting import TASKS, TaskSetting, play
 
@@ -51,7 +52,7 @@ def test_the_page_shows_every_learner_each_seed_and_what_was_missed() -> None:
 
 
 def test_everyone_plays_the_same_episodes() -> None:
-    task = TaskSetting("Pendulum-v1", 0, 0.9, 0.001, 2)
+    task = TaskSetting("Pendulum-v1", 0, 0.9, 0.001, 64, 2)
     seen: list[float] = []
     returns = [play(task, lambda obs: (seen.append(float(obs[0])), obs[:1])[1]) for _ in range(2)]
     assert returns[0] == returns[1]
@@ -61,3 +62,11 @@ def test_everyone_plays_the_same_episodes() -> None:
 
 def test_budgets_are_whole_rollouts() -> None:
     assert all(task.env_steps % (8 * 256) == 0 for task in TASKS.values())
+
+
+def test_both_get_the_settings_of_the_comparison(tmp_path) -> None:
+    config = configure(TASKS["pendulum"], "vla", 3, tmp_path)
+    assert config.num_steps == 256
+    assert config.buffer.buffer_size // config.algorithm.num_minibatches == TASKS["pendulum"].batch_size
+    assert config.trainer.total_updates * config.buffer.buffer_size == TASKS["pendulum"].env_steps
+    assert (config.policy.kind, config.policy.n_action_steps, config.trainer.seed) == ("gaussian", 1, 3)

@@ -9,7 +9,6 @@ from typing import Any
 
 from tools.bench.common.report import Finding, describe_setting, to_table
 from tools.bench.gym.setting import (
-    BATCH_SIZE,
     CLIP,
     HIDDEN,
     LAMBDA,
@@ -98,12 +97,13 @@ def write_page(records: Sequence[dict[str, Any]]) -> str:
 
 def _describe_setting() -> str:
     tasks = "\n".join(
-        f"- {task.env_id}: gamma {task.gamma}, step size {task.learning_rate}, {task.num_episodes} episodes at the end."
+        f"- {task.env_id}: gamma {task.gamma}, step size {task.learning_rate}, minibatches of {task.batch_size}, "
+        f"{task.num_episodes} episodes at the end."
         for task in TASKS.values()
     )
     return (
         f"Both train actor and critic of {HIDDEN} units each from scratch, on {NUM_ENVS} environments, {NUM_STEPS}\n"
-        f"env steps of each in a rollout, {NUM_EPOCHS} epochs of minibatches of {BATCH_SIZE}, clip {CLIP},\n"
+        f"env steps of each in a rollout, {NUM_EPOCHS} epochs, clip {CLIP},\n"
         f"lambda {LAMBDA}, weight of the value loss {VF_COEF}, gradient norm {MAX_GRAD_NORM}, one action a\n"
         "decision. Neither scales observations or rewards. stable-baselines3 has tanh networks, normalises advantages\n"
         "in each minibatch and limits one gradient norm of actor and critic; asyncflow has ReLU networks, normalises\n"

@@ -5,8 +5,10 @@ It imports neither of them, so that each runs in an environment of its own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 HIDDEN = [64, 64]
 NUM_ENVS, NUM_STEPS = 8, 256  # 2,048 decisions a rollout
-NUM_EPOCHS, BATCH_SIZE = 10, 64
+NUM_EPOCHS = 10
 CLIP, LAMBDA, MAX_GRAD_NORM, VF_COEF, STD = 0.2, 0.95, 0.5, 0.5, 1.0
 FIRST_EVALUATION_SEED = 1_000_000
 
@@ -29,6 +31,7 @@ class TaskSetting:
         env_steps: What is trained on, a multiple of a rollout.
         gamma: Discount per env step.
         learning_rate: Adam's, of actor and critic.
+        batch_size: Decisions of a minibatch.
         num_episodes: Of the evaluation at the end.
     """
 
@@ -36,19 +39,23 @@ class TaskSetting:
     env_steps: int
     gamma: float
     learning_rate: float
+    batch_size: int
     num_episodes: int
-
-    def as_record(self) -> dict[str, Any]:
-        """Return the values as a file holds them."""
-        return asdict(self)
 
 
 TASKS = {
-    "pendulum": TaskSetting("Pendulum-v1", 40_960, 0.9, 1e-3, 30),
-    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 40_960, 0.99, 3e-4, 10),
+    "pendulum": TaskSetting("Pendulum-v1", 40_960, 0.9, 1e-3, 128, 30),
+    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 40_960, 0.99, 3e-4, 64, 10),
 }
 
 Decide = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write what a seed came to, in one step: a file that is there is whole."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(result))
+    draft.replace(path)
 
 
 def play(task: TaskSetting, decide: Decide) -> list[float]:
