@@ -32,6 +32,12 @@ def record_of(task: str, learner: str, seed: int) -> Path:
     return DATA / f"{task}_{learner.replace(' ', '_')}_seed{seed}.json"
 
 
+def newest_commit() -> str:
+    """Return the newest commit that changed the package, which is what is measured."""
+    words = ["git", "-C", str(REPOSITORY), "log", "-1", "--format=%H", "--", "asyncflow", "configs"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
 def measure(task: str, learner: str, seeds: Sequence[int], out: Path) -> None:
     """Train and judge the seeds of one learner that are missing, in one process of its own environment."""
     missing = [seed for seed in seeds if not record_of(task, learner, seed).exists()]
@@ -47,10 +53,11 @@ def measure(task: str, learner: str, seeds: Sequence[int], out: Path) -> None:
     words += [task, *map(str, missing), "--out", str(folder.resolve())]
     subprocess.run(words, check=True, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
     DATA.mkdir(parents=True, exist_ok=True)
+    software = describe_software() | {"commit": newest_commit()}
     for seed in missing:
         result = json.loads((folder / f"{seed}.json").read_text())
         record = {"task": task, "learner": learner, "seed": seed, "setting": asdict(TASKS[task])}
-        record |= {"machine": describe_machine(), "software": describe_software(), "command": describe_command()}
+        record |= {"machine": describe_machine(), "software": software, "command": describe_command()}
         record |= {"peers": result.pop("peers", {}), "result": result}
         record_of(task, learner, seed).write_text(json.dumps(record, indent=1) + "\n")
 
