@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import select
 import signal
 import subprocess
@@ -235,7 +236,7 @@ class Script:
 
 def test_a_worker_is_heard_of_after_every_simulator_that_it_constructs_or_resets():
     """Some take seconds, a worker has many, and silence is what is timed."""
-    setup = worker.WorkerSetup(FakeSimulator, ChunkBoard.allocate(3, H), 0)
+    setup = worker.WorkerSetup(pickle.dumps(FakeSimulator), ChunkBoard.allocate(3, H), 0)
     pipe = Script(("begin", "begin", (SEED, {0: 0, 1: 0, 2: 0})))
     worker._work(pipe, setup, range(3))
     assert pipe.sent == ["alive"] * 3 + ["done"] + ["alive"] * 3 + ["done"]
