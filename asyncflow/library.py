@@ -109,7 +109,7 @@ def make_policy(
         settings = {"n_action_steps": env.n_action_steps, **settings}
     settings = {"horizon": settings.get("n_action_steps", PolicyConfig().horizon), **settings}
     config = validate({"policy": {"kind": kind, **settings}}).policy
-    policy = build_policy(config, spec.obs_shapes, spec.action_dim, seed, spec.image_shapes)
+    policy = build_policy(config, spec, seed)
     scale_untrained(policy, spec, config)
     return _finish(policy, config, device)
 
@@ -129,9 +129,9 @@ def load_policy(name: str | Path, *, device: str | torch.device = "cpu", **setti
     """
     file = load_policy_file(resolve_checkpoint(str(name)))
     config = validate({"policy": file.policy_config.model_dump(by_alias=True) | settings}).policy
-    seen, num_stored = file.mapping.spec, sum(tensor.numel() for tensor in file.tensors.values())
+    num_stored = sum(tensor.numel() for tensor in file.tensors.values())
     kept = without_weights(config)
-    policy = build_policy(kept, seen.obs_shapes, seen.action_dim, 0, seen.image_shapes, num_stored=num_stored)
+    policy = build_policy(kept, file.mapping.spec, 0, num_stored=num_stored)
     load_into(policy, file)
     policy.made_for = file.env_spec
     return _finish(policy, config, device)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from asyncflow.config.observations import IMAGES, STATE, Field, name_in, refuse_unseen
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.config.tasks import POINTS
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import expand_user, follow
 
@@ -33,7 +33,6 @@ UNNAMED = "unnamed"  # of statistics that stand under no dataset's name
 # `normalize_inputs.buffer_action.mean`; of a model for several datasets `normalize_inputs.so100_buffer_action.mean`.
 _STATISTICS = re.compile(r"(?P<module>(un)?normalize_\w+)\.((?P<dataset>[^.]+)_)?buffer_(?P<rest>.+)")
 
-Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 
 
@@ -252,22 +251,29 @@ def _check_format(path: Path, values: dict[str, Any], source: str) -> str:
 
 
 def match_cameras(
-    folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes
+    folder: LeRobotFolder, config: PolicyConfig, obs: Mapping[str, Field], action_dim: int
 ) -> dict[str, str]:
     """Return LeRobot's name -> the environment's, of every picture, once all fits.
 
     A camera has LeRobot's name, with or without `observation.images.` in front; `policy.mapping` can give it one.
 
+    Args:
+        folder: The model's.
+        config: Its `horizon` is checked.
+        obs: As `EnvSpec.obs`, in the model's names.
+        action_dim: Size of the model's action.
+
     Raises:
         ConfigError: `policy.horizon`, the state, the actions or the cameras differ from the model's, or there are
             point clouds.
     """
-    _check_sizes(folder, config, obs_shapes, action_dim)
-    found = {name: _find_camera(name, image_shapes) for name in folder.cameras}
+    _check_sizes(folder, config, obs, action_dim)
+    cameras = [name_in(IMAGES, key) for key, field in obs.items() if field.kind == IMAGES]
+    found = {name: _find_camera(name, cameras) for name in folder.cameras}
     missing = [name.removeprefix(_IMAGE) for name, camera in found.items() if camera is None]
-    unknown = sorted(set(image_shapes) - set(found.values()))
+    unknown = sorted(set(cameras) - set(found.values()))
     if missing or unknown:
-        wanted, shown = (", ".join(names) or "none" for names in (folder.cameras, image_shapes))
+        wanted, shown = (", ".join(names) or "none" for names in (folder.cameras, cameras))
         raise CheckpointError(
             f"policy.checkpoint = {folder.path}: the model's cameras are {wanted}; the environment's: {shown}; "
             f"missing: {', '.join(missing) or 'none'}; not the model's: {', '.join(unknown) or 'none'}; see "
@@ -276,11 +282,11 @@ def match_cameras(
     return {name: camera for name, camera in found.items() if camera is not None}
 
 
-def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes, action_dim: int) -> None:
+def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs: Mapping[str, Field], action_dim: int) -> None:
     """Refuse chunks, observations and actions of which the model has others."""
     source = f"policy.checkpoint = {folder.path}"
     _check_horizon(folder, config)
-    state = tuple(obs_shapes.get("state", ()))
+    state = obs[STATE].shape if STATE in obs else ()
     if state != (folder.state_dim,):
         raise CheckpointError(
             f"{source}: {_STATE} has {folder.state_dim} numbers, the environment's state has the shape {list(state)}; "
@@ -291,8 +297,7 @@ def _check_sizes(folder: LeRobotFolder, config: PolicyConfig, obs_shapes: Shapes
             f"{source}: actions have {folder.action_dim} numbers, the environment's {action_dim}; see "
             "policy.mapping.action"
         )
-    if clouds := [name.removeprefix(POINTS) for name in obs_shapes if name.startswith(POINTS)]:
-        raise ConfigError(f"env.point_clouds = {clouds}: {source} sees no point clouds; use []")
+    refuse_unseen(obs, source, (IMAGES,))
 
 
 def _check_horizon(folder: LeRobotFolder, config: PolicyConfig) -> None:
@@ -310,8 +315,8 @@ def _check_horizon(folder: LeRobotFolder, config: PolicyConfig) -> None:
     )
 
 
-def _find_camera(name: str, image_shapes: Shapes) -> str | None:
-    return next((each for each in (name, name.removeprefix(_IMAGE)) if each in image_shapes), None)
+def _find_camera(name: str, cameras: Collection[str]) -> str | None:
+    return next((each for each in (name, name.removeprefix(_IMAGE)) if each in cameras), None)
 
 
 def with_export(config: PolicyConfig, folder: Path) -> PolicyConfig:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from asyncflow.config.algorithm import ADVANTAGE_NAMES, AlgorithmConfig
+from asyncflow.config.observations import KINDS
 from asyncflow.config.policy import (
     MAX_SECONDS,
     POLICY_KINDS,
@@ -108,9 +109,10 @@ class EnvConfig(Section):
 
     @model_validator(mode="after")
     def _check_cameras(self) -> EnvConfig:
-        for key, names in (("cameras", self.cameras), ("point_clouds", self.point_clouds)):
+        for kind in KINDS.values():
+            names = getattr(self, kind.key)
             if len(set(names)) < len(names):
-                raise ValueError(f"env.{key} = {names} names a camera twice")
+                raise ValueError(f"env.{kind.key} = {names} names a camera twice")
         if not all(MIN_PIXELS <= size <= MAX_PIXELS for size in self.camera_size):
             raise ValueError(
                 f"env.camera_size = {self.camera_size} must be two numbers from {MIN_PIXELS} to {MAX_PIXELS}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncflow.config.controllers import name_robots
 from asyncflow.config.env_meta import check_robots, translate_kwargs
+from asyncflow.config.observations import KINDS, Field, asked_cameras, read_settings, rendered_fields
 from asyncflow.config.plain_values import MAX_DEPTH, is_deep
 from asyncflow.config.plugins import ENVS, plugin_names, refuse_taken_name
 from asyncflow.config.task_table import BY_ENV_NAME, TASKS, Task, own_name
@@ -32,8 +32,6 @@ TOYS = {
 GYM = "gym:"  # before an id that gymnasium knows, as in `gym:Pendulum-v1`
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
-POINTS = "points."  # before the camera, in the key of a point cloud's shape
-POINT_SETTINGS = ("num_points", "point_bounds", "camera_size")  # keys of `env` with which point clouds are made
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,9 @@ class SimulatorSettings:
         obs_keys: robomimic's names of what `state` concatenates.
         env_meta: robomimic's description; None means one built from the task.
         fast_step: Whether simulators that `FastStep` covers are stepped by it.
-        cameras: robosuite's names of the cameras of which there are images.
+        rendered: What cameras yield, as in `EnvSpec.obs`, for one env step.
+        rendered_with: As `EnvSpec.rendered_with`.
         camera_size: Height and width of what cameras render, in pixels.
-        point_clouds: robosuite's names of the cameras of which there are point clouds.
-        num_points: Points of a cloud.
-        point_bounds: The box that points are kept in, metres in the world: low x, y, z, then high x, y, z.
     """
 
     task: Task
@@ -58,36 +54,15 @@ class SimulatorSettings:
     obs_keys: tuple[str, ...]
     env_meta: dict[str, Any] | None = None
     fast_step: bool = True
-    cameras: tuple[str, ...] = ()
+    rendered: dict[str, Field] = field(default_factory=dict)
+    rendered_with: dict[str, Any] = field(default_factory=dict)
     camera_size: tuple[int, int] = (84, 84)
-    point_clouds: tuple[str, ...] = ()
-    num_points: int = 1024
-    point_bounds: tuple[float, ...] = (-math.inf, -math.inf, -math.inf, math.inf, math.inf, math.inf)
 
     @property
     def rendering_key(self) -> str | None:
         """The key of the configuration because of which something is rendered; None if nothing is."""
-        if self.cameras:
-            return "env.cameras"
-        return "env.point_clouds" if self.point_clouds else None
-
-    @property
-    def image_shapes(self) -> dict[str, tuple[int, ...]]:
-        """As `EnvSpec.image_shapes`."""
-        return dict.fromkeys(self.cameras, (3, *self.camera_size))
-
-    @property
-    def point_obs_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The part of `EnvSpec.obs_shapes` that describes point clouds."""
-        return {POINTS + camera: (self.num_points, 6) for camera in self.point_clouds}
-
-    @property
-    def point_settings(self) -> dict[str, Any]:
-        """As `EnvSpec.point_settings`; lists, as JSON gives them back."""
-        if not self.point_clouds:
-            return {}
-        values = (self.num_points, list(self.point_bounds), list(self.camera_size))
-        return dict(zip(POINT_SETTINGS, values, strict=True))
+        kinds = {each.kind for each in self.rendered.values()}
+        return next((f"env.{kind.key}" for name, kind in KINDS.items() if name in kinds), None)
 
 
 def task_names() -> list[str]:
@@ -165,11 +140,9 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
         obs_keys=obs_keys,
         env_meta=env_meta,
         fast_step=config.fast_step,
-        cameras=tuple(config.cameras),
+        rendered=rendered_fields(config),
+        rendered_with=read_settings(config),
         camera_size=(height, width),
-        point_clouds=tuple(config.point_clouds),
-        num_points=config.num_points,
-        point_bounds=tuple(config.point_bounds),
     )
 
 
@@ -185,26 +158,26 @@ def check_cameras(config: EnvConfig) -> None:
             "observed as a vector"
         )
     if config.task in TOYS and config.env_meta is None:
-        if config.cameras or config.point_clouds or config.n_obs_steps > 1:
-            points = f"env.point_clouds = {config.point_clouds}, " if config.point_clouds else ""
+        asked = [f"env.{KINDS[name].key} = {list(cameras)}, " for name, cameras in asked_cameras(config).items()]
+        if asked or config.n_obs_steps > 1:
             raise ConfigError(
-                f"env.cameras = {config.cameras}, {points}env.n_obs_steps = {config.n_obs_steps}: "
-                f"env.task = {config.task} takes neither cameras nor a history"
+                f"{''.join(asked)}env.n_obs_steps = {config.n_obs_steps}: env.task = {config.task} takes neither "
+                "cameras nor a history"
             )
     elif config.env_meta is None and is_described(config):
-        available = find_task(config.task).cameras
-        check_camera_names(tuple(config.cameras), available)
-        check_camera_names(tuple(config.point_clouds), available, "env.point_clouds")
+        for kind, cameras in asked_cameras(config).items():
+            check_camera_names(kind, cameras, find_task(config.task).cameras)
 
 
-def check_camera_names(asked: tuple[str, ...], available: tuple[str, ...], key: str = "env.cameras") -> None:
-    """Refuse cameras that are not there; `key` is where they are asked for.
+def check_camera_names(kind: str, asked: tuple[str, ...], available: tuple[str, ...]) -> None:
+    """Refuse cameras that are not there.
 
     Raises:
-        ConfigError: Names the first one and lists those that are there.
+        ConfigError: Names the key of the kind, the first one, and those that are there.
     """
     for name in asked:
         if name not in available:
+            key = f"env.{KINDS[kind].key}"
             raise ConfigError(f"{key}: there is no camera {name!r}; cameras: {', '.join(available)}")
 
 

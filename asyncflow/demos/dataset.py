@@ -2,12 +2,13 @@
 
 Owns the reading of files, and the refusal of those that cannot be used. It must not know what learns from them.
 
-Shapes: L steps of one demonstration, A action size, D state size, Q points of a cloud.
+Shapes: L steps of one demonstration, A action size, D state size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from asyncflow.config.controllers import Limits, find_action_limits, name_robots
-from asyncflow.config.presets import default_horizon
+from asyncflow.config.observations import KINDS, STATE, asked_cameras, field_key
 from asyncflow.config.sections import EnvConfig
+from asyncflow.config.task_table import Task
 from asyncflow.config.tasks import check_env_meta, find_described_task, parse_env_meta
-from asyncflow.demos.camera_data import read_clouds, read_images, take_point_settings
 from asyncflow.demos.choice import ALL, choose_demonstrations, find_failures
-from asyncflow.demos.finite import read_finite
+from asyncflow.demos.recorded import read_finite, read_recorded, take_settings
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 
 
@@ -30,36 +32,28 @@ class Demonstrations:
     """A dataset in memory.
 
     Attributes:
-        env_meta: robomimic's description of the environment.
-        horizon: Env steps until an episode of its task is truncated.
-        obs_keys: The observations that `states` concatenates.
-        states: One [L, D] float32 tensor a demonstration.
+        spec: What was recorded, for one env step: its `obs` are the keys of `obs`, its limits those of `actions`.
+        obs: Key of `spec.obs` -> one [L, ...] tensor a demonstration.
         actions: One [L, A] float32 tensor a demonstration, within the controller's limits.
-        action_limits: As `EnvSpec.action_low` and `EnvSpec.action_high`.
         notice: One line where actions had to be clipped to them; empty otherwise.
-        images: Camera -> one [L, 3, height, width] uint8 tensor a demonstration.
-        points: Camera -> one [L, Q, 6] float32 tensor a demonstration.
-        point_settings: As `EnvSpec.point_settings`.
         choice: In words, which of the dataset's demonstrations these are.
         num_failures: How many of them never solve their task; None where the dataset does not tell.
     """
 
-    env_meta: dict[str, Any]
-    horizon: int
-    obs_keys: tuple[str, ...]
-    states: list[Tensor]
+    spec: EnvSpec
+    obs: dict[str, list[Tensor]]
     actions: list[Tensor]
-    action_limits: Limits = ((), ())
     notice: str = ""
-    images: dict[str, list[Tensor]] = field(default_factory=dict)
-    points: dict[str, list[Tensor]] = field(default_factory=dict)
-    point_settings: dict[str, Any] = field(default_factory=dict)
     choice: str = ALL
     num_failures: int | None = None
 
 
 def read_dataset(
-    dataset: str | Path, env_config: EnvConfig, filter_key: str | None = None, only_successes: bool = False
+    dataset: str | Path,
+    env_config: EnvConfig,
+    filter_key: str | None = None,
+    only_successes: bool = False,
+    default_horizon: Callable[[Task], int] = lambda task: task.horizon,
 ) -> Demonstrations:
     """Load the low-dimensional observations and actions of demonstrations, and what the asked cameras saw.
 
@@ -68,6 +62,7 @@ def read_dataset(
         env_config: Says which observations and cameras.
         filter_key: Which demonstrations; see `choose_demonstrations`.
         only_successes: Leave out those that never solve their task.
+        default_horizon: The horizon of the dataset's task, where `env_config` has none.
 
     Raises:
         ConfigError: A missing file, not HDF5, not robomimic's layout, of another simulator, missing observations or
@@ -82,16 +77,24 @@ def read_dataset(
         raise ConfigError(f"--dataset {path}: not an HDF5 file, or truncated") from None
     with file:
         try:
-            return _read_demonstrations(file, env_config, path, filter_key, only_successes)
+            return _read_demonstrations(
+                file, env_config, path, filter_key, only_successes, default_horizon=default_horizon
+            )
         except (OSError, KeyError, RuntimeError) as error:  # what h5py raises for damaged blocks and broken links
             raise ConfigError(f"--dataset {path}: damaged: {' '.join(str(error).split())}") from None
 
 
-def _read_demonstrations(
-    file: h5py.File, env_config: EnvConfig, path: Path, filter_key: str | None, only_successes: bool
+def _read_demonstrations(  # noqa: PLR0913  those of `read_dataset`
+    file: h5py.File,
+    env_config: EnvConfig,
+    path: Path,
+    filter_key: str | None,
+    only_successes: bool,
+    *,
+    default_horizon: Callable[[Task], int],
 ) -> Demonstrations:
     env_meta, source = _read_env_meta(file, path), f"--dataset {path}"
-    point_settings = take_point_settings(env_meta, env_config, source)
+    settings = take_settings(env_meta, env_config, source)
     choice = choose_demonstrations(file, filter_key, source)
     task = find_described_task(env_meta, env_config, source)
     obs_keys = tuple(env_config.obs_keys or task.obs_keys)
@@ -107,18 +110,22 @@ def _read_demonstrations(
         raise ConfigError(f"--dataset {path}: demonstrations differ in the size of their observations or actions")
     action_limits = _find_limits(env_meta, actions)
     actions, notice = _clip_actions(actions, action_limits)
-    images, points = _read_cameras(groups, env_config, point_settings, f"--dataset {path}")
-    return Demonstrations(
-        env_meta=env_meta,
+    obs = {STATE: states} | _read_cameras(groups, env_config, settings, source)
+    spec = EnvSpec(
+        {key: tuple(parts[0].shape[1:]) for key, parts in obs.items()},
+        action_dim=actions[0].shape[1],
         horizon=env_config.horizon or default_horizon(task),
+        env_meta=env_meta,
         obs_keys=obs_keys,
-        states=states,
+        action_low=action_limits[0],
+        action_high=action_limits[1],
+        rendered_with=settings,
+    )
+    return Demonstrations(
+        spec=spec,
+        obs=obs,
         actions=actions,
-        action_limits=action_limits,
         notice=notice,
-        images=images,
-        points=points,
-        point_settings=point_settings,
         choice=choice.meaning,
         num_failures=None if failures is None else len(failures),
     )
@@ -166,17 +173,17 @@ def _clip_actions(actions: list[Tensor], limits: Limits) -> tuple[list[Tensor], 
 
 
 def _read_cameras(
-    groups: list[h5py.Group], env_config: EnvConfig, point_settings: dict[str, Any], source: str
-) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """Return images and point clouds by camera, one tensor a demonstration each."""
-    images = {camera: [read_images(group, camera, source) for group in groups] for camera in env_config.cameras}
-    if any(len({image.shape[1:] for image in images[camera]}) > 1 for camera in images):
-        raise ConfigError(f"{source}: demonstrations differ in the size of their images")
-    clouds = {
-        camera: [read_clouds(group, camera, point_settings["num_points"], source) for group in groups]
-        for camera in env_config.point_clouds
-    }
-    return images, clouds
+    groups: list[h5py.Group], env_config: EnvConfig, settings: dict[str, Any], source: str
+) -> dict[str, list[Tensor]]:
+    """Return what cameras saw: key of the field -> one tensor a demonstration."""
+    seen: dict[str, list[Tensor]] = {}
+    for kind, cameras in asked_cameras(env_config).items():
+        for camera in cameras:
+            parts = [read_recorded(group, kind, camera, settings, source) for group in groups]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise ConfigError(f"{source}: demonstrations differ in the size of their {KINDS[kind].words}")
+            seen[field_key(kind, camera)] = parts
+    return seen
 
 
 def _read_env_meta(file: h5py.File, path: Path) -> dict[str, Any]:

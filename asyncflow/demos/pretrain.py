@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
+from asyncflow.config.observations import VECTOR, read_sizes
+from asyncflow.config.presets import default_horizon
 from asyncflow.config.sections import Config, PolicyConfig
-from asyncflow.config.tasks import POINTS, name_of_env
+from asyncflow.config.tasks import name_of_env
 from asyncflow.demos.dataset import Demonstrations, read_dataset
 from asyncflow.demos.samples import Examples, cut_chunks, cut_histories
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.files import check_output
 from asyncflow.policies import Policy, make_policy
-from asyncflow.policies.base import Normalizer, scale_actions
+from asyncflow.policies.base import Normalizer, is_scaled, scale_actions
+from asyncflow.policies.networks.encoders import find_encoders
 from asyncflow.policies.policy_file import check_saving, save_policy
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla.foreign import VELOCITY_METHODS
@@ -143,15 +146,15 @@ def pretrain(
         )
     if policy_config.mapping.parts:
         raise ConfigError(f"{next(iter(policy_config.mapping.parts))}: pre-training is in the simulator's own names")
-    demos = read_dataset(dataset, env_config, options.filter_key, options.only_successes)
+    demos = read_dataset(dataset, env_config, options.filter_key, options.only_successes, default_horizon)
     examples = make_examples(demos, env_config.n_obs_steps, policy_config.horizon)
-    spec = _make_spec(demos).with_history(env_config.n_obs_steps)
-    built = make_policy(policy_config, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes)
+    spec = demos.spec.with_history(env_config.n_obs_steps)
+    built = make_policy(policy_config, spec, options.seed)
     policy = _require_velocity(built, policy_config)
     check_saving(policy, policy_config, spec)
     if policy_config.is_from_elsewhere:
         check_promises(policy, policy_config.n_action_steps, spec, has_velocity_alone=True)
-    fit_normalizers(policy, demos, spec)
+    fit_normalizers(policy, demos)
     losses = train_flow(policy, examples, options, on_progress)
     tenth = max(1, len(losses) // 10)
     first_loss, final_loss = losses[:tenth].mean().item(), losses[-tenth:].mean().item()
@@ -159,7 +162,7 @@ def pretrain(
     save_policy(out, policy, policy_config.model_copy(update={"checkpoint": None}), spec)
     return PretrainResult(
         path=Path(out),
-        num_demos=len(demos.states),
+        num_demos=len(demos.actions),
         choice=demos.choice,
         num_failures=demos.num_failures,
         num_chunks=len(examples),
@@ -172,10 +175,8 @@ def pretrain(
 
 
 def _list_env_keys(spec: EnvSpec) -> dict[str, Any]:
-    sizes = {f"env.{key}": value for key, value in spec.point_settings.items()}
-    for shape in spec.image_shapes.values():
-        sizes["env.camera_size"] = list(shape[-2:])
-    return {"env.task": name_of_env(spec.env_meta), **sizes}
+    keys = spec.rendered_with | read_sizes(spec.obs)
+    return {"env.task": name_of_env(spec.env_meta)} | {f"env.{key}": value for key, value in keys.items()}
 
 
 def _require_velocity(policy: Policy, config: PolicyConfig) -> VelocityPolicy:
@@ -208,48 +209,33 @@ def _require_convergence(policy: Policy, untrained_loss: float, final_loss: floa
         )
 
 
-def _make_spec(demos: Demonstrations) -> EnvSpec:
-    clouds = {POINTS + camera: tuple(points[0].shape[1:]) for camera, points in demos.points.items()}
-    return EnvSpec(
-        obs_shapes={"state": (demos.states[0].shape[1],), **clouds},
-        action_dim=demos.actions[0].shape[1],
-        action_low=demos.action_limits[0],
-        action_high=demos.action_limits[1],
-        horizon=demos.horizon,
-        env_meta=demos.env_meta,
-        obs_keys=demos.obs_keys,
-        image_shapes={camera: tuple(images[0].shape[1:]) for camera, images in demos.images.items()},
-        point_settings=demos.point_settings,
-    )
-
-
 def make_examples(demos: Demonstrations, n_obs_steps: int, horizon: int) -> Examples:
     """Return an example for every step of every demonstration."""
     return Examples(
-        states=torch.cat(demos.states),
-        images={camera: torch.cat(images) for camera, images in demos.images.items()},
-        frames=cut_histories([len(states) for states in demos.states], n_obs_steps),
+        fields=demos.spec.obs,
+        obs={key: torch.cat(demos.obs[key]) for key in demos.spec.obs},
+        frames=cut_histories([len(actions) for actions in demos.actions], n_obs_steps),
         chunks=cut_chunks(demos.actions, horizon),
-        points={camera: torch.cat(points) for camera, points in demos.points.items()},
     )
 
 
-def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations, spec: EnvSpec) -> None:
+def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
     """Map the demonstrations' range of every dimension to [-1, 1].
 
     A model without asyncflow's `obs_normalizer` scales its inputs itself, and its actions are in the simulator's
     units; it is left as it is.
     """
-    obs_normalizer, encoder = getattr(policy, "obs_normalizer", None), getattr(policy, "point_encoder", None)
-    if not isinstance(obs_normalizer, Normalizer):
+    if not is_scaled(policy):
         return
-    fitted = [(obs_normalizer, demos.states)]
-    if encoder is not None:
-        fitted.append((encoder.normalizer, [part.flatten(0, 1) for part in chain(*demos.points.values())]))
-    for normalizer, rows in fitted:
-        values = torch.cat(rows)
-        normalizer.set_range(values.amin(0), values.amax(0))
-    scale_actions(policy, spec.action_limits, torch.cat(demos.actions))
+    normalizers = {VECTOR: policy.obs_normalizer} | {
+        kind: getattr(encoder, "normalizer", None) for kind, encoder in find_encoders(policy)
+    }
+    for kind, normalizer in normalizers.items():
+        if isinstance(normalizer, Normalizer):
+            own = [demos.obs[key] for key, field in demos.spec.obs.items() if field.kind == kind]
+            values = torch.cat([part.flatten(0, -2) for part in chain(*own)])
+            normalizer.set_range(values.amin(0), values.amax(0))
+    scale_actions(policy, demos.spec.action_limits, torch.cat(demos.actions))
 
 
 def train_flow(

@@ -20,11 +20,12 @@ import h5py
 import numpy as np
 
 from asyncflow.config.controllers import find_action_limits, name_robots
+from asyncflow.config.observations import IMAGES, asked_cameras
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import load_env_meta, resolve_task
-from asyncflow.demos.camera_data import CLOUD_SUFFIX, IMAGE_SUFFIX, SETTINGS_KEY
 from asyncflow.demos.experts import EXPERTS, Array, Expert, Obs
+from asyncflow.demos.recorded import RECORDED, SETTINGS_KEY
 from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.files import check_output, publish_file, temporary_name
@@ -69,16 +70,15 @@ class RobomimicSimulator:
     def __init__(self, env_config: EnvConfig, seed: int) -> None:
         """Construct the simulator; `seed` decides what it keeps for good, such as the cube's size."""
         self._env = RobomimicEnv(resolve_task(env_config), seed)
-        self._cameras = env_config.cameras
-        self._point_clouds = env_config.point_clouds
-        self.has_cameras = bool(self._cameras or self._point_clouds)
+        self._cameras = asked_cameras(env_config)
+        self.has_cameras = bool(self._cameras)
         self.env_meta = deepcopy(self._env.spec.env_meta)
-        if self._point_clouds:
-            self.env_meta[SETTINGS_KEY] = self._env.spec.point_settings
-        if self._cameras:
+        if self._env.spec.rendered_with:
+            self.env_meta[SETTINGS_KEY] = self._env.spec.rendered_with
+        if IMAGES in self._cameras:  # as robomimic writes it
             height, width = env_config.camera_size
             sizes = {"camera_heights": height, "camera_widths": width}
-            self.env_meta["env_kwargs"] |= {"camera_names": list(self._cameras), **sizes}
+            self.env_meta["env_kwargs"] |= {"camera_names": list(self._cameras[IMAGES]), **sizes}
 
     def reset(self, seed: int) -> Obs:
         """Start an episode."""
@@ -91,12 +91,13 @@ class RobomimicSimulator:
         return dict(self._env.observe_all()), reward, is_success
 
     def render(self) -> Obs:
-        """Return images as robomimic's datasets hold them, [height, width, 3], and point clouds."""
+        """Return what cameras see, by the names and in the shapes that datasets have."""
         rendered = self._env.render()
-        images = zip(self._cameras, rendered.get("images", ()), strict=True)
-        seen = {camera + IMAGE_SUFFIX: image.transpose(1, 2, 0) for camera, image in images}
-        clouds = zip(self._point_clouds, rendered.get("points", ()), strict=True)
-        return seen | {camera + CLOUD_SUFFIX: cloud for camera, cloud in clouds}
+        return {
+            camera + RECORDED[kind].suffix: RECORDED[kind].store(seen)
+            for kind, cameras in self._cameras.items()
+            for camera, seen in zip(cameras, rendered[kind], strict=True)
+        }
 
     def model(self) -> str:
         """Return the scene's XML."""

@@ -1,20 +1,21 @@
 """Examples: what pre-training draws from demonstrations, an observation and the actions that followed it.
 
-Owns the cutting of chunks and histories, and the augmentation of images; point clouds stay as they are. It must not
+Owns the cutting of chunks and histories, and the augmentation of images; other kinds stay as they are. It must not
 know the file that demonstrations come from, nor what learns from them.
 
 Shapes: B examples in a batch, M steps of all demonstrations, L of one, O env steps of a history (n_obs_steps),
-P predicted actions (horizon), A action size, D state size, Q points of a cloud.
+P predicted actions (horizon), A action size, D state size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from asyncflow.config.observations import IMAGES, Field
 from asyncflow.policies.networks.image_encoder import random_shift
 
 
@@ -23,18 +24,16 @@ class Examples:
     """One example a step of every demonstration.
 
     Attributes:
-        states: [M, D].
-        images: Camera -> [M, 3, height, width] uint8.
-        frames: [M, O] int64 rows of `states`, `images` and `points` that the example observes, oldest first.
+        fields: As `EnvSpec.obs`, for one env step.
+        obs: Key of a field -> [M, ...], such as `state` [M, D].
+        frames: [M, O] int64 rows of `obs` that the example observes, oldest first.
         chunks: [M, P, A] actions that follow.
-        points: Camera -> [M, Q, 6] float32.
     """
 
-    states: Tensor
-    images: dict[str, Tensor]
+    fields: dict[str, Field]
+    obs: dict[str, Tensor]
     frames: Tensor
     chunks: Tensor
-    points: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -50,13 +49,14 @@ class Examples:
         frames, size = self.frames[rows], [len(rows)]
         if frames.shape[1] == 1:  # without a history there is no dimension for it
             frames = frames.squeeze(1)
-        obs = TensorDict({"state": self.states[frames]}, batch_size=size)
-        if self.images:
+        obs, kinds = TensorDict({}, batch_size=size), {field.kind for field in self.fields.values()}
+        offsets = None
+        if IMAGES in kinds:
             offsets = torch.randint(-max_shift, max_shift + 1, (len(rows), 2), generator=generator)
-            shifted = {camera: random_shift(images[frames], offsets) for camera, images in self.images.items()}
-            obs["images"] = TensorDict(shifted, batch_size=size)
-        if self.points:
-            obs["points"] = TensorDict({k: points[frames] for k, points in self.points.items()}, batch_size=size)
+        for key, field in self.fields.items():
+            values = self.obs[key][frames]
+            shown = random_shift(values, offsets) if field.kind == IMAGES and offsets is not None else values
+            obs[field.path(key)] = shown
         return obs
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from asyncflow.config.tasks import POINTS
+from asyncflow.config.contracts import broken
+from asyncflow.config.observations import KINDS, STATE, VECTOR, Field, Shape, make_field, name_in
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ContractError, EnvError
 
@@ -27,62 +28,90 @@ if TYPE_CHECKING:
 
     from asyncflow.config.sections import EnvConfig
 
-RENDERED = {"images": torch.uint8, "points": torch.float32}  # what cameras yield, by its name in an observation
-
 
 class EnvInterrupted(EnvError):
     """`VecEnv.interrupt` was called while a thread waited for simulators, or before it did."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class EnvSpec:
     """What a policy must fit.
 
+    `EnvSpec({"state": (4,), "images.top": (3, 28, 28)}, action_dim=2, horizon=40)` is enough; a bare shape stands for
+    the `Field` that its key means.
+
     Attributes:
-        obs_shapes: Observation key -> shape without the environment dimension, such as `{"state": (19,)}`; float32.
-            With a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first. A dotted key is a camera's point
-            cloud: `points.agentview`, `(num_points, 6)`, is `obs["points", "agentview"]`.
+        obs: What an observation holds: vectors, such as `state`, then what cameras yield, by kind. A camera's key is
+            `KIND.NAME`: `images.agentview` is `obs["images", "agentview"]`.
         action_dim: A.
         horizon: Env steps until an episode is truncated, at the latest.
         env_meta: robomimic's description from which the environment can be built again; empty for the toy.
         obs_keys: The simulator's names that `state` concatenates, in this order.
         obs_widths: How many numbers each of them has; empty where that is not said.
-        image_shapes: Camera -> `(3, height, width)`, or `(n_obs_steps, 3, height, width)`; uint8, under `images`.
         task: Name of the task, where `env_meta` does not describe it.
         action_low: The lowest action in each dimension, -1 everywhere if empty; -inf where there is no limit.
         action_high: The highest; 1 everywhere if empty.
-        point_settings: The keys of `env` with which point clouds are made; empty without any.
+        rendered_with: The keys of `env` with which cameras' fields are made and which no shape tells, and their values.
         has_success: Whether episodes can succeed; False where only their returns tell how good they are.
     """
 
-    obs_shapes: dict[str, tuple[int, ...]]
+    obs: dict[str, Field]
     action_dim: int
     horizon: int
-    env_meta: dict[str, Any] = field(default_factory=dict)
-    obs_keys: tuple[str, ...] = ()
-    image_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    task: str = ""
-    obs_widths: tuple[int, ...] = ()
-    action_low: tuple[float, ...] = ()
-    action_high: tuple[float, ...] = ()
-    point_settings: dict[str, Any] = field(default_factory=dict)
-    has_success: bool = True
+    env_meta: dict[str, Any]
+    obs_keys: tuple[str, ...]
+    obs_widths: tuple[int, ...]
+    task: str
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    rendered_with: dict[str, Any]
+    has_success: bool
 
-    def __post_init__(self) -> None:
-        """Check the limits of actions.
+    def __init__(  # noqa: PLR0913  a record
+        self,
+        obs: Mapping[str, Field | Shape],
+        action_dim: int,
+        horizon: int,
+        *,
+        env_meta: dict[str, Any] | None = None,
+        obs_keys: tuple[str, ...] = (),
+        obs_widths: tuple[int, ...] = (),
+        task: str = "",
+        action_low: tuple[float, ...] = (),
+        action_high: tuple[float, ...] = (),
+        rendered_with: dict[str, Any] | None = None,
+        has_success: bool = True,
+    ) -> None:
+        """Describe environments; see the attributes.
 
         Raises:
-            ContractError: They are not one for each dimension, or a low one is above its high one.
+            ContractError: The limits of actions are not one for each dimension, or a low one is above its high one; or
+                `obs` is no mapping.
         """
-        if {len(self.action_low), len(self.action_high)} - {0, self.action_dim}:
+        if not isinstance(obs, Mapping):
+            raise broken("EnvSpec.obs", "is", obs, "a dictionary of shapes, such as {'state': (4,)}")
+        values = {
+            "obs": _in_order({k: v if isinstance(v, Field) else make_field(k, v) for k, v in obs.items()}),
+            "action_dim": action_dim,
+            "horizon": horizon,
+            "env_meta": {} if env_meta is None else env_meta,
+            "obs_keys": obs_keys,
+            "obs_widths": obs_widths,
+            "task": task,
+            "action_low": action_low,
+            "action_high": action_high,
+            "rendered_with": {} if rendered_with is None else rendered_with,
+            "has_success": has_success,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen
+        if {len(action_low), len(action_high)} - {0, action_dim}:
             raise ContractError(
-                f"EnvSpec.action_low has {len(self.action_low)} and action_high {len(self.action_high)} numbers "
-                f"for action_dim = {self.action_dim}"
+                f"EnvSpec.action_low has {len(action_low)} and action_high {len(action_high)} numbers "
+                f"for action_dim = {action_dim}"
             )
-        if not all(low <= high for low, high in zip(self.action_low, self.action_high, strict=False)):
-            raise ContractError(
-                f"EnvSpec.action_low = {self.action_low} must not exceed action_high = {self.action_high}"
-            )
+        if not all(low <= high for low, high in zip(action_low, action_high, strict=False)):
+            raise ContractError(f"EnvSpec.action_low = {action_low} must not exceed action_high = {action_high}")
 
     @property
     def action_limits(self) -> tuple[Tensor, Tensor]:
@@ -93,21 +122,24 @@ class EnvSpec:
         return low, high
 
     @property
+    def state_shape(self) -> Shape:
+        """(D,), or (n_obs_steps, D); empty where there is no `state`."""
+        return self.obs[STATE].shape if STATE in self.obs else ()
+
+    @property
     def n_obs_steps(self) -> int:
         """Env steps that one observation shows."""
-        shape = self.obs_shapes["state"]
-        return shape[0] if len(shape) == 2 else 1
+        return self.state_shape[0] if len(self.state_shape) == 2 else 1
 
     @property
-    def point_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Camera -> `(num_points, 6)`, or `(n_obs_steps, num_points, 6)`."""
-        return point_shapes(self.obs_shapes)
-
-    @property
-    def rendered_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """What cameras yield: a key of `RENDERED` -> camera -> shape; a kind that no camera yields is absent."""
-        shapes = {"images": self.image_shapes, "points": self.point_shapes}
+    def rendered(self) -> dict[str, dict[str, Shape]]:
+        """What cameras yield: kind -> camera -> shape; a kind that no camera yields is absent."""
+        shapes = {kind: self.shapes(kind) for kind in KINDS}
         return {kind: by_camera for kind, by_camera in shapes.items() if by_camera}
+
+    def shapes(self, kind: str) -> dict[str, Shape]:
+        """Return the shapes of the fields of one kind, by the camera's or the vector's name."""
+        return {name_in(kind, key): each.shape for key, each in self.obs.items() if each.kind == kind}
 
     def name_number(self, column: int) -> str:
         """Return what a number of `state` is: its place and, where that is known, the simulator's name for it."""
@@ -119,22 +151,15 @@ class EnvSpec:
         """Return the description of observations of the last `n_obs_steps` env steps; of one, it stays as it is."""
         if n_obs_steps == 1:
             return self
-        shapes, images = self.obs_shapes, self.image_shapes
-        return replace(
-            self,
-            obs_shapes={key: (n_obs_steps, *shape) for key, shape in shapes.items()},
-            image_shapes={camera: (n_obs_steps, *shape) for camera, shape in images.items()},
-        )
+        return replace(self, obs={key: each.with_history(n_obs_steps) for key, each in self.obs.items()})
 
     def empty_obs(self, num_envs: int) -> TensorDict:
-        """Return observations of nothing, [N]: float32 vectors, and by camera uint8 `images` and float32 `points`."""
+        """Return observations of nothing, [N]: vectors, and by kind and camera what cameras yield."""
         from tensordict import TensorDict  # noqa: PLC0415  see above: not in a worker process
 
-        vectors = {k: torch.zeros(num_envs, *s) for k, s in self.obs_shapes.items() if not k.startswith(POINTS)}
-        obs = TensorDict(vectors, batch_size=[num_envs])
-        for kind, shapes in self.rendered_shapes.items():
-            by_camera = {k: torch.zeros(num_envs, *s, dtype=RENDERED[kind]) for k, s in shapes.items()}
-            obs[kind] = TensorDict(by_camera, batch_size=[num_envs])
+        obs = TensorDict({}, batch_size=[num_envs])
+        for key, each in self.obs.items():
+            obs[each.path(key)] = torch.zeros(num_envs, *each.shape, dtype=getattr(torch, each.dtype))
         return obs
 
 
@@ -152,6 +177,13 @@ class StepResult(NamedTuple):
     terminated: bool
     truncated: bool
     is_success: bool
+
+
+def _in_order(fields: Mapping[str, Field]) -> dict[str, Field]:
+    """Return vectors first, then what cameras yield, by kind: networks and random numbers come in this order."""
+    order = [VECTOR, *KINDS]
+    kinds = [*order, *(each.kind for each in fields.values() if each.kind not in order)]
+    return dict(sorted(fields.items(), key=lambda item: kinds.index(item[1].kind)))
 
 
 @dataclass(frozen=True)
@@ -298,11 +330,6 @@ def start_chunk(env: VecEnv, actions: Tensor, env_ids: range) -> None:
     """
     low, high = env.spec.action_limits
     env.step_async(actions.clamp(low, high), env_ids)
-
-
-def point_shapes(obs_shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Return camera -> shape of the point clouds among `EnvSpec.obs_shapes`."""
-    return {key.removeprefix(POINTS): shape for key, shape in obs_shapes.items() if key.startswith(POINTS)}
 
 
 def as_slice(env_ids: range) -> slice:

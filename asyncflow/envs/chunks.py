@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncflow.config.contracts import name_of
-from asyncflow.envs.base import RENDERED, EnvSpec, Fault, StepResult
+from asyncflow.config.observations import KINDS, Shape
+from asyncflow.envs.base import EnvSpec, Fault, StepResult
 from asyncflow.envs.contract import CheckedSimulator
 from asyncflow.errors import ContractError, EnvError
 from asyncflow.resources import share_memory
@@ -27,8 +28,6 @@ from asyncflow.seeding import derive_seed
 
 MAX_STATE = 4096
 MAX_ACTION = 64
-NO_IMAGES = (1, 0, 3, 0, 0)
-NO_POINTS = (1, 0, 0, 6)
 _NONFINITE = ("", "action", "reward", "observation")  # what a number of the board's column stands for
 _OUTCOME = (
     "rewards", "executed", "terminated", "truncated", "succeeded", "episode_return", "episode_length", "nonfinite",
@@ -57,10 +56,10 @@ class Simulator(Protocol):
         """Return the `state` observation after the last step or reset, [D]."""
 
     def render(self) -> dict[str, NDArray[Any]]:
-        """Return what the cameras see after the last step or reset, in the order of the `spec`'s `rendered_shapes`.
+        """Return what the cameras see after the last step or reset: kind -> [C, ...], as `EnvSpec.rendered` has them.
 
-        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has either;
-        a class derived from this one needs it only then.
+        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has some; a
+        class derived from this one needs it only then.
         """
         return {}
 
@@ -76,10 +75,8 @@ class ChunkBoard:
         actions: [N, H, MAX_ACTION] written by the parent, everything else by the workers.
         obs: [N, MAX_STATE] observation to decide on next, of which O * D numbers are used.
         final_obs: [N, MAX_STATE] last observation of the chunk's own episode.
-        images: [N, O, C, 3, height, width] uint8, the images of `obs`.
-        final_images: [N, O, C, 3, height, width] uint8, those of `final_obs`.
-        points: [N, O, C, P, 6] float32, the point clouds of `obs`.
-        final_points: [N, O, C, P, 6] float32, those of `final_obs`.
+        rendered: Kind -> [N, O, C, ...], what cameras yield with `obs`; a kind that none yields is absent.
+        final_rendered: The same of `final_obs`.
         rewards: [N, H] zero after the episode's end.
         executed: [N] env steps executed; zero where the chunk counts for nothing.
         terminated: [N] the episode ended by itself, as by success.
@@ -91,15 +88,14 @@ class ChunkBoard:
         nonfinite_step: [N] in which env step of its episode, from 1; or zero.
         started_s: [N] when the chunk began, in `time.perf_counter` seconds.
         ended_s: [N] when it ended, the next episode's reset included.
+        n_obs_steps: O.
     """
 
     actions: Tensor
     obs: Tensor
     final_obs: Tensor
-    images: Tensor
-    final_images: Tensor
-    points: Tensor
-    final_points: Tensor
+    rendered: dict[str, Tensor]
+    final_rendered: dict[str, Tensor]
     rewards: Tensor
     executed: Tensor
     terminated: Tensor
@@ -111,34 +107,38 @@ class ChunkBoard:
     nonfinite_step: Tensor
     started_s: Tensor
     ended_s: Tensor
+    n_obs_steps: int
 
     @classmethod
     def allocate(
         cls,
         num_envs: int,
         chunk_length: int,
-        image_shape: tuple[int, ...] = NO_IMAGES,
-        point_shape: tuple[int, ...] = NO_POINTS,
+        n_obs_steps: int = 1,
+        rooms: Mapping[str, Shape] | None = None,
     ) -> ChunkBoard:
         """Allocate shared memory without a name, which the system frees with its last user.
 
         Args:
             num_envs: N.
             chunk_length: H.
-            image_shape: (O, C, 3, height, width).
-            point_shape: (O, C, P, 6).
+            n_obs_steps: O.
+            rooms: Kind -> [C, ...], what all cameras of a kind yield at one env step.
 
         Raises:
             ConfigError: /dev/shm is too small, which would kill the process at a write, or cannot be written.
         """
+
+        def rendered() -> dict[str, Tensor]:
+            sizes = {kind: (num_envs, n_obs_steps, *room) for kind, room in (rooms or {}).items()}
+            return {kind: torch.empty(size, dtype=getattr(torch, KINDS[kind].dtype)) for kind, size in sizes.items()}
+
         board = cls(
             actions=torch.zeros(num_envs, chunk_length, MAX_ACTION),
             obs=torch.empty(num_envs, MAX_STATE),
             final_obs=torch.empty(num_envs, MAX_STATE),
-            images=torch.empty(num_envs, *image_shape, dtype=torch.uint8),
-            final_images=torch.empty(num_envs, *image_shape, dtype=torch.uint8),
-            points=torch.empty(num_envs, *point_shape),
-            final_points=torch.empty(num_envs, *point_shape),
+            rendered=rendered(),
+            final_rendered=rendered(),
             rewards=torch.zeros(num_envs, chunk_length),
             executed=torch.zeros(num_envs, dtype=torch.int64),
             terminated=torch.zeros(num_envs, dtype=torch.bool),
@@ -150,13 +150,20 @@ class ChunkBoard:
             nonfinite_step=torch.zeros(num_envs, dtype=torch.int64),
             started_s=torch.zeros(num_envs, dtype=torch.float64),
             ended_s=torch.zeros(num_envs, dtype=torch.float64),
+            n_obs_steps=n_obs_steps,
         )
-        share_memory([getattr(board, entry.name) for entry in fields(board)])
+        share_memory(list(board.tensors().values()))
         return board
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all memory by name; that of a kind is `KIND` and `final_KIND`."""
+        named = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        plain = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return plain | self.rendered | {f"final_{kind}": tensor for kind, tensor in self.final_rendered.items()}
 
     def row(self, env: int) -> dict[str, NDArray[Any]]:
         """Return writable views of one environment's row."""
-        return {entry.name: getattr(self, entry.name).numpy()[env, ...] for entry in fields(self)}
+        return {name: tensor.numpy()[env, ...] for name, tensor in self.tensors().items()}
 
     def nonfinite_fault(self, env: int, episode: int) -> Fault | None:
         """Return why the last chunk of an environment gave up its episode; None if the numbers were finite."""
@@ -194,14 +201,14 @@ class EpisodeRunner:
         Raises:
             ContractError: As `CheckedSimulator`, or the board has no room for what its spec says.
         """
-        self._n_obs_steps = board.images.shape[1]
-        self._simulator = CheckedSimulator(simulator, {kind: getattr(board, kind).shape[2:] for kind in RENDERED})
+        self._n_obs_steps, self._kinds = board.n_obs_steps, tuple(board.rendered)
+        self._simulator = CheckedSimulator(simulator, {kind: each.shape[2:] for kind, each in board.rendered.items()})
         self.spec = self._simulator.spec.with_history(self._n_obs_steps)
         self.notices = tuple(map(str, getattr(simulator, "notices", ())))
         self._env = env
         self._row = board.row(env)
         self._history: deque[_Frame] = deque(maxlen=self._n_obs_steps)
-        self._size = math.prod(self.spec.obs_shapes["state"])
+        self._size = math.prod(self.spec.state_shape)
         self._action_dim = self.spec.action_dim
         if self._size > MAX_STATE or self._action_dim > MAX_ACTION:
             raise ContractError(
@@ -301,9 +308,10 @@ class EpisodeRunner:
     def _look(self, is_rendered: bool = True) -> None:
         """Take the present moment into the history; rendering takes far longer than the rest."""
         self._check_finite(state := self._simulator.observe())
-        rendered = self._simulator.render() if is_rendered and self.spec.rendered_shapes else {}
-        if "points" in rendered:
-            self._check_finite(rendered["points"])
+        rendered = self._simulator.render() if is_rendered and self._kinds else {}
+        for values in rendered.values():
+            if values.dtype.kind == "f":
+                self._check_finite(values)
         self._history.append(_Frame(state, rendered))
 
     def _check_finite(self, numbers: NDArray[np.float32]) -> None:
@@ -318,7 +326,7 @@ class EpisodeRunner:
                 self._row[f"{prefix}{kind}"][step] = values
 
     def _copy_rendered(self, source: str, target: str) -> None:
-        for kind in RENDERED:
+        for kind in self._kinds:
             self._row[target + kind][...] = self._row[source + kind]
 
     def _clear_row(self) -> None:

@@ -19,33 +19,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.config.contracts import broken, check_callable, name_of
-from asyncflow.config.tasks import POINTS
+from asyncflow.config.observations import KINDS, STATE, VECTOR, Field, Shape, field_key
 from asyncflow.envs.base import EnvSpec, StepResult
 from asyncflow.errors import ContractError
 
 _REAL = "fiub"  # kinds of dtypes that hold real numbers
-_DTYPES = {"images": "uint8", "points": "float32"}  # what cameras yield; any float will do for points
 
 
 class CheckedSimulator:
     """A `Simulator` from elsewhere; see there for what the methods do."""
 
-    def __init__(self, simulator: Any, rooms: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, simulator: Any, rooms: Mapping[str, Shape]) -> None:
         """Take over a simulator.
 
         Args:
             simulator: Used by nobody else from now on.
-            rooms: A key of `RENDERED` -> [C, ...], what the configuration lets cameras yield.
+            rooms: Kind -> [C, ...], what the configuration lets cameras yield.
 
         Raises:
             ContractError: It lacks a method, its spec is none, or its cameras are not the configuration's.
         """
         self._simulator, self._name = simulator, name_of(simulator)
         self.spec = _check_simulator_spec(simulator, self._name)
-        for kind, room in rooms.items():
-            _check_room(self.spec, kind, room, self._name)
+        for kind in KINDS:
+            _check_room(self.spec, kind, rooms.get(kind, (0,)), self._name)
         methods = {"reset": (0,), "step": (np.zeros(self.spec.action_dim, np.float32),), "observe": ()}
-        for method, arguments in (methods | ({"render": ()} if self.spec.rendered_shapes else {})).items():
+        for method, arguments in (methods | ({"render": ()} if self.spec.rendered else {})).items():
             check_callable(getattr(simulator, method, None), f"{self._name}.{method}", arguments)
 
     def reset(self, seed: int) -> None:
@@ -64,7 +63,7 @@ class CheckedSimulator:
 
     def observe(self) -> NDArray[np.float32]:
         """Return a copy of the `state` observation, [D]."""
-        answer, shape = self._simulator.observe(), self.spec.obs_shapes["state"]
+        answer, shape = self._simulator.observe(), self.spec.state_shape
         state = _as_array(answer)
         if state is None or state.dtype.kind not in _REAL or state.shape != shape:
             raise broken(f"{self._name}.observe", "returned", answer, f"numbers of shape {shape}, as in its spec")
@@ -72,16 +71,17 @@ class CheckedSimulator:
 
     def render(self) -> dict[str, NDArray[Any]]:
         """Return copies of what the cameras see."""
-        method, answer, shapes = f"{self._name}.render", self._simulator.render(), self.spec.rendered_shapes
+        method, answer, shapes = f"{self._name}.render", self._simulator.render(), self.spec.rendered
         if not isinstance(answer, Mapping) or set(answer) != set(shapes):
             raise broken(method, "returned", answer, f"a dictionary of {sorted(shapes)}")
         rendered = {}
         for kind, by_camera in shapes.items():
             shape = (len(by_camera), *next(iter(by_camera.values())))
-            values = _as_array(answer[kind])
-            if values is None or values.shape != shape or values.dtype.kind != np.dtype(_DTYPES[kind]).kind:
-                raise broken(method, f"returned as {kind}", answer[kind], f"{_DTYPES[kind]} of shape {shape}")
-            rendered[kind] = np.array(values, _DTYPES[kind])
+            values, dtype = _as_array(answer[kind]), KINDS[kind].dtype
+            is_alike = values is not None and values.dtype.kind == np.dtype(dtype).kind  # any float will do
+            if values is None or values.shape != shape or not is_alike:
+                raise broken(method, f"returned as {kind}", answer[kind], f"{dtype} of shape {shape}")
+            rendered[kind] = np.array(values, dtype)
         return rendered
 
 
@@ -97,22 +97,14 @@ def check_spec(spec: Any, owner: str) -> EnvSpec:
     """
     if not isinstance(spec, EnvSpec):
         raise broken(f"{owner}.spec", "is", spec, "an asyncflow.envs.base.EnvSpec")
-    shapes = _check_shapes(spec.obs_shapes, f"{owner}.spec.obs_shapes")
-    if len(shapes.get("state", ())) not in (1, 2):
-        raise broken(f"{owner}.spec.obs_shapes", "is", spec.obs_shapes, "`state` with a shape (D,) in it")
-    for key, shape in shapes.items():
-        if key.startswith(POINTS) and (len(shape) not in (2, 3) or shape[-1] != 6):
-            raise broken(f"{owner}.spec.obs_shapes", f"has for {key}", spec.obs_shapes[key], "(num_points, 6)")
+    obs = {key: _check_field(key, field, f"{owner}.spec.obs") for key, field in spec.obs.items()}
+    if STATE not in obs or len(obs[STATE].shape) not in (1, 2):
+        raise broken(f"{owner}.spec.obs", "is", spec.obs, "`state` with a shape (D,) in it")
     if not isinstance(spec.env_meta, dict):
         raise broken(f"{owner}.spec.env_meta", "is", spec.env_meta, "a dictionary, which may be empty")
-    images = _check_shapes(spec.image_shapes, f"{owner}.spec.image_shapes")
-    for camera, shape in images.items():
-        if len(shape) not in (3, 4) or shape[-3] != 3:
-            raise broken(f"{owner}.spec.image_shapes", f"has for {camera}", shape, "(3, height, width)")
     checked = replace(
         spec,
-        obs_shapes=shapes,
-        image_shapes=images,
+        obs=obs,
         action_dim=_check_size(spec.action_dim, f"{owner}.spec.action_dim"),
         horizon=_check_size(spec.horizon, f"{owner}.spec.horizon"),
         obs_keys=_check_tuple(spec.obs_keys, f"{owner}.spec.obs_keys", str, "names"),
@@ -129,27 +121,34 @@ def check_spec(spec: Any, owner: str) -> EnvSpec:
 
 def _check_simulator_spec(simulator: Any, name: str) -> EnvSpec:
     spec = check_spec(getattr(simulator, "spec", None), name)
-    others = [key for key in spec.obs_shapes if key != "state" and not key.startswith(POINTS)]
-    if others or len(spec.obs_shapes["state"]) != 1:
-        raise broken(f"{name}.spec.obs_shapes", "is", spec.obs_shapes, "`state` of shape (D,), and point clouds alone")
+    if list(spec.shapes(VECTOR)) != [STATE] or len(spec.state_shape) != 1:
+        raise broken(f"{name}.spec.obs", "is", spec.obs, "`state` of shape (D,), and what cameras yield, alone")
     return spec
 
 
-def _check_room(spec: EnvSpec, kind: str, room: tuple[int, ...], owner: str) -> None:
-    shapes = list(spec.rendered_shapes.get(kind, {}).values())
+def _check_room(spec: EnvSpec, kind: str, room: Shape, owner: str) -> None:
+    shapes = list(spec.shapes(kind).values())
     if shapes != [tuple(room[1:])] * room[0]:
-        keys = {"images": "env.cameras and env.camera_size", "points": "env.point_clouds and env.num_points"}[kind]
+        keys = f"env.{KINDS[kind].key} and env.{KINDS[kind].size_key}"
         expected = f"{room[0]} of shape {tuple(room[1:])}" if room[0] else "none"
         raise ContractError(f"{owner}.spec has {kind} of shapes {shapes}; expected {expected}, by {keys}")
 
 
-def _check_shapes(shapes: Any, what: str) -> dict[str, tuple[int, ...]]:
-    if not isinstance(shapes, Mapping):
-        raise broken(what, "is", shapes, "a dictionary of shapes")
-    for name, shape in shapes.items():
-        if not isinstance(name, str) or not isinstance(shape, tuple | list):
-            raise broken(what, f"has for {name}", shape, "a name and a shape, a tuple of sizes")
-    return {name: tuple(_check_size(size, f"{what}[{name!r}]") for size in shape) for name, shape in shapes.items()}
+def _check_field(key: Any, field: Field, what: str) -> Field:
+    """Return a field with its sizes as plain ints."""
+    if not isinstance(key, str) or not isinstance(field.shape, tuple | list):
+        raise broken(what, f"has for {key}", field.shape, "a name and a shape, a tuple of sizes")
+    shape = tuple(_check_size(size, f"{what}[{key!r}]") for size in field.shape)
+    is_named = field.kind == VECTOR or (field.kind in KINDS and key.startswith(field_key(field.kind, "")))
+    if not is_named:
+        raise broken(what, f"has for {key} the kind", field.kind, f"{VECTOR}, or for KIND.NAME one of {list(KINDS)}")
+    kind = KINDS.get(field.kind)
+    dtype = "float32" if kind is None else kind.dtype
+    if field.dtype != dtype:
+        raise broken(what, f"has for {key} the dtype", field.dtype, dtype)
+    if kind is not None and not kind.fits(shape):
+        raise broken(what, f"has for {key}", shape, kind.described)
+    return Field(field.kind, shape, field.dtype)
 
 
 def _check_tuple(values: Any, what: str, kind: Callable[[Any], Any], expected: str) -> tuple[Any, ...]:

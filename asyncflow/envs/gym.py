@@ -78,7 +78,7 @@ class GymSimulator(Simulator):
         low, high = (np.float32(limit).ravel() for limit in (self._action.low, self._action.high))
         self._success_key = settings.success_key or self._try(seed)
         self.spec = EnvSpec(
-            obs_shapes={"state": (sum(widths),)},
+            {"state": (sum(widths),)},
             action_dim=len(low),
             horizon=settings.horizon or self._time_limit(),
             obs_keys=self._obs_keys,

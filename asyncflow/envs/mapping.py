@@ -20,13 +20,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from asyncflow.config.observations import IMAGES, STATE, VECTOR, Field, field_key
 from asyncflow.config.policy import ActionMapping, MappingConfig, StatePart
 from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ConfigError
 
 KEY = "policy.mapping"
-STATE, IMAGES = "state", "images"
 SUFFIX = "_image"  # of robomimic's names of what cameras see
 
 
@@ -66,7 +66,7 @@ class NameMapping:
             fields[STATE] = obs[STATE].index_select(-1, self._columns)
         if self._cameras is not None:
             fields[IMAGES] = {name: obs[IMAGES, camera] for name, camera in self._cameras.items()}
-        shown = {name: field for name, field in fields.items() if name != IMAGES or self.spec.image_shapes}
+        shown = {name: field for name, field in fields.items() if name != IMAGES or IMAGES in self.spec.rendered}
         return TensorDict(shown, batch_size=obs.batch_size)
 
     def map_actions(self, actions: Tensor) -> Tensor:
@@ -80,10 +80,13 @@ class NameMapping:
 
     def _describe(self, spec: EnvSpec, action_dim: int) -> EnvSpec:
         if self._cameras is not None:
-            spec = replace(spec, image_shapes={name: spec.image_shapes[c] for name, c in self._cameras.items()})
+            others = {key: field for key, field in spec.obs.items() if field.kind != IMAGES}
+            pairs = self._cameras.items()
+            images = {field_key(IMAGES, name): spec.obs[field_key(IMAGES, camera)] for name, camera in pairs}
+            spec = replace(spec, obs=others | images)
         if self._columns is not None:
-            shape = (*spec.obs_shapes[STATE][:-1], len(self._columns))
-            spec = replace(spec, obs_shapes=spec.obs_shapes | {STATE: shape}, obs_keys=(), obs_widths=())
+            state = Field(VECTOR, (*spec.state_shape[:-1], len(self._columns)))
+            spec = replace(spec, obs=spec.obs | {STATE: state}, obs_keys=(), obs_widths=())
         if self._has_actions:
             low, high = (-math.inf,) * action_dim, (math.inf,) * action_dim  # clipped once they are the simulator's
             spec = replace(spec, action_dim=action_dim, action_low=low, action_high=high)
@@ -154,10 +157,11 @@ def check_names(config: MappingConfig, spec: EnvSpec) -> None:
 def _find_cameras(images: Mapping[str, str], spec: EnvSpec) -> dict[str, str]:
     """Return the model's name -> camera."""
     found: dict[str, str] = {}
+    cameras = spec.shapes(IMAGES)
     for image, name in images.items():
-        camera = image if image in spec.image_shapes else image.removesuffix(SUFFIX)
-        if camera not in spec.image_shapes:
-            there = ", ".join(f"{each}{SUFFIX}" for each in spec.image_shapes) or "none"
+        camera = image if image in cameras else image.removesuffix(SUFFIX)
+        if camera not in cameras:
+            there = ", ".join(f"{each}{SUFFIX}" for each in cameras) or "none"
             raise ConfigError(f"{KEY}.obs.images: there is no image {image!r}; images: {there} (env.cameras)")
         if camera in found.values():
             raise ConfigError(f"{KEY}.obs.images = {images}: names the camera {camera} twice")
@@ -184,7 +188,7 @@ def _find_columns(parts: list[StatePart], spec: EnvSpec) -> list[int]:
 
 def _lay_out(spec: EnvSpec) -> dict[str, range]:
     """Return which numbers of the simulator's state each of its observations is."""
-    keys, size = spec.obs_keys or (STATE,), spec.obs_shapes[STATE][-1]
+    keys, size = spec.obs_keys or (STATE,), spec.state_shape[-1]
     widths = (size,) if len(keys) == 1 else spec.obs_widths
     if len(widths) != len(keys) or sum(widths) != size:
         raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from asyncflow.config.observations import asked_cameras
 from asyncflow.config.plugins import ENVS, plugin_names
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.tasks import TOYS, check_env_meta, find_task, load_env_meta, resolve_task
@@ -30,8 +31,9 @@ def adopt_environment(config: EnvConfig, start: EnvSpec) -> EnvConfig:
     if config.env_meta is not None or not _is_described(start):
         return config
     _check_task(config, start)
-    cameras = {*config.cameras, *config.point_clouds} - {*start.image_shapes, *start.point_shapes}
-    if cameras or set(config.obs_keys or []) - set(start.obs_keys):
+    asked = {camera for cameras in asked_cameras(config).values() for camera in cameras}
+    known = {camera for by_camera in start.rendered.values() for camera in by_camera}
+    if asked - known or set(config.obs_keys or []) - set(start.obs_keys):
         resolve_task(config)  # which names those that the task has
     changes: dict[str, Any] = {"env_meta": start.env_meta, "horizon": config.horizon or start.horizon}
     return config.model_copy(update=changes | {"obs_keys": config.obs_keys or list(start.obs_keys)})

@@ -18,7 +18,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from asyncflow.config.tasks import POINTS, TOY, TOY_IMAGES, TOY_POINTS
+from asyncflow.config.observations import IMAGES, POINTS, Shape, field_key
+from asyncflow.config.tasks import TOY, TOY_IMAGES, TOY_POINTS
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv
 from asyncflow.envs.chunks import check_actions, nonfinite_fault
 from asyncflow.envs.journal import EpisodeJournal
@@ -58,12 +59,15 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
             has_points: Whether they hold `points`, as often.
         """
         self.num_envs = num_envs
-        points = {POINTS + CAMERA: (NUM_POINTS, 6)} if has_points else {}
+        seen: dict[str, Shape] = {}
+        if has_camera:
+            seen[field_key(IMAGES, CAMERA)] = (3, IMAGE_SIZE, IMAGE_SIZE)
+        if has_points:
+            seen[field_key(POINTS, CAMERA)] = (NUM_POINTS, 6)
         self.spec = EnvSpec(
-            obs_shapes={"state": (4,), **points},
+            {"state": (4,), **seen},
             action_dim=2,
             horizon=horizon or DEFAULT_HORIZON,
-            image_shapes={CAMERA: (3, IMAGE_SIZE, IMAGE_SIZE)} if has_camera else {},
             task=TOY_POINTS if has_points else TOY_IMAGES if has_camera else TOY,
         )
         self._chunk_length = self.n_action_steps = chunk_length
@@ -142,10 +146,8 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
 
     def _observe(self, state: Tensor) -> TensorDict:
         obs = TensorDict({"state": state}, batch_size=state.shape[:1])
-        if self.spec.image_shapes:
-            obs["images"] = TensorDict({CAMERA: render(state)}, batch_size=state.shape[:1])
-        if self.spec.point_shapes:
-            obs["points"] = TensorDict({CAMERA: point_cloud(state)}, batch_size=state.shape[:1])
+        for kind in self.spec.rendered:
+            obs[kind] = TensorDict({CAMERA: SEEN[kind](state)}, batch_size=state.shape[:1])
         return obs
 
     def _execute(self, actions: Tensor, rows: Tensor) -> ChunkResult:
@@ -227,3 +229,6 @@ def point_cloud(state: Tensor) -> Tensor:
     places = (state.view(len(state), 2, 1, 2) + ring).flatten(1, 2)
     colours = torch.eye(3)[:2].repeat_interleave(NUM_POINTS // 2, 0).expand(len(state), -1, -1)
     return torch.cat([places, torch.zeros_like(places[..., :1]), colours], 2)
+
+
+SEEN = {IMAGES: render, POINTS: point_cloud}

@@ -25,6 +25,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from asyncflow.config.observations import STATE, rendered_rooms
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv, as_slice
 from asyncflow.envs.chunks import ChunkBoard, check_actions
@@ -78,9 +79,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._failure: str | None = None
         self._waker = Waker()
         self._workers: list[Worker] = []
-        image_shape = (config.n_obs_steps, len(config.cameras), 3, *config.camera_size)
-        point_shape = (config.n_obs_steps, len(config.point_clouds), config.num_points, 6)
-        self._board = ChunkBoard.allocate(num_envs, chunk_length, image_shape, point_shape)
+        self._board = ChunkBoard.allocate(num_envs, chunk_length, config.n_obs_steps, rendered_rooms(config))
         self._setup = WorkerSetup(factory, self._board, seed)
         try:
             self.spec, self.notices = self._start_workers(
@@ -320,11 +319,11 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
     def _read_obs(self, prefix: str, rows: slice) -> TensorDict:
         """Return copies of `obs` or `final_obs`, and of what cameras yielded with it."""
-        shape = self.spec.obs_shapes["state"]
+        shape, rendered = self.spec.state_shape, getattr(self._board, prefix + "rendered")
         state: Tensor = getattr(self._board, prefix + "obs")[rows, : math.prod(shape)].clone()
-        obs = TensorDict({"state": state.view(-1, *shape)}, batch_size=state.shape[:1])
-        for kind, shapes in self.spec.rendered_shapes.items():
-            by_camera = zip(shapes.items(), getattr(self._board, prefix + kind)[rows].unbind(2), strict=True)
+        obs = TensorDict({STATE: state.view(-1, *shape)}, batch_size=state.shape[:1])
+        for kind, shapes in self.spec.rendered.items():
+            by_camera = zip(shapes.items(), rendered[kind][rows].unbind(2), strict=True)
             copies = {
                 name: part.clone(memory_format=torch.contiguous_format).view(-1, *s) for (name, s), part in by_camera
             }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
 
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
 from asyncflow.config.lerobot_folder import match_cameras, open_lerobot
+from asyncflow.config.observations import IMAGES, refuse_unseen
 from asyncflow.config.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
 from asyncflow.config.sections import POLICY_KINDS, PolicyConfig
-from asyncflow.envs.base import point_shapes
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Policy, set_eval
 from asyncflow.policies.draft import check_size, is_large
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
-from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.policies.vla.foreign import find_model_class
 from asyncflow.policies.vla.policy import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
@@ -22,24 +24,13 @@ from asyncflow.seeding import derive_seed
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 
 
-def make_policy(  # noqa: PLR0913  what builds a policy, and what is known of its weights
-    config: PolicyConfig,
-    obs_shapes: Shapes,
-    action_dim: int,
-    seed: int,
-    image_shapes: Shapes | None = None,
-    *,
-    num_stored: int | None = None,
-) -> Policy:
-    """Build a policy on the CPU; its weights depend on `config`, the shapes and `seed` alone.
+def make_policy(config: PolicyConfig, spec: EnvSpec, seed: int, *, num_stored: int | None = None) -> Policy:
+    """Build a policy on the CPU; its weights depend on `config`, the spec's sizes and `seed` alone.
 
     Args:
         config: What to build.
-        obs_shapes: Shape of every observation without the batch dimension, as `EnvSpec` has them; `state` must be a
-            vector, or a history.
-        action_dim: Size of one action.
+        spec: What it must fit, in its own names; `state` must be a vector, or a history.
         seed: The run's seed.
-        image_shapes: Camera -> `(3, height, width)`, with n_obs_steps in front for a history.
         num_stored: Numbers of the weights that will be loaded into it, which bound its size.
 
     Raises:
@@ -47,14 +38,15 @@ def make_policy(  # noqa: PLR0913  what builds a policy, and what is known of it
             impossible combination, an image is too small for its encoder, or memory does not suffice.
     """
     if config.kind in POLICY_KINDS and config.vla.model_class is None:
-        _require_state(config, obs_shapes)
-        _refuse_unseen(config, obs_shapes)
-        if config.kind != LEROBOT and not config.vla.lora_rank and is_large(config, obs_shapes, action_dim):
-            check_size(lambda: _build(config, obs_shapes, action_dim, image_shapes or {}), num_stored)
+        _require_state(config, spec)
+        if config.kind == "vla":
+            refuse_unseen(spec.obs, "policy.kind = vla: asyncflow's own model", (IMAGES,))
+        if config.kind != LEROBOT and not config.vla.lora_rank and is_large(config, spec):
+            check_size(lambda: _build(config, spec), num_stored)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
-        policy = _build(config, obs_shapes, action_dim, image_shapes or {})
+        policy = _build(config, spec)
     set_eval(policy)  # an update evaluates the decisions that were taken: without dropout, with fixed statistics
     return policy
 
@@ -79,39 +71,29 @@ def find_policy_code(config: PolicyConfig) -> bool:
     return True
 
 
-def _build(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
+def _build(config: PolicyConfig, spec: EnvSpec) -> Policy:
     if config.kind in ("flow", "gaussian"):
-        build = FlowPolicy if config.kind == "flow" else GaussianPolicy
-        return build(config, obs_shapes, action_dim, image_shapes)
+        return (FlowPolicy if config.kind == "flow" else GaussianPolicy)(config, spec)
     if config.kind == "vla":
-        return build_vla(config, obs_shapes, action_dim, image_shapes)
+        return build_vla(config, spec)
     if config.kind == LEROBOT:
-        return _build_lerobot(config, obs_shapes, action_dim, image_shapes)
-    arguments = (config.model_copy(deep=True), dict(obs_shapes), action_dim, dict(image_shapes))
+        return _build_lerobot(config, spec)
+    arguments = (config.model_copy(deep=True), deepcopy(spec))
     return build_plugin(POLICIES, config.kind, arguments, Policy)  # type: ignore[type-abstract]
 
 
-def _build_lerobot(config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> Policy:
+def _build_lerobot(config: PolicyConfig, spec: EnvSpec) -> Policy:
     folder = open_lerobot(config)  # before the import, which it allows
-    cameras = match_cameras(folder, config, obs_shapes, action_dim, image_shapes)
+    cameras = match_cameras(folder, config, spec.obs, spec.action_dim)
 
     from asyncflow.policies.lerobot.policy import build_lerobot  # noqa: PLC0415  an optional extra, seconds to load
 
-    return build_lerobot(config, folder, cameras, image_shapes)
+    return build_lerobot(config, folder, cameras, spec.shapes(IMAGES))
 
 
-def _require_state(config: PolicyConfig, obs_shapes: Shapes) -> None:
-    if len(obs_shapes.get("state", ())) not in (1, 2):
+def _require_state(config: PolicyConfig, spec: EnvSpec) -> None:
+    if len(spec.state_shape) not in (1, 2):
+        shapes = {key: field.shape for key, field in spec.obs.items()}
         raise ConfigError(
-            f"policy.kind = {config.kind} needs a vector observation named `state`, got {obs_shapes}; see env.obs_keys"
-        )
-
-
-def _refuse_unseen(config: PolicyConfig, obs_shapes: Shapes) -> None:
-    """Refuse point clouds that a policy would not look at: what renders them takes most of the time."""
-    clouds = list(point_shapes(obs_shapes))
-    if clouds and config.kind == "vla":
-        raise ConfigError(
-            f"policy.kind = vla: asyncflow's own model sees no point clouds, env.point_clouds = {clouds}; use flow, "
-            "gaussian, or a policy.vla.model_class that does"
+            f"policy.kind = {config.kind} needs a vector observation named `state`, got {shapes}; see env.obs_keys"
         )

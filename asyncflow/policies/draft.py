@@ -12,18 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.resources import check_memory
 
 MAX_UNCHECKED = 1 << 24  # numbers; a draft takes as long as a small policy
 KEYS = "policy.hidden_sizes, policy.critic_hidden_sizes, policy.horizon or env.n_obs_steps"
 
 
-def is_large(config: PolicyConfig, obs_shapes: Shapes, action_dim: int) -> bool:
+def is_large(config: PolicyConfig, spec: EnvSpec) -> bool:
     """Tell whether the fully connected layers alone may hold more than `MAX_UNCHECKED` numbers."""
-    inputs, outputs = sum(math.prod(shape) for shape in obs_shapes.values()), config.horizon * action_dim
+    inputs = sum(math.prod(field.shape) for field in spec.obs.values() if field.kind != IMAGES)
+    outputs = config.horizon * spec.action_dim
     networks = ([inputs, *config.hidden_sizes, outputs], [inputs, *config.critic_hidden_sizes])
     return sum(a * b for sizes in networks for a, b in itertools.pairwise(sizes)) > MAX_UNCHECKED
 

@@ -17,10 +17,10 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.policies.base import Normalizer, mlp
+from asyncflow.envs.base import EnvSpec
+from asyncflow.policies.base import mlp
 from asyncflow.policies.flow_sampler import Steps, Velocity
-from asyncflow.policies.networks.image_encoder import Shapes, build_image_encoder, encode, num_inputs
-from asyncflow.policies.networks.point_encoder import build_point_encoder
+from asyncflow.policies.networks.encoders import add_encoders, encode
 from asyncflow.policies.velocity import VelocityPolicy
 
 NUM_TIME_FEATURES = 32
@@ -59,24 +59,21 @@ class FlowPolicy(VelocityPolicy):
 
     step_features: Tensor
 
-    def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
+    def __init__(self, config: PolicyConfig, spec: EnvSpec) -> None:
         """Build the networks and the sampler; arguments as those of `make_policy`.
 
         Raises:
             ConfigError: An impossible combination of noise keys.
         """
-        super().__init__(config, action_dim)
-        self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
-        self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
-        self.point_encoder = build_point_encoder(obs_shapes)
-        context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
-        self.velocity = VelocityNetwork(context_dim, config.horizon * action_dim, config.hidden_sizes)
+        super().__init__(config, spec.action_dim)
+        context_dim = add_encoders(self, config, spec)
+        self.velocity = VelocityNetwork(context_dim, config.horizon * spec.action_dim, config.hidden_sizes)
         self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)
 
     def make_context(self, obs: TensorDictBase) -> Tensor:
         """Return the normalised state and the features of images and point clouds, [N, D]."""
-        return encode(obs, self.obs_normalizer, self.image_encoder, self.point_encoder)
+        return encode(self, obs)
 
     def velocity_field(self, context: Tensor) -> Velocity:
         """Return the velocity field of contexts [N, D]."""

@@ -15,11 +15,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
-from asyncflow.policies.networks.image_encoder import Shapes, build_image_encoder, encode, num_inputs
-from asyncflow.policies.networks.point_encoder import build_point_encoder
+from asyncflow.policies.networks.encoders import add_encoders, encode
 
 
 class GaussianPolicy(Policy):
@@ -27,7 +27,7 @@ class GaussianPolicy(Policy):
 
     executed_dims: Tensor | None
 
-    def __init__(self, config: PolicyConfig, obs_shapes: Shapes, action_dim: int, image_shapes: Shapes) -> None:
+    def __init__(self, config: PolicyConfig, spec: EnvSpec) -> None:
         """Build actor and critic; arguments as those of `make_policy`.
 
         Raises:
@@ -35,6 +35,7 @@ class GaussianPolicy(Policy):
         """
         super().__init__()
         _check(config)
+        action_dim = spec.action_dim
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
         self.noise_size = config.horizon * action_dim
         self._is_mean = config.log_prob == "joint_mean"
@@ -43,11 +44,8 @@ class GaussianPolicy(Policy):
         self.register_buffer("executed_dims", None if dims is None else torch.tensor(dims), persistent=False)
         self.log_prob_terms = float(config.n_action_steps * num_executed) if self._is_mean else 1.0
         self._min_std = config.min_std
-        self.obs_normalizer = Normalizer(obs_shapes["state"][-1:])
+        context_dim = add_encoders(self, config, spec)
         self.action_normalizer = Normalizer((action_dim,))
-        self.image_encoder = build_image_encoder(config.image_encoder, image_shapes)
-        self.point_encoder = build_point_encoder(obs_shapes)
-        context_dim = num_inputs(obs_shapes, self.image_encoder, self.point_encoder)
         # A small gain starts every state at the middle of the action range.
         self.actor = mlp([context_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)
         self.log_std = nn.Parameter(torch.full((action_dim,), math.log(config.initial_std - config.min_std)))
@@ -92,7 +90,7 @@ class GaussianPolicy(Policy):
 
     def _context(self, obs: TensorDictBase) -> Tensor:
         """Return the normalised state and the features of images and point clouds, [N, D]."""
-        return encode(obs, self.obs_normalizer, self.image_encoder, self.point_encoder)
+        return encode(self, obs)
 
     def _value(self, context: Tensor) -> Tensor:
         """Return V of contexts [N, D], [N] float32; images and clouds are the actor's to learn from."""

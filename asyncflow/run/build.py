@@ -14,6 +14,7 @@ import torch
 
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
 from asyncflow.config.lerobot_folder import match_cameras, open_lerobot
+from asyncflow.config.observations import STATE, VECTOR, Field
 from asyncflow.config.sections import Config, PolicyConfig
 from asyncflow.config.tasks import check_cameras, is_described, resolve_task
 from asyncflow.device import check_compile, resolve_device
@@ -72,29 +73,27 @@ def check_start(config: Config) -> Path:
 def _check_folder(config: PolicyConfig, seen: EnvSpec) -> None:
     """Refuse a LeRobot folder that does not fit the environments; to build its model would take seconds."""
     if config.kind == LEROBOT:
-        match_cameras(open_lerobot(config), config, seen.obs_shapes, seen.action_dim, seen.image_shapes)
+        match_cameras(open_lerobot(config), config, seen.obs, seen.action_dim)
 
 
 def _foresee_spec(config: Config, start: PolicyFile | None) -> EnvSpec:
     """Return what the environments will be like, as far as the configuration and the checkpoint say."""
-    spec = EnvSpec({"state": (1,)}, action_dim=1, horizon=1) if start is None else start.env_spec
+    spec = EnvSpec({STATE: (1,)}, action_dim=1, horizon=1) if start is None else start.env_spec
     if not is_described(config.env):
         return spec
     settings = resolve_task(config.env)
     one_step = replace(
         spec,
-        obs_shapes={"state": spec.obs_shapes["state"][-1:], **settings.point_obs_shapes},
+        obs={STATE: Field(VECTOR, spec.state_shape[-1:]), **settings.rendered},
         obs_keys=settings.obs_keys,
-        image_shapes=settings.image_shapes,
-        point_settings=settings.point_settings,
+        rendered_with=settings.rendered_with,
     )
     if config.env.env_meta is None:
         sizes = settings.task.obs_sizes()
         widths = tuple(sizes[key] for key in settings.obs_keys)
-        shapes = one_step.obs_shapes | {"state": (sum(widths),)}
         one_step = replace(
             one_step,
-            obs_shapes=shapes,
+            obs=one_step.obs | {STATE: Field(VECTOR, (sum(widths),))},
             obs_widths=widths,
             action_dim=settings.task.action_dim,
             action_low=(),

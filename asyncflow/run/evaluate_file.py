@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from asyncflow.config.observations import read_cameras, read_sizes
 from asyncflow.config.sections import Config, EnvConfig
 from asyncflow.config.tasks import TOYS
 from asyncflow.device import resolve_device
@@ -46,18 +47,11 @@ def evaluate_checkpoint(
     file = load_policy_file(resolve_checkpoint(checkpoint))
     device = resolve_device(config.trainer.device)
     torch.set_num_threads(config.trainer.num_threads)
-    seen = file.mapping.spec
     config_to_load = without_weights(file.policy_config)
     num_envs = min(config.env.num_envs, num_episodes)
     check_environments(num_envs, file.env_spec, is_simulated=bool(file.env_spec.env_meta))
-    policy = make_policy(
-        config_to_load,
-        seen.obs_shapes,
-        seen.action_dim,
-        config.trainer.seed,
-        seen.image_shapes,
-        num_stored=sum(tensor.numel() for tensor in file.tensors.values()),
-    )
+    num_stored = sum(tensor.numel() for tensor in file.tensors.values())
+    policy = make_policy(config_to_load, file.mapping.spec, config.trainer.seed, num_stored=num_stored)
     load_into(policy, file)
     seed = derive_seed(config.trainer.seed, "report")
     built = _rebuild_env(file, config, num_envs, derive_seed(seed, "evaluation"))
@@ -84,10 +78,7 @@ def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> 
             "package registered) nor an env_meta"
         )
     changes: dict[str, Any] = {"horizon": spec.horizon, "obs_keys": list(spec.obs_keys) or None}
-    changes |= {"n_obs_steps": spec.n_obs_steps, "cameras": list(spec.image_shapes)}
-    changes |= {"point_clouds": list(spec.point_shapes), **spec.point_settings}
-    for shape in spec.image_shapes.values():
-        changes["camera_size"] = list(shape[-2:])
+    changes |= {"n_obs_steps": spec.n_obs_steps} | read_cameras(spec.obs) | spec.rendered_with | read_sizes(spec.obs)
     if spec.task:
         changes |= {"task": spec.task, "env_meta": None}
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
@@ -108,5 +99,5 @@ def _check_same(env: VecEnv, file: PolicyFile) -> None:
 
 
 def _describe_sizes(spec: EnvSpec) -> str:
-    shapes = {name: list(shape) for name, shape in sorted((spec.obs_shapes | spec.image_shapes).items())}
+    shapes = {key: list(field.shape) for key, field in sorted(spec.obs.items())}
     return f"observations {shapes} and actions of {spec.action_dim}"

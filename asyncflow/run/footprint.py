@@ -5,8 +5,6 @@ These are lower bounds: what fits here may still be refused once everything is k
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from asyncflow.config.sections import Config
@@ -46,5 +44,4 @@ def check_rollouts(config: Config, spec: EnvSpec, device: torch.device) -> None:
 
 
 def _obs_bytes(spec: EnvSpec) -> int:
-    numbers = sum(math.prod(shape) for shape in spec.obs_shapes.values())
-    return FLOAT_BYTES * numbers + sum(math.prod(shape) for shape in spec.image_shapes.values())
+    return sum(field.num_bytes for field in spec.obs.values())

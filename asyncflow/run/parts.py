@@ -12,6 +12,7 @@ import torch
 
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
 from asyncflow.config.lerobot_folder import with_export
+from asyncflow.config.observations import read_cameras, read_sizes
 from asyncflow.config.sections import Config, PolicyConfig
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvOrigin, EnvSpec, VecEnv
@@ -75,18 +76,10 @@ def build_policy(
         CheckpointError: `policy.checkpoint` does not exist or does not fit.
     """
     policy_config = without_weights(with_export(config.policy, resumed.path)) if resumed else config.policy
-    seen = mapping.spec
     file = None if resumed else read_start(config)
     stored = resumed.policy if resumed else file.tensors if file else None
     num_stored = None if stored is None else sum(tensor.numel() for tensor in stored.values())
-    policy = make_policy(
-        policy_config,
-        seen.obs_shapes,
-        seen.action_dim,
-        config.trainer.seed,
-        seen.image_shapes,
-        num_stored=num_stored,
-    )
+    policy = make_policy(policy_config, mapping.spec, config.trainer.seed, num_stored=num_stored)
     if resumed is not None:
         check_tensors(policy.state_dict(), resumed.policy, str(resumed.path))
         policy.load_state_dict(resumed.policy)
@@ -94,7 +87,7 @@ def build_policy(
         _check_origin(config.policy, file, mapping)
         load_into(policy, file)
     else:
-        scale_untrained(policy, seen, config.policy)
+        scale_untrained(policy, mapping.spec, config.policy)
     policy.anneal(resumed.state.updates if resumed else 0)
     policy.made_from = config.policy
     return policy.to(device)
@@ -135,11 +128,10 @@ def _check_origin(config: PolicyConfig, file: PolicyFile, mapping: NameMapping) 
 
 
 def _describe_cameras(spec: EnvSpec, what: str) -> str:
-    keys: dict[str, Any] = {what: list(spec.image_shapes)}
-    for shape in spec.image_shapes.values():
-        keys["env.camera_size"] = list(shape[-2:])
+    cameras = {f"env.{key}": names for key, names in read_cameras(spec.obs).items()}
+    keys: dict[str, Any] = {what: cameras.pop("env.cameras")}
+    keys |= {f"env.{key}": value for key, value in read_sizes(spec.obs).items()}
     keys["env.n_obs_steps"] = spec.n_obs_steps
-    if spec.point_shapes:
-        keys["env.point_clouds"] = list(spec.point_shapes)
-        keys |= {f"env.{key}": value for key, value in sorted(spec.point_settings.items())}
+    keys |= {key: names for key, names in cameras.items() if names}
+    keys |= {f"env.{key}": value for key, value in sorted(spec.rendered_with.items())}
     return ", ".join(f"{key} = {value}" for key, value in keys.items())

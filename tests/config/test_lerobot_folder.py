@@ -16,6 +16,7 @@ from asyncflow.config.lerobot_folder import (
     select_statistics,
     with_export,
 )
+from asyncflow.config.observations import make_field
 from asyncflow.config.policy import MappingConfig
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
@@ -56,8 +57,13 @@ def change(path, **changes):
     (path / "config.json").write_text(json.dumps(CONFIG | changes))
 
 
+def as_images(shapes):
+    return {f"images.{camera}": shape for camera, shape in shapes.items()}
+
+
 def match(folder, config=None, shapes=SHAPES, action_dim=2, cameras=CAMERAS):
-    return match_cameras(read_lerobot_folder(folder), config or PolicyConfig(), shapes, action_dim, cameras)
+    obs = {key: make_field(key, shape) for key, shape in (shapes | as_images(cameras)).items()}
+    return match_cameras(read_lerobot_folder(folder), config or PolicyConfig(), obs, action_dim)
 
 
 def test_a_folder_given_as_checkpoint_sets_the_kind_whatever_the_preset(folder, monkeypatch):
@@ -176,8 +182,8 @@ def check(folder, monkeypatch, changes):
 
 def test_a_mapping_gives_a_simulators_cameras_the_folders_names(folder):
     config = MappingConfig.model_validate({"obs": {"images": SEEN}})
-    spec = EnvSpec(SHAPES, 2, 10, image_shapes=dict.fromkeys(["agentview", "robot0_eye_in_hand"], (3, 28, 28)))
-    found = match(folder, cameras=NameMapping(config, spec).spec.image_shapes)
+    spec = EnvSpec(SHAPES | as_images(dict.fromkeys(["agentview", "robot0_eye_in_hand"], (3, 28, 28))), 2, 10)
+    found = match(folder, cameras=NameMapping(config, spec).spec.shapes("images"))
     assert found == {"observation.images.top": "observation.images.top", "observation.images.wrist": "wrist"}
 
 

@@ -33,8 +33,8 @@ class Hasty(ToyVecEnv):
         cut = ~result.terminated & (result.obs["state"][:, 0] > 0)
         return replace(result, truncated=cut | result.truncated)
 
-def build_policy(config, obs_shapes, action_dim, image_shapes):
-    return make_policy(config.model_copy(update={"kind": "gaussian"}), obs_shapes, action_dim, 0, image_shapes)
+def build_policy(config, spec):
+    return make_policy(config.model_copy(update={"kind": "gaussian"}), spec, 0)
 
 def build_env(config, chunk_length, num_envs, seed):
     os.chdir("/")
@@ -99,8 +99,8 @@ def test_a_registered_policy_and_environment_are_trained_by_name(tmp_path):
 
 def test_a_policy_that_was_trained_in_a_registered_environment_starts_there_again(tmp_path):
     """Nothing is known of its observations before it is built: neither cameras nor names."""
-    spec = EnvSpec({"state": (4,)}, 2, 40, obs_keys=("own",), image_shapes={"top": (3, 28, 28)}, task="MyTask")
-    policy = make_policy(PolicyConfig(), spec.obs_shapes, 2, 0, spec.image_shapes)
+    spec = EnvSpec({"state": (4,), "images.top": (3, 28, 28)}, 2, 40, obs_keys=("own",), task="MyTask")
+    policy = make_policy(PolicyConfig(), spec, 0)
     save_policy(tmp_path / "mine.safetensors", policy, PolicyConfig(), spec)
     changes = {"env.task": "MyTask", "policy.checkpoint": str(tmp_path / "mine.safetensors")}
     folder = check_start(load_config(None, changes | {"logging.out": str(tmp_path / "run")}))
@@ -133,7 +133,7 @@ def test_an_entry_point_that_builds_no_environment_is_named(task, named):
 
 def test_an_entry_point_that_builds_no_policy_is_named():
     with pytest.raises(ContractError, match=r"entry point nothing .* returned None; expected asyncflow\.policies"):
-        make_policy(PolicyConfig(kind="nothing", log_prob="joint_sum"), {"state": (4,)}, 2, seed=0)
+        make_policy(PolicyConfig(kind="nothing", log_prob="joint_sum"), EnvSpec({"state": (4,)}, 2, 10), seed=0)
 
 
 def test_episodes_that_are_cut_before_the_horizon_are_trained_alike_in_both_modes(tmp_path):
@@ -152,7 +152,7 @@ def test_a_registered_environment_is_a_task_like_others():
 def test_a_policy_that_cannot_be_imported_is_named():
     config = PolicyConfig(kind="broken", log_prob="joint_sum")
     with pytest.raises(ConfigError, match=r"entry point broken of asyncflow.policies \(added_package:missing\)"):
-        make_policy(config, {"state": (4,)}, 2, seed=0)
+        make_policy(config, EnvSpec({"state": (4,)}, 2, 10), seed=0)
 
 
 def test_an_unknown_policy_is_refused_with_those_that_exist():

@@ -47,21 +47,20 @@ def refused(dataset, env=ENV) -> str:
 
 def test_clouds_are_read_with_what_made_them(dataset):
     demos = read_dataset(dataset, ENV)
-    clouds = demos.points["agentview"]
+    clouds = demos.obs["points.agentview"]
     assert [(cloud.shape, cloud.dtype) for cloud in clouds] == [((n, P, 6), torch.float32) for n in (5, 7)]
     assert clouds[1][:, 0, 0].tolist() == list(range(100, 107))
-    assert demos.point_settings == RECORDED
-    assert demos.env_meta == META
+    assert (demos.spec.rendered_with, demos.spec.env_meta) == (RECORDED, META)
 
 
 def test_a_dataset_that_does_not_say_how_it_made_its_clouds_takes_the_configurations_word(tmp_path):
     demos = read_dataset(write_clouds(tmp_path / "demos.hdf5", settings=None), ENV)
-    assert demos.point_settings == {"num_points": P, "point_bounds": ENV.point_bounds, "camera_size": [84, 84]}
+    assert demos.spec.rendered_with == {"num_points": P, "point_bounds": ENV.point_bounds, "camera_size": [84, 84]}
 
 
 def test_clouds_that_nobody_asks_for_are_not_read(dataset):
     demos = read_dataset(dataset, EnvConfig())
-    assert (demos.points, demos.point_settings, demos.env_meta) == ({}, {}, META)
+    assert (list(demos.obs), demos.spec.rendered_with, demos.spec.env_meta) == (["state"], {}, META)
 
 
 def test_an_example_observes_the_clouds_of_its_steps_as_they_are(dataset):
@@ -79,8 +78,9 @@ def test_a_policy_learns_from_clouds_and_its_file_names_what_made_them(tmp_path,
     run(dataset, tmp_path / "policy.safetensors", env=env)
     file = load_policy_file(tmp_path / "policy.safetensors")
     spec = file.env_spec
-    assert (spec.obs_shapes, spec.point_settings) == ({"state": (2, 19), "points.agentview": (2, P, 6)}, RECORDED)
-    fresh = make_policy(CONFIG, spec.obs_shapes, spec.action_dim, OPTIONS.seed).state_dict()
+    assert (spec.rendered, spec.state_shape) == ({"points": {"agentview": (2, P, 6)}}, (2, 19))
+    assert spec.rendered_with == RECORDED
+    fresh = make_policy(CONFIG, spec, OPTIONS.seed).state_dict()
     name = "point_encoder.cameras.agentview.points.0.weight"
     assert not torch.equal(file.tensors[name], fresh[name])
 
@@ -130,4 +130,4 @@ def test_demos_record_the_clouds_that_the_simulator_shows_beside_the_images(tmp_
     assert np.abs(clouds[:, :, :2]).max() <= 0.5
     assert clouds[:, :, 2].min() >= 0.805 - 1e-6
     demos = read_dataset(tmp_path / "demos.hdf5", EnvConfig(point_clouds=["frontview"]))
-    assert (demos.point_settings["num_points"], len(demos.points["frontview"])) == (64, 1)
+    assert (demos.spec.rendered_with["num_points"], len(demos.obs["points.frontview"])) == (64, 1)

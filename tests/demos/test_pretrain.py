@@ -57,21 +57,21 @@ def test_states_concatenate_the_observations_in_the_given_order(dataset):
     with h5py.File(dataset) as file:
         group = file["data/demo_1/obs"]
         expected = np.concatenate([group["object"][()], group["robot0_eef_pos"][()]], axis=1)
-    np.testing.assert_allclose(demos.states[1].numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(demos.obs["state"][1].numpy(), expected, rtol=1e-6)
 
 
 def test_demonstrations_are_read_in_numerical_order(tmp_path):
     demos = read_dataset(write(tmp_path / "demos.hdf5", lengths=range(1, 13)), EnvConfig())
-    assert [len(states) for states in demos.states] == list(range(1, 13))
+    assert [len(states) for states in demos.obs["state"]] == list(range(1, 13))
 
 
 def test_normalisers_map_the_datas_range_to_one(dataset, tmp_path):
     run(dataset, tmp_path / "policy.safetensors")
     file = load_policy_file(tmp_path / "policy.safetensors")
-    policy = make_policy(CONFIG, file.env_spec.obs_shapes, file.env_spec.action_dim, seed=0)
+    policy = make_policy(CONFIG, file.env_spec, seed=0)
     load_into(policy, file)
     demos = read_dataset(dataset, EnvConfig())
-    for normalizer, rows in ((policy.obs_normalizer, demos.states), (policy.action_normalizer, demos.actions)):
+    for normalizer, rows in ((policy.obs_normalizer, demos.obs["state"]), (policy.action_normalizer, demos.actions)):
         values = normalizer.normalize(torch.cat(rows))
         torch.testing.assert_close(values.amin(0), -torch.ones(values.shape[1]))
         torch.testing.assert_close(values.amax(0), torch.ones(values.shape[1]))
@@ -149,7 +149,7 @@ def test_global_generator_has_no_influence(dataset, tmp_path):
 def test_critic_stays_as_initialised(dataset, tmp_path):
     run(dataset, tmp_path / "policy.safetensors")
     file = load_policy_file(tmp_path / "policy.safetensors")
-    fresh = make_policy(CONFIG, file.env_spec.obs_shapes, file.env_spec.action_dim, OPTIONS.seed)
+    fresh = make_policy(CONFIG, file.env_spec, OPTIONS.seed)
     assert all(torch.equal(tensor, file.tensors[f"critic.{n}"]) for n, tensor in fresh.critic.state_dict().items())
 
 
@@ -157,7 +157,7 @@ def test_file_describes_the_datasets_environment(dataset, tmp_path):
     run(dataset, tmp_path / "policy.safetensors", env=EnvConfig(task="Can", horizon=120))
     spec = load_policy_file(tmp_path / "policy.safetensors").env_spec
     assert (spec.env_meta, spec.obs_keys) == (META, tuple(KEYS))
-    assert (spec.obs_shapes, spec.action_dim, spec.horizon) == ({"state": (19,)}, 7, 120)
+    assert (spec.shapes("vector"), spec.action_dim, spec.horizon) == ({"state": (19,)}, 7, 120)
 
 
 def test_gaussian_policy_is_refused(dataset, tmp_path):
@@ -219,7 +219,7 @@ def test_unknown_environment_needs_horizon_and_observations(tmp_path, monkeypatc
     monkeypatch.setattr(tasks, "plugin_names", lambda group: ["Knead"])
     path = write(tmp_path / "demos.hdf5", meta=META | {"env_name": "Knead"})
     assert "set env.horizon and env.obs_keys" in refused(path)
-    assert read_dataset(path, EnvConfig(horizon=50, obs_keys=["object"])).horizon == 50
+    assert read_dataset(path, EnvConfig(horizon=50, obs_keys=["object"])).spec.horizon == 50
 
 
 def test_a_demonstration_without_actions_is_named(dataset):
@@ -361,7 +361,7 @@ def write_images(path, cameras=("agentview",), size=(20, 24), lengths=(5, 7), dt
 def test_images_are_read_as_bytes_channels_first(tmp_path):
     env = EnvConfig(cameras=["agentview"])
     demos = read_dataset(write_images(tmp_path / "demos.hdf5"), env)
-    images = demos.images["agentview"]
+    images = demos.obs["images.agentview"]
     assert [image.shape for image in images] == [(5, 3, 20, 24), (7, 3, 20, 24)]
     assert images[1].dtype == torch.uint8
     assert images[1][:, 0, 0, 0].tolist() == list(range(100, 107))
@@ -385,7 +385,7 @@ def test_images_are_shifted_within_the_limit_and_by_the_seed(tmp_path):
     demos = read_dataset(write_images(tmp_path / "demos.hdf5"), EnvConfig(cameras=["agentview"]))
     columns = torch.arange(24, dtype=torch.uint8).expand(12, 3, 20, 24)
     examples = make_examples(demos, 1, 2)
-    examples.images["agentview"] = columns
+    examples.obs["images.agentview"] = columns
     rows = torch.arange(12).repeat(20)
 
     def shifts(seed, max_shift):
@@ -402,8 +402,8 @@ def test_a_policy_learns_from_images_and_its_file_names_the_cameras(tmp_path):
     run(write_images(tmp_path / "demos.hdf5"), tmp_path / "policy.safetensors", env=env)
     file = load_policy_file(tmp_path / "policy.safetensors")
     spec = file.env_spec
-    assert (spec.obs_shapes, spec.image_shapes) == ({"state": (2, 19)}, {"agentview": (2, 3, 20, 24)})
-    fresh = make_policy(CONFIG, spec.obs_shapes, spec.action_dim, OPTIONS.seed, spec.image_shapes)
+    assert (spec.state_shape, spec.rendered) == ((2, 19), {"images": {"agentview": (2, 3, 20, 24)}})
+    fresh = make_policy(CONFIG, spec, OPTIONS.seed)
     name = "image_encoder.cameras.agentview.0.weight"
     assert not torch.equal(file.tensors[name], fresh.state_dict()[name])
 

@@ -58,9 +58,7 @@ def run_vla(pictures, out, options=OPTIONS, changes=None, **vla):
     result = pretrain(pictures, out, Config(env=ENV, policy=policy), options)
     file = load_policy_file(out)
     spec = file.env_spec
-    fresh, trained = (
-        make_policy(policy, spec.obs_shapes, spec.action_dim, options.seed, spec.image_shapes) for _ in range(2)
-    )
+    fresh, trained = (make_policy(policy, spec, options.seed) for _ in range(2))
     load_into(trained, file)
     return result, fresh, trained
 
@@ -82,7 +80,7 @@ def test_a_vla_learns_from_demonstrations(pictures, tmp_path):
 def test_a_vla_is_scaled_to_the_data(pictures, tmp_path):
     _, _, trained = run_vla(pictures, tmp_path / "out")
     demos = read_dataset(pictures, ENV)
-    for normalizer, rows in ((trained.obs_normalizer, demos.states), (trained.action_normalizer, demos.actions)):
+    for normalizer, rows in ((trained.obs_normalizer, demos.obs["state"]), (trained.action_normalizer, demos.actions)):
         assert normalizer.normalize(torch.cat(rows)).abs().amax(0).tolist() == pytest.approx([1.0] * rows[0].shape[1])
 
 

@@ -51,7 +51,7 @@ def test_images_are_uint8_by_camera_upright_and_show_the_scene(lift):
     lift.reset(0)
     images = lift.render()["images"]
     assert (images.shape, images.dtype) == ((2, 3, 84, 84), np.uint8)
-    assert lift.spec.image_shapes == dict.fromkeys(NAMES, (3, 84, 84))
+    assert lift.spec.shapes("images") == dict.fromkeys(NAMES, (3, 84, 84))
     reference = lift.env.env.sim.render(camera_name="agentview", width=84, height=84)[::-1]
     assert np.array_equal(images[0], reference.transpose(2, 0, 1))
     assert images.reshape(2, -1).std(1).min() > 10

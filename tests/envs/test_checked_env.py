@@ -136,8 +136,8 @@ def test_notices_are_texts(notices):
 
 
 def test_a_description_that_is_none_is_refused():
-    with pytest.raises(ContractError, match=r"Registered\.spec\.env_meta is None; expected a dictionary"):
-        check(Registered(env_meta=None))
+    with pytest.raises(ContractError, match=r"Registered\.spec\.env_meta is 'Lift'; expected a dictionary"):
+        check(Registered(env_meta="Lift"))
 
 
 class Careless(Registered):

@@ -40,7 +40,7 @@ def policy_file(tmp_path):
     """Return a function that writes a policy made for an environment."""
 
     def write(spec, name="policy.safetensors"):
-        save_policy(tmp_path / name, make_policy(POLICY, spec.obs_shapes, spec.action_dim, 0), POLICY, spec)
+        save_policy(tmp_path / name, make_policy(POLICY, spec, 0), POLICY, spec)
         return str(tmp_path / name)
 
     return write

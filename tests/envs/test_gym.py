@@ -55,7 +55,7 @@ def draws(seed: int) -> list[float]:
 def test_a_dict_is_flattened_by_name_and_its_parts_can_be_chosen():
     spec = simulate().spec
     assert (spec.obs_keys, spec.obs_widths) == (("draw.a", "draw.b", "time"), (1, 2, 1))
-    assert spec.obs_shapes == {"state": (4,)}
+    assert spec.shapes("vector") == {"state": (4,)}
     assert spec.name_number(2) == "state[2] (draw.b)"
     simulator = simulate(obs_keys=["time", "draw.a"])
     simulator.reset(3)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from fake_simulator import ACTION_DIM, HORIZON, SUCCEED, FakeSimulator
+from specs import spec_of
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import resolve_task
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.robosuite import cameras
 from asyncflow.envs.robosuite.cameras import choose_gl, order_egl_devices
@@ -32,7 +32,7 @@ class CameraSimulator(FakeSimulator):
         if fails:
             raise ConfigError("env.cameras: there is no camera 'left'")
         super().__init__(seed)
-        self.spec = EnvSpec({"state": (4,)}, ACTION_DIM, HORIZON, image_shapes=dict.fromkeys(CAMERAS, (3, *SIZE)))
+        self.spec = spec_of((4,), ACTION_DIM, dict.fromkeys(CAMERAS, (3, *SIZE)), HORIZON)
 
     def render(self):
         pixels = np.zeros((2, 3, *SIZE), np.uint8)
@@ -71,7 +71,7 @@ def test_observations_of_a_history_have_it_behind_the_environments():
     with WorkerVecEnv(CameraSimulator, config, N, H, 3) as vec_env:
         obs, spec = vec_env.reset(5), vec_env.spec
     assert (obs["state"].shape, obs["images", "left"].shape) == ((N, 2, 4), (N, 2, 3, *SIZE))
-    assert (spec.obs_shapes, spec.image_shapes["right"], spec.n_obs_steps) == ({"state": (2, 4)}, (2, 3, *SIZE), 2)
+    assert (spec.state_shape, spec.shapes("images")["right"], spec.n_obs_steps) == ((2, 4), (2, 3, *SIZE), 2)
 
 
 def play_two_chunks(make_simulator, config):
@@ -202,4 +202,4 @@ def test_images_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lowe
     monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1_000_000)
     ChunkBoard.allocate(4, 2)
     with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size"):
-        ChunkBoard.allocate(4, 2, (1, 2, 3, 200, 200))
+        ChunkBoard.allocate(4, 2, rooms={"images": (2, 3, 200, 200)})

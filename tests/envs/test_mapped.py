@@ -63,7 +63,7 @@ def test_the_first_observations_are_mapped(toy, mapped):
 
 def test_a_model_sees_its_own_description_and_the_simulators_is_kept(toy, mapped):
     spec = mapped.spec
-    assert (spec.obs_shapes, spec.image_shapes, spec.action_dim) == ({"state": (4,)}, {"front": (3, 28, 28)}, 4)
+    assert (spec.rendered, spec.state_shape, spec.action_dim) == ({"images": {"front": (3, 28, 28)}}, (4,), 4)
     assert mapped.simulator_spec is toy.spec
     assert mapped.num_envs == N
 

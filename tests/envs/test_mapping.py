@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from specs import spec_of
 from tensordict import TensorDict
 from torch import nn
 
@@ -30,12 +31,11 @@ from asyncflow.seeding import policy_noise
 
 PAGE = Path(__file__).parents[2] / "docs" / "your_policy.md"
 SPEC = EnvSpec(
-    obs_shapes={"state": (9,)},
+    {"state": (9,), "images.agentview": (3, 28, 28), "images.wrist": (3, 14, 28)},
     action_dim=3,
     horizon=10,
     obs_keys=("pos", "quat", "grip"),
     obs_widths=(3, 4, 2),
-    image_shapes={"agentview": (3, 28, 28), "wrist": (3, 14, 28)},
 )
 PARTS = [{"key": "quat", "slice": [1, 3]}, {"key": "grip"}, {"key": "pos", "slice": [0, 1]}]
 N = 2
@@ -51,8 +51,8 @@ def name_mapping(obs=None, action=None, spec=SPEC):
 
 def observe(spec=SPEC):
     obs = spec.empty_obs(N)
-    obs["state"] = torch.arange(float(N * math.prod(spec.obs_shapes["state"]))).view(N, *spec.obs_shapes["state"])
-    for number, name in enumerate(spec.image_shapes):
+    obs["state"] = torch.arange(float(N * math.prod(spec.state_shape))).view(N, *spec.state_shape)
+    for number, name in enumerate(spec.shapes("images")):
         obs["images", name].fill_(number + 1)
     return obs
 
@@ -60,7 +60,7 @@ def observe(spec=SPEC):
 def test_a_state_is_what_the_slices_say_in_their_order():
     mapped = name_mapping({"state": PARTS})
     assert mapped.map_obs(observe())["state"].tolist() == [[4, 5, 7, 8, 0], [13, 14, 16, 17, 9]]
-    assert mapped.spec.obs_shapes == {"state": (5,)}
+    assert mapped.spec.shapes("vector") == {"state": (5,)}
 
 
 def test_every_step_of_a_history_is_mapped_alike():
@@ -68,15 +68,15 @@ def test_every_step_of_a_history_is_mapped_alike():
     seen = mapped.map_obs(observe(SPEC.with_history(2)))
     assert seen["state"][0].tolist() == [[4, 5, 7, 8, 0], [13, 14, 16, 17, 9]]
     assert seen["images", "hand"].shape == (N, 2, 3, 14, 28)
-    assert (mapped.spec.obs_shapes, mapped.spec.n_obs_steps) == ({"state": (2, 5)}, 2)
-    assert mapped.spec.image_shapes == {"hand": (2, 3, 14, 28)}
+    assert (mapped.spec.shapes("vector"), mapped.spec.n_obs_steps) == ({"state": (2, 5)}, 2)
+    assert mapped.spec.shapes("images") == {"hand": (2, 3, 14, 28)}
 
 
 @pytest.mark.parametrize("name", ["wrist", "wrist_image"])
 def test_images_have_the_models_names_and_others_are_not_shown(name):
     mapped, obs = name_mapping({"images": {name: "observation.images.hand"}}), observe()
     images = mapped.map_obs(obs)["images"]
-    assert list(images.keys()) == list(mapped.spec.image_shapes) == ["observation.images.hand"]
+    assert list(images.keys()) == list(mapped.spec.shapes("images")) == ["observation.images.hand"]
     assert images["observation.images.hand"].dtype == torch.uint8
     assert images["observation.images.hand"].data_ptr() == obs["images", "wrist"].data_ptr()
 
@@ -84,7 +84,7 @@ def test_images_have_the_models_names_and_others_are_not_shown(name):
 def test_a_model_may_see_no_images():
     mapped = name_mapping({"images": {}})
     assert list(mapped.map_obs(observe()).keys()) == ["state"]
-    assert mapped.spec.image_shapes == {}
+    assert mapped.spec.shapes("images") == {}
 
 
 def test_what_is_not_mapped_stays():
@@ -149,7 +149,7 @@ def test_what_the_environments_lack_is_one_line_that_says_what_they_have(obs, ac
 
 def test_without_cameras_there_are_no_images():
     with pytest.raises(ConfigError, match=r"there is no image 'wrist'; images: none \(env.cameras\)"):
-        name_mapping({"images": {"wrist": "x"}}, spec=replace(SPEC, image_shapes={}))
+        name_mapping({"images": {"wrist": "x"}}, spec=replace(SPEC, obs={"state": (9,)}))
 
 
 def test_an_environment_that_does_not_say_its_widths_is_named():
@@ -221,9 +221,13 @@ def test_the_example_of_the_page_is_a_block_that_fits_its_task(tmp_path):
     task = TASKS[config.env.task]
     widths = tuple(task.obs_sizes()[key] for key in task.obs_keys)
     images = dict.fromkeys(config.env.cameras, (3, 84, 84))
-    spec = EnvSpec({"state": (sum(widths),)}, task.action_dim, 400, {}, task.obs_keys, images, obs_widths=widths)
+    spec = spec_of((sum(widths),), task.action_dim, images, 400, obs_keys=task.obs_keys, obs_widths=widths)
     seen = NameMapping(config.policy.mapping, spec).spec
-    assert (seen.obs_shapes, seen.action_dim, config.policy.instruction) == ({"state": (7,)}, 32, "pick up the cube")
+    assert (seen.shapes("vector"), seen.action_dim, config.policy.instruction) == (
+        {"state": (7,)},
+        32,
+        "pick up the cube",
+    )
 
 
 def test_a_block_survives_being_written_and_read():
@@ -255,7 +259,7 @@ def build(keys, action=None):
     config = PolicyConfig(
         horizon=3, n_action_steps=2, hidden_sizes=[16], critic_hidden_sizes=[16], mapping=mapping(action=action), **keys
     )
-    return config, make_policy(config, {"state": (4,)}, 5, seed=1)
+    return config, make_policy(config, EnvSpec({"state": (4,)}, 5, 10), seed=1)
 
 
 def decide(policy):
@@ -354,7 +358,7 @@ def load(name, **keys):
     config = PolicyConfig(
         kind="vla", horizon=3, n_action_steps=2, vla=VLAConfig(model_class=f"mapped.{name}"), mapping=mapping(**keys)
     )
-    return make_policy(config, {"state": (4,)}, 5, seed=0)
+    return make_policy(config, EnvSpec({"state": (4,)}, 5, 10), seed=0)
 
 
 @pytest.fixture
@@ -378,11 +382,15 @@ def test_a_model_from_elsewhere_is_told_the_instruction_if_it_takes_one():
 
 def test_our_own_model_reads_the_instruction():
     config = PolicyConfig(kind="vla", mapping=mapping({"language": "lift"}))
-    policy = make_policy(config, {"state": (4,)}, 5, seed=0)
+    policy = make_policy(config, EnvSpec({"state": (4,)}, 5, 10), seed=0)
     assert torch.equal(policy.model.backbone.instruction, tokenize("lift"))
 
 
 @pytest.mark.parametrize("name", ["observation.front", "values"])
 def test_a_name_that_no_network_can_have_is_refused(name):
     with pytest.raises(ConfigError, match=rf"policy.mapping.obs.images: .* cannot name a network '{name}'"):
-        make_policy(PolicyConfig(), {"state": (4,)}, 2, seed=0, image_shapes={name: (3, 28, 28)})
+        make_policy(
+            PolicyConfig(),
+            spec_of((4,), 2, {name: (3, 28, 28)}),
+            seed=0,
+        )

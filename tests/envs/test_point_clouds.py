@@ -91,15 +91,15 @@ class CloudSimulator(FakeSimulator):
     def __init__(self, seed: int, has_images: bool = False, nan_step: int = -1) -> None:
         super().__init__(seed)
         shapes = {"state": (4,)} | {f"points.{camera}": (P, 6) for camera in CLOUDS}
-        images = {"left": (3, 16, 20)} if has_images else {}
-        self.spec = EnvSpec(shapes, ACTION_DIM, HORIZON, image_shapes=images)
+        images = {"images.left": (3, 16, 20)} if has_images else {}
+        self.spec = EnvSpec(shapes | images, ACTION_DIM, HORIZON)
         self.nan_step = nan_step
 
     def render(self):
         clouds = np.zeros((2, P, 6), np.float32)
         clouds[:] = np.nan if self.state[2] == self.nan_step else self.state[2] + 100 * np.arange(2)[:, None, None]
         pixels = np.full((1, 3, 16, 20), self.state[2], np.uint8)
-        return {"points": clouds} | ({"images": pixels} if self.spec.image_shapes else {})
+        return {"points": clouds} | ({"images": pixels} if "images" in self.spec.rendered else {})
 
 
 class BothSimulator(CloudSimulator):
@@ -110,15 +110,15 @@ class BothSimulator(CloudSimulator):
 
 
 def test_a_cloud_that_is_not_finite_gives_up_the_episode():
-    board = ChunkBoard.allocate(N, H, (1, 0, 3, 16, 20), (1, 2, P, 6))
+    board = ChunkBoard.allocate(N, H, rooms={"points": (2, P, 6)})
     runner = EpisodeRunner(CloudSimulator(0, nan_step=8), 1, board)
     runner.begin(7, 0)
     runner.execute()
     assert board.nonfinite_fault(1, 0) is None
     runner.execute()
     assert "the observation of its env step 8 is not finite" in board.nonfinite_fault(1, 0).message
-    assert (board.points[1, 0, 0] == 0).all()  # the next episode's first
-    assert (board.final_points[1, 0, 0] == 0).all()
+    assert (board.rendered["points"][1, 0, 0] == 0).all()  # the next episode's first
+    assert (board.final_rendered["points"][1, 0, 0] == 0).all()
 
 
 def test_observations_hold_float32_clouds_by_camera_beside_the_state():
@@ -147,7 +147,7 @@ def test_images_and_clouds_with_a_history_stand_side_by_side():
         vec_env.reset(5)
         vec_env.step_async(torch.zeros(N, H, ACTION_DIM), range(N))
         obs, spec = vec_env.step_wait(range(N)).obs, vec_env.spec
-    assert (spec.n_obs_steps, spec.point_shapes["left"]) == (2, (2, P, 6))
+    assert (spec.n_obs_steps, spec.shapes("points")["left"]) == (2, (2, P, 6))
     assert obs["points", "right"].shape == (N, 2, P, 6)
     assert obs["points", "right"][:, :, 0, 0].tolist() == [[103, 104]] * N
     assert obs["images", "left"][:, :, 0, 0, 0].tolist() == [[3, 4]] * N
@@ -286,4 +286,4 @@ def test_a_rebuilt_episode_has_the_clouds_of_the_uncut_one():
 def test_clouds_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
     monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1_000_000)
     with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size or env.num_points"):
-        ChunkBoard.allocate(4, 2, point_shape=(1, 2, 20_000, 6))
+        ChunkBoard.allocate(4, 2, rooms={"points": (2, 20_000, 6)})

@@ -20,9 +20,8 @@ class SeeingSimulator(FakeSimulator):
 
     def __init__(self, kind: str) -> None:
         super().__init__(0)
-        clouds = {f"points.{camera}": SHAPES[kind] for camera in CAMERAS} if kind == "points" else {}
-        images = dict.fromkeys(CAMERAS, SHAPES[kind]) if kind == "images" else {}
-        self.spec = EnvSpec({"state": (4,)} | clouds, ACTION_DIM, HORIZON, image_shapes=images)
+        seen = {f"{kind}.{camera}": SHAPES[kind] for camera in CAMERAS}
+        self.spec = EnvSpec({"state": (4,)} | seen, ACTION_DIM, HORIZON)
         self.kind, self.num_renders = kind, 0
 
     def render(self):
@@ -36,8 +35,7 @@ class Episode:
     """Environment 1 of a board, and which env steps what it holds shows."""
 
     def __init__(self, kind: str, n_obs_steps: int = 1, chunk_length: int = H) -> None:
-        image_shape, point_shape = ((n_obs_steps, 2 * (kind == each), *shape) for each, shape in SHAPES.items())
-        self.board = ChunkBoard.allocate(N, chunk_length, image_shape, point_shape)
+        self.board = ChunkBoard.allocate(N, chunk_length, n_obs_steps, {kind: (2, *SHAPES[kind])})
         self.simulator = SeeingSimulator(kind)
         self.runner = EpisodeRunner(self.simulator, 1, self.board)
         self.runner.begin(7, 0)
@@ -49,7 +47,7 @@ class Episode:
 
     def steps(self, is_final: bool = False, camera: int = 0) -> list[int]:
         """Return the env step that each one of the history shows, on which all its numbers must agree."""
-        held: torch.Tensor = getattr(self.board, f"final_{self._kind}" if is_final else self._kind)
+        held: torch.Tensor = (self.board.final_rendered if is_final else self.board.rendered)[self._kind]
         flat = held[1, :, camera].flatten(1).long() - 100 * camera
         assert (flat == flat[:, :1]).all()
         return flat[:, 0].tolist()

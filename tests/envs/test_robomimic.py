@@ -116,7 +116,7 @@ def test_the_state_is_the_documented_concatenation(lift):
     lift.reset(0)
     obs = lift.observe_all()
     keys = ["robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object"]
-    assert lift.spec.obs_shapes == {"state": (19,)}
+    assert lift.spec.shapes("vector") == {"state": (19,)}
     assert np.array_equal(lift.observe(), np.concatenate([obs[key] for key in keys]).astype(np.float32))
 
 
@@ -261,7 +261,7 @@ def test_every_task_builds_and_steps(task):
     assert np.isfinite(env.observe()).all()
     assert {key: np.size(value) for key, value in env.observe_all().items()} == TASKS[task].obs_sizes()
     assert env.spec.action_dim == TASKS[task].action_dim
-    assert sum(env.spec.obs_widths) == env.spec.obs_shapes["state"][0]
+    assert sum(env.spec.obs_widths) == env.spec.state_shape[0]
     env.close()
 
 

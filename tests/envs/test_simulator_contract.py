@@ -8,6 +8,7 @@ import pytest
 import torch
 from fake_simulator import ACTION_DIM, FakeSimulator
 
+from asyncflow.config.observations import Field
 from asyncflow.envs.base import EnvSpec, StepResult
 from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
 from asyncflow.envs.contract import CheckedSimulator, check_spec
@@ -84,16 +85,24 @@ def test_an_observation_that_is_not_as_in_the_spec_is_refused(answer):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"obs_shapes": {"joints": (4,)}}, r"obs_shapes is a dict of \['joints'\]; expected `state`"),
-        ({"obs_shapes": {"state": (4, 1)}}, "obs_shapes is a dict"),
-        ({"obs_shapes": {"state": (4,), "goal": (2,)}}, "and point clouds alone"),
-        ({"obs_shapes": {"state": 4}}, "a tuple of sizes"),
-        ({"obs_shapes": None}, "obs_shapes is None"),
+        ({"obs": {"joints": (4,)}}, r"obs is a dict of \['joints'\]; expected `state`"),
+        ({"obs": {"state": (4, 1)}}, "obs is a dict"),
+        ({"obs": {"state": (4,), "goal": (2,)}}, "and what cameras yield, alone"),
+        ({"obs": {"state": 4}}, "a tuple of sizes"),
+        ({"obs": {"state": Field("smell", (4,))}}, "has for state the kind 'smell'; expected vector"),
+        ({"obs": {"state": (4,), "top": Field("images", (3, 8, 8), "uint8")}}, "has for top the kind 'images'"),
+        ({"obs": {"state": Field("vector", (4,), "uint8")}}, "has for state the dtype 'uint8'; expected float32"),
         ({"horizon": 0}, "horizon has 0; expected a whole number of at least 1"),
         ({"horizon": math.inf}, "horizon has inf"),
         ({"action_dim": (6,)}, "action_dim has a tuple of 1: 6"),
-        ({"image_shapes": {"top": (8, 8, 3)}}, r"image_shapes has for top a tuple of 3: 8, 8, 3; expected \(3, height"),
-        ({"image_shapes": {"top": (3, 8, 8)}}, r"images of shapes \[\(3, 8, 8\)\]; expected none, by env.cameras"),
+        (
+            {"obs": {"state": (4,), "images.top": (8, 8, 3)}},
+            r"obs has for images.top a tuple of 3: 8, 8, 3; expected \(3, height",
+        ),
+        (
+            {"obs": {"state": (4,), "images.top": (3, 8, 8)}},
+            r"images of shapes \[\(3, 8, 8\)\]; expected none, by env.cameras",
+        ),
         ({"env_meta": {"robot": object()}}, "cannot be written as JSON"),
         ({"obs_keys": "state"}, "obs_keys is 'state'; expected a tuple of names"),
         ({"obs_widths": 4}, "obs_widths is 4; expected a tuple of whole numbers"),
@@ -104,6 +113,11 @@ def test_a_spec_that_cannot_be_is_refused(change, named):
     simulator.spec = replace(simulator.spec, **change)
     with pytest.raises(ContractError, match=f"^fake_simulator.FakeSimulator.spec.*{named}"):
         check(simulator)
+
+
+def test_a_spec_without_a_dictionary_of_shapes_is_refused_where_it_is_made():
+    with pytest.raises(ContractError, match=r"EnvSpec.obs is None; expected a dictionary of shapes"):
+        replace(SPEC, obs=None)
 
 
 def test_what_is_no_simulator_is_refused():
@@ -124,10 +138,10 @@ def test_a_simulator_whose_method_is_missing_or_takes_other_arguments_is_refused
 
 def test_sizes_of_numpy_become_plain_ones_which_a_policy_file_can_hold():
     limits = {"action_low": -np.ones(6), "action_high": np.ones(6)}
-    spec = replace(SPEC, action_dim=np.int64(6), obs_shapes={"state": (np.int32(4),)}, obs_keys=["mine"], **limits)
+    spec = replace(SPEC, action_dim=np.int64(6), obs={"state": (np.int32(4),)}, obs_keys=["mine"], **limits)
     plain = check_spec(spec, "mine")
     assert plain == replace(SPEC, obs_keys=("mine",), action_low=(-1.0,) * 6, action_high=(1.0,) * 6)
-    assert (type(plain.action_dim), type(plain.obs_shapes["state"][0])) == (int, int)
+    assert (type(plain.action_dim), type(plain.state_shape[0])) == (int, int)
 
 
 class Changing(FakeSimulator):
@@ -155,7 +169,7 @@ def test_a_simulator_that_changes_its_action_in_place_changes_a_copy():
 
 
 def test_an_observation_that_a_simulator_changes_later_stays_as_it_was():
-    board = ChunkBoard.allocate(1, H, image_shape=(2, 0, 3, 0, 0), point_shape=(2, 0, 0, 6))
+    board = ChunkBoard.allocate(1, H, n_obs_steps=2)
     runner = EpisodeRunner(Changing(0), 0, board)
     runner.begin(0, 0)
     runner.execute()
@@ -167,7 +181,7 @@ class Seeing(FakeSimulator):
 
     def __init__(self, picture):
         super().__init__(0)
-        self.spec = replace(self.spec, image_shapes={"top": (3, 2, 2)})
+        self.spec = replace(self.spec, obs={"state": (4,), "images.top": (3, 2, 2)})
         self.picture = picture
 
     def render(self):

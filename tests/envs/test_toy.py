@@ -150,7 +150,7 @@ def test_the_camera_shows_position_and_goal_and_changes_nothing_else():
     first = seen.reset(3)
     assert torch.equal(first["state"], plain.reset(3)["state"])
     picture = first["images", "top"]
-    assert picture.shape == (N, *seen.spec.image_shapes["top"])
+    assert picture.shape == (N, *seen.spec.shapes("images")["top"])
     assert picture.dtype == torch.uint8
     for channel, point in ((0, first["state"][:, :2]), (1, first["state"][:, 2:])):
         brightest = picture[:, channel].flatten(1).argmax(1)
@@ -172,7 +172,7 @@ def test_the_point_cloud_is_a_ring_around_position_and_goal_and_changes_nothing_
     first = seen.reset(3)
     assert torch.equal(first["state"], plain.reset(3)["state"])
     cloud = first["points", "top"]
-    assert cloud.shape == (N, *seen.spec.point_shapes["top"])
+    assert cloud.shape == (N, *seen.spec.shapes("points")["top"])
     for channel, place in ((3, first["state"][:, :2]), (4, first["state"][:, 2:])):
         ring = cloud[cloud[:, :, channel] == 1].view(N, -1, 6)
         torch.testing.assert_close(ring[..., :2].mean(1), place)

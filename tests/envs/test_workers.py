@@ -28,7 +28,6 @@ from fake_simulator import (
     make_nothing,
 )
 from inline_worker import work_inline
-from warm_start import SPAWN, started_by
 from worker_cases import SEED, H, N, command, first_draw, left_behind, make, process_of, stop, tensors
 
 from asyncflow.envs import worker, workers
@@ -40,9 +39,7 @@ from asyncflow.errors import ContractError, EnvError
 
 @pytest.fixture(scope="module")
 def two_workers():
-    with started_by(SPAWN):  # as a run does
-        vec_env = make(2)
-    with vec_env:
+    with make(2) as vec_env:
         yield vec_env
 
 

@@ -10,6 +10,7 @@ import torch
 from lerobot.configs.types import NormalizationMode
 from safetensors.torch import load_file, save_file
 from silent import TOY, assert_equal, go_on, outcome, record, start
+from specs import spec_of
 from tensordict import TensorDict
 from tiny_smolvla import ACTION_DIM, CHUNK, STATE_DIM, STATS, their_actions, write_policy, write_vlm
 
@@ -61,7 +62,11 @@ def build(folder, cameras=("top",), state_dim=STATE_DIM, action_dim=ACTION_DIM, 
     vla = {"instruction": "reach the goal"} | {k: keys.pop(k) for k in list(keys) if k in VLAConfig.model_fields}
     keys = {"horizon": CHUNK, "n_action_steps": 2, "num_inference_steps": STEPS, "critic_hidden_sizes": [8]} | keys
     config = PolicyConfig.model_validate({"kind": "lerobot", "checkpoint": str(folder), "vla": vla} | keys)
-    return make_policy(config, {"state": (state_dim,)}, action_dim, 0, dict.fromkeys(cameras, (3, 28, 28)))
+    return make_policy(
+        config,
+        spec_of((state_dim,), action_dim, dict.fromkeys(cameras, (3, 28, 28))),
+        0,
+    )
 
 
 def noise_of(policy):
@@ -236,7 +241,7 @@ def trained(tmp_path_factory, vlm):
 def load_trained(path):
     file = load_policy_file(path / "checkpoints" / "last" / "policy.safetensors")
     spec = file.env_spec
-    policy = make_policy(file.policy_config, spec.obs_shapes, spec.action_dim, 0, spec.image_shapes)
+    policy = make_policy(file.policy_config, spec, 0)
     load_into(policy, file)
     return policy
 

@@ -14,7 +14,7 @@ from asyncflow.policies.base import Normalizer, clipped_inputs
 
 def _policy(kind="flow"):
     keys = {"kind": kind, "hidden_sizes": [8], "critic_hidden_sizes": [8], "log_prob": "joint_mean"}
-    return make_policy(PolicyConfig(**keys), {"state": (3,)}, 2, seed=0)
+    return make_policy(PolicyConfig(**keys), EnvSpec({"state": (3,)}, 2, 10), seed=0)
 
 
 def _fitted(low, high):

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from specs import spec_of
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.seeding import policy_noise
@@ -44,7 +46,11 @@ def config(request):
 
 @pytest.fixture
 def policy(config):
-    policy = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed=1, image_shapes=CAMERAS)
+    policy = make_policy(
+        config,
+        spec_of((STATE_DIM,), ACTION_DIM, CAMERAS),
+        seed=1,
+    )
     policy.obs_normalizer.set_range(-2 * torch.ones(STATE_DIM), torch.linspace(1, 3, STATE_DIM))
     policy.action_normalizer.set_range(-torch.ones(ACTION_DIM), torch.linspace(2, 3, ACTION_DIM))
     return policy
@@ -112,7 +118,9 @@ def test_log_prob_terms_turn_log_probs_into_the_joint_sum(policy, config, obs, n
         assert policy.log_prob_terms == 1
         return
     summed = make_policy(
-        config.model_copy(update={"log_prob": "joint_sum"}), {"state": (STATE_DIM,)}, ACTION_DIM, 1, CAMERAS
+        config.model_copy(update={"log_prob": "joint_sum"}),
+        spec_of((STATE_DIM,), ACTION_DIM, CAMERAS),
+        1,
     )
     summed.load_state_dict(policy.state_dict())
     joint = summed.sample_actions(obs, "train", noise)["log_probs"]
@@ -190,7 +198,11 @@ def test_copies_are_independent(policy, batch):
 
 
 def test_a_saved_policy_decides_the_same(policy, config, obs, noise):
-    other = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, 2, CAMERAS)
+    other = make_policy(
+        config,
+        spec_of((STATE_DIM,), ACTION_DIM, CAMERAS),
+        2,
+    )
     other.load_state_dict(policy.state_dict())
     assert (other.sample_actions(obs, "train", noise) == policy.sample_actions(obs, "train", noise)).all()
 
@@ -198,7 +210,14 @@ def test_a_saved_policy_decides_the_same(policy, config, obs, noise):
 def test_seed_alone_sets_the_weights_and_the_global_generator_is_left_alone(config):
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    one, same, other = (make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed, CAMERAS) for seed in (4, 4, 5))
+    one, same, other = (
+        make_policy(
+            config,
+            spec_of((STATE_DIM,), ACTION_DIM, CAMERAS),
+            seed,
+        )
+        for seed in (4, 4, 5)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     weights = [torch.nn.utils.parameters_to_vector(policy.parameters()) for policy in (one, same, other)]
     assert torch.equal(weights[0], weights[1])
@@ -228,4 +247,4 @@ def test_acting_and_training_on_cuda_never_synchronise(policy, obs, noise, is_au
 @pytest.mark.parametrize("shapes", [{}, {"image": (3, 84, 84)}, {"state": (3, 84, 84)}])
 def test_a_missing_state_vector_is_a_config_error(shapes):
     with pytest.raises(ConfigError, match=r"policy.kind = flow needs a vector observation named `state`"):
-        make_policy(PolicyConfig(), shapes, ACTION_DIM, seed=0)
+        make_policy(PolicyConfig(), EnvSpec(shapes, ACTION_DIM, 10), seed=0)

@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
 from asyncflow.policies.flow import time_features
 
@@ -13,7 +14,7 @@ OBS = TensorDict({"state": torch.linspace(-1, 1, 12).view(4, 3)}, batch_size=[4]
 
 def _policy(state_dim=3, action_dim=2, **keys):
     keys = {"horizon": 3, "n_action_steps": 2, "hidden_sizes": [32, 32]} | keys
-    return make_policy(PolicyConfig(**keys), {"state": (state_dim,)}, action_dim, seed=0)
+    return make_policy(PolicyConfig(**keys), EnvSpec({"state": (state_dim,)}, action_dim, 10), seed=0)
 
 
 def _noise(policy, rows=4):

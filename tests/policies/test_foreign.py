@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from silent import TOY, Silent, go_on, start
+from specs import spec_of
 from tensordict import TensorDict
 from torch import nn
 
 from asyncflow.config.plugins import trust_class
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig, VLAConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import VLAPolicy, make_policy
 from asyncflow.policies.vla.foreign import ForeignPolicy, without_weights
@@ -90,7 +92,11 @@ def build(name, freeze=False, **vla):
     config = PolicyConfig(
         kind="vla", horizon=2, n_action_steps=1, freeze_backbone=freeze, vla=VLAConfig(model_class=name, **vla)
     )
-    return make_policy(config, {"state": (4,)}, 2, seed=0, image_shapes={"top": (3, 28, 28)})
+    return make_policy(
+        config,
+        spec_of((4,), 2, {"top": (3, 28, 28)}),
+        seed=0,
+    )
 
 
 def observe():
@@ -153,7 +159,7 @@ def test_an_actor_critic_trains(tmp_path, name):
     reporter = Silent()
     config = load_config("toy_vla_tiny", TOY | changes)
     done = train(config, reporter)
-    fresh = make_policy(config.policy, {"state": (4,)}, 2, 0)
+    fresh = make_policy(config.policy, EnvSpec({"state": (4,)}, 2, 10), 0)
     assert reporter.rows[-1]["updates"] == 6
     assert not torch.equal(done.trainer.policy.model.mean.weight, fresh.model.mean.weight)
 

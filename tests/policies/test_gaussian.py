@@ -6,6 +6,7 @@ from tensordict import TensorDict
 from torch.distributions import Normal
 
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 
@@ -14,7 +15,7 @@ OBS = TensorDict({"state": torch.linspace(-1, 1, 12).view(4, 3)}, batch_size=[4]
 
 def _policy(**keys):
     keys = {"kind": "gaussian", "horizon": 4, "n_action_steps": 2, "hidden_sizes": [8], "log_prob": "joint_sum"} | keys
-    return make_policy(PolicyConfig(**keys), {"state": (3,)}, 2, seed=0)
+    return make_policy(PolicyConfig(**keys), EnvSpec({"state": (3,)}, 2, 10), seed=0)
 
 
 def test_log_prob_and_entropy_are_those_of_a_normal_over_the_executed_actions():

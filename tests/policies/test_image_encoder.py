@@ -8,6 +8,7 @@ from camera_promises import (
     assert_the_value_teaches_the_critic_alone_and_the_decision,
     decide,
 )
+from specs import spec_of
 from tensordict import TensorDict
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ from asyncflow.policies import make_policy
 from asyncflow.policies.networks.image_encoder import NUM_KEYPOINTS, ImageEncoder, SpatialSoftmax, random_shift
 
 N, D, A, SIZE = 6, 5, 3, (36, 40)
-SPEC = EnvSpec({"state": (D,)}, A, 10, image_shapes=dict.fromkeys(("left", "right"), (3, *SIZE)))
+SPEC = spec_of((D,), A, dict.fromkeys(("left", "right"), (3, *SIZE)))
 KEYS = {"horizon": 4, "n_action_steps": 2, "hidden_sizes": [32], "critic_hidden_sizes": [16], "log_prob": "joint_sum"}
 CASES = [(kind, steps, encoder) for kind in ("flow", "gaussian") for steps in (1, 2) for encoder in ("small",)]
 CASES.append(("flow", 1, "resnet18"))
@@ -38,7 +39,7 @@ def case(request):
     kind, n_obs_steps, encoder = request.param
     spec = SPEC.with_history(n_obs_steps)
     config = PolicyConfig(kind=kind, image_encoder=encoder, **KEYS)
-    return make_policy(config, spec.obs_shapes, A, seed=1, image_shapes=spec.image_shapes), make_obs(spec)
+    return make_policy(config, spec, seed=1), make_obs(spec)
 
 
 def test_ratio_is_one_before_any_optimizer_step_in_every_minibatch_shape(case):
@@ -70,9 +71,7 @@ def test_images_stay_bytes_where_they_are_stored(case):
 
 def test_weights_depend_on_the_seed_alone():
     config = PolicyConfig(**KEYS)
-    first, again, other = (
-        make_policy(config, SPEC.obs_shapes, A, s, SPEC.image_shapes).state_dict() for s in (1, 1, 2)
-    )
+    first, again, other = (make_policy(config, SPEC, s).state_dict() for s in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 

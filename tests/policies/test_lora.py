@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from silent import TOY, Silent
+from specs import spec_of
 from tensordict import TensorDict
 
 from asyncflow.config.presets import load_config
@@ -25,7 +26,11 @@ needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason
 
 def build(**keys):
     config = PolicyConfig(kind="vla", critic_hidden_sizes=[16], vla=VLAConfig(instruction="lift", **keys))
-    return make_policy(config, {"state": (4,)}, 2, seed=0, image_shapes={"top": (3, 28, 28)})
+    return make_policy(
+        config,
+        spec_of((4,), 2, {"top": (3, 28, 28)}),
+        seed=0,
+    )
 
 
 def act(policy):

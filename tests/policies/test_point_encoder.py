@@ -20,7 +20,7 @@ from asyncflow.policies.networks.point_encoder import NUM_FEATURES, PointEncoder
 N, D, A, P = 6, 5, 3, 50
 CLOUDS = {"points.left": (P, 6), "points.right": (P, 6)}
 SPEC = EnvSpec({"state": (D,)} | CLOUDS, A, 10)
-SEEING = EnvSpec({"state": (D,)} | CLOUDS, A, 10, image_shapes={"left": (3, 24, 20)})
+SEEING = EnvSpec({"state": (D,), "images.left": (3, 24, 20)} | CLOUDS, A, 10)
 KEYS = {"horizon": 4, "n_action_steps": 2, "hidden_sizes": [32], "critic_hidden_sizes": [16], "log_prob": "joint_sum"}
 CASES = [("flow", 1, SPEC), ("flow", 2, SPEC), ("gaussian", 1, SPEC), ("gaussian", 2, SPEC), ("flow", 2, SEEING)]
 
@@ -34,11 +34,13 @@ def make_obs(spec: EnvSpec, seed: int = 0) -> TensorDict:
     return obs
 
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}{'-images' if case[2].image_shapes else ''}")
+@pytest.fixture(
+    params=CASES, ids=lambda case: f"{case[0]}-{case[1]}{'-images' if 'images' in case[2].rendered else ''}"
+)
 def case(request):
     kind, n_obs_steps, spec = request.param
     spec = spec.with_history(n_obs_steps)
-    policy = make_policy(PolicyConfig(kind=kind, **KEYS), spec.obs_shapes, A, seed=1, image_shapes=spec.image_shapes)
+    policy = make_policy(PolicyConfig(kind=kind, **KEYS), spec, seed=1)
     return policy, make_obs(spec)
 
 
@@ -82,7 +84,7 @@ def test_an_encoder_gives_each_camera_and_step_its_own_features():
 
 
 def test_features_do_not_depend_on_the_batch_nor_on_a_training_flag():
-    encoder = PointEncoder(SPEC.point_shapes)
+    encoder = PointEncoder(SPEC.shapes("points"))
     points = make_obs(SPEC)["points"]
     torch.testing.assert_close(encoder.eval()(points[:1]), encoder.train()(points)[:1], rtol=1e-6, atol=1e-6)
 
@@ -101,22 +103,25 @@ def test_the_value_teaches_the_critic_alone_and_the_decision_the_encoder(case):
 
 def test_weights_without_clouds_are_those_of_a_policy_that_knows_none():
     blind, seeing = (
-        make_policy(PolicyConfig(**KEYS), shapes, A, 1).state_dict() for shapes in ({"state": (D,)}, SPEC.obs_shapes)
+        make_policy(PolicyConfig(**KEYS), EnvSpec(shapes, A, 10), 1).state_dict()
+        for shapes in ({"state": (D,)}, SPEC.obs)
     )
     assert set(seeing) - set(blind) == {name for name in seeing if name.startswith("point_encoder.")} != set()
     assert set(blind) <= set(seeing)
 
 
 def test_asyncflows_own_vla_refuses_clouds_in_one_line():
-    with pytest.raises(ConfigError, match=r"policy.kind = vla: .*env.point_clouds = \['left', 'right'\]") as caught:
-        make_policy(PolicyConfig(kind="vla"), SPEC.obs_shapes, A, 0)
+    with pytest.raises(
+        ConfigError, match=r"^env.point_clouds = \['left', 'right'\]: policy.kind = vla: asyncflow's own"
+    ) as caught:
+        make_policy(PolicyConfig(kind="vla"), SPEC, 0)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_from_elsewhere_is_given_the_clouds():
     trust_class("clouds_only.Model")
     config = PolicyConfig(kind="vla", horizon=2, n_action_steps=2, vla=VLAConfig(model_class="clouds_only.Model"))
-    policy = make_policy(config, SPEC.obs_shapes, A, 0)
+    policy = make_policy(config, SPEC, 0)
     obs = make_obs(SPEC)
     other = obs.clone()
     other["points", "left"] += 1

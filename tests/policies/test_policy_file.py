@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from asyncflow.checksums import describe_folder
+from asyncflow.config.observations import Field
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ContractError
@@ -23,14 +24,13 @@ from asyncflow.policies.policy_file import (
     shipped_weights,
 )
 
-SPEC = EnvSpec(
-    {"state": (4,)}, 2, 40, {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}, ("object",)
-)
+META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
+SPEC = EnvSpec({"state": (4,)}, 2, 40, env_meta=META, obs_keys=("object",))
 CONFIG = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8])
 
 
 def make(config: PolicyConfig = CONFIG, seed: int = 0) -> Policy:
-    return make_policy(config, SPEC.obs_shapes, SPEC.action_dim, seed)
+    return make_policy(config, SPEC, seed)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_shipped_weights_are_found_by_name():
 
 def test_shipped_weights_fit_the_default_policy():
     file = load_policy_file(resolve_checkpoint("lift_flow"))
-    load_into(make_policy(PolicyConfig(), file.env_spec.obs_shapes, file.env_spec.action_dim, seed=0), file)
+    load_into(make_policy(PolicyConfig(), file.env_spec, seed=0), file)
 
 
 def test_shipped_weights_are_small():
@@ -213,19 +213,41 @@ def test_a_header_of_another_shape_is_refused(tmp_path, header):
     assert "safetensors" in refusal_of(path)
 
 
-@pytest.mark.parametrize("settings", ["abc", 3, ["num_points"]])
-def test_a_header_whose_point_settings_are_no_keys_is_refused(saved, settings):
-    with safe_open(saved, "pt") as file:
+def change_header(path, change):
+    with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()[policy_file.FORMAT])
-    header["env"]["point_settings"] = settings
-    save_file(load_file(saved), saved, {policy_file.FORMAT: json.dumps(header)})
-    assert "written by another version of asyncflow: env.point_settings = " in refusal_of(saved)
+    header["env"] = change(header["env"])
+    save_file(load_file(path), path, {policy_file.FORMAT: json.dumps(header)})
+
+
+@pytest.mark.parametrize("settings", ["abc", 3, ["num_points"]])
+def test_a_header_whose_settings_of_what_is_rendered_are_no_keys_is_refused(saved, settings):
+    change_header(saved, lambda env: env | {"rendered_with": settings})
+    assert "written by another version of asyncflow: env.rendered_with = " in refusal_of(saved)
+
+
+def test_a_file_of_0_1_0_describes_the_same_environment_in_its_own_words(saved):
+    settings = {"num_points": 64, "point_bounds": [-1.0, -1.0, 0.0, 1.0, 1.0, 1.0], "camera_size": [28, 28]}
+    old = {
+        "obs_shapes": {"state": [2, 4], "points.top": [2, 64, 6]},
+        "image_shapes": {"front": [2, 3, 28, 28]},
+        "point_settings": settings,
+    }
+    kept = ("action_dim", "horizon", "env_meta", "obs_keys", "obs_widths", "task", "action_low", "action_high")
+    change_header(saved, lambda env: old | {key: env[key] for key in kept})
+    shapes = {"state": (2, 4), "images.front": (2, 3, 28, 28), "points.top": (2, 64, 6)}
+    expected = EnvSpec(shapes, 2, 40, env_meta=META, obs_keys=("object",), rendered_with=settings)
+    assert load_policy_file(saved).env_spec == expected
+    assert expected.obs["images.front"] == Field("images", (2, 3, 28, 28), "uint8")
 
 
 def test_a_file_carries_the_cameras_it_was_made_for(tmp_path):
-    spec = EnvSpec({"state": (4,)}, 2, 40, image_shapes={"front": (3, 28, 28)}, task="ToyImages")
+    spec = EnvSpec({"state": (4,), "images.front": (3, 28, 28)}, 2, 40, task="ToyImages")
     save_policy(
-        tmp_path / "policy.safetensors", make_policy(PolicyConfig(), {"state": (4,)}, 2, 0), PolicyConfig(), spec
+        tmp_path / "policy.safetensors",
+        make_policy(PolicyConfig(), EnvSpec({"state": (4,)}, 2, 10), 0),
+        PolicyConfig(),
+        spec,
     )
     assert load_policy_file(tmp_path / "policy.safetensors").env_spec == spec
 
@@ -310,6 +332,14 @@ def test_damaged_checksums_are_told(in_checkpoint, content):
     assert str(in_checkpoint.parent) in refusal_of(in_checkpoint)
 
 
+def vector(shape):
+    return {"kind": "vector", "shape": shape}
+
+
+def picture(shape):
+    return {"images.top": {"kind": "images", "shape": shape, "dtype": "uint8"}}
+
+
 ENV_LIES = {
     "horizon of zero": ({"horizon": 0}, "env.spec.horizon has 0"),
     "horizon of text": ({"horizon": "x"}, "env.horizon = 'x'"),
@@ -320,17 +350,23 @@ ENV_LIES = {
     "huge actions of an old file": ({"action_dim": 10**12, "action_limit": 2.0}, "a size of 1000000000000"),
     "limit of text": ({"action_limit": "wide"}, "'wide'"),
     "limits of NaN": ({"action_low": [math.nan] * 2, "action_high": [1.0] * 2}, "must not exceed"),
-    "negative sizes": ({"obs_shapes": {"state": [-4]}}, "env.spec.obs_shapes"),
-    "sizes of text": ({"obs_shapes": {"state": ["4"]}}, "env.obs_shapes.state[0] = '4'"),
-    "no state": ({"obs_shapes": {"pose": [4]}}, "env.spec.obs_shapes"),
-    "shapes that are a list": ({"obs_shapes": [4]}, "env.obs_shapes = [4]"),
-    "pictures without colours": ({"image_shapes": {"top": [28, 28]}}, "env.spec.image_shapes has for top"),
-    "pictures of terabytes": ({"image_shapes": {"top": [3, 2**40, 2**40]}}, "a size of 1099511627776"),
+    "negative sizes": ({"obs": {"state": vector([-4])}}, "env.spec.obs['state'] has -4"),
+    "sizes of text": ({"obs": {"state": vector(["4"])}}, "env.obs.state.shape[0] = '4'"),
+    "no state": ({"obs": {"pose": vector([4])}}, "env.spec.obs is a dict of ['pose']"),
+    "fields that are a list": ({"obs": [4]}, "env.obs = [4]"),
+    "shapes of an old file that are a list": ({"obs": None, "obs_shapes": [4]}, "env.obs_shapes = [4]"),
+    "pictures without colours": (
+        {"obs": {"state": vector([4])} | picture([28, 28])},
+        "env.spec.obs has for images.top",
+    ),
+    "pictures of terabytes": ({"obs": {"state": vector([4])} | picture([3, 2**40, 2**40])}, "a size of 1099511627776"),
+    "a field of no kind": ({"obs": {"state": {"kind": "smell", "shape": [4]}}}, "has for state the kind 'smell'"),
+    "numbers of eight bits": ({"obs": {"state": vector([4]) | {"dtype": "uint8"}}}, "has for state the dtype 'uint8'"),
     "widths that do not add up": ({"obs_widths": [3]}, "env.obs_widths = [3]"),
     "widths of other keys": ({"obs_widths": [2, 2]}, "env.obs_widths = [2, 2]"),
     "keys of numbers": ({"obs_keys": [1]}, "env.obs_keys[0] = 1"),
     "a description of text": ({"env_meta": "Lift"}, "env.env_meta = 'Lift'"),
-    "settings of something else": ({"point_settings": {"task": "Toy"}}, "env.point_settings: unknown key 'task'"),
+    "settings of something else": ({"rendered_with": {"task": "Toy"}}, "env.rendered_with: unknown key 'task'"),
     "an unknown key": ({"colour": 1}, "env: unknown key 'colour'"),
 }
 POLICY_LIES = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from specs import spec_of
 from tensordict import TensorDict
 
 from asyncflow.config.plugins import trust_class
@@ -31,7 +32,11 @@ def importable(monkeypatch):
 def build(kind, vla, **keys):
     keys = {"horizon": P, "n_action_steps": P, "num_inference_steps": K, "hidden_sizes": [32]} | keys
     config = PolicyConfig(kind=kind, critic_hidden_sizes=[16], vla=VLAConfig(**vla), **keys)
-    return make_policy(config, {"state": (4,)}, A, seed=0, image_shapes={"top": (3, 28, 28)})
+    return make_policy(
+        config,
+        spec_of((4,), A, {"top": (3, 28, 28)}),
+        seed=0,
+    )
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from specs import spec_of
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig, VLAConfig
@@ -20,7 +21,11 @@ def build(seed=0, cameras=CAMERAS, **keys):
     vla = {"instruction": "lift the cube"} | {k: keys.pop(k) for k in list(keys) if k in VLAConfig.model_fields}
     keys = {"horizon": 3, "n_action_steps": 2, "num_inference_steps": 4} | keys
     config = PolicyConfig(kind="vla", critic_hidden_sizes=[16], vla=VLAConfig(**vla), **keys)
-    return make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed, cameras)
+    return make_policy(
+        config,
+        spec_of((STATE_DIM,), ACTION_DIM, cameras),
+        seed,
+    )
 
 
 @pytest.fixture
@@ -132,7 +137,11 @@ def test_a_vla_without_cameras_sees_the_state_alone(obs):
 def test_a_history_is_seen_frame_by_frame(obs):
     shapes = {"front": (2, 3, 28, 28)}
     config = PolicyConfig(kind="vla", horizon=3, n_action_steps=2, critic_hidden_sizes=[16])
-    policy = make_policy(config, {"state": (2, STATE_DIM)}, ACTION_DIM, 0, shapes)
+    policy = make_policy(
+        config,
+        spec_of((2, STATE_DIM), ACTION_DIM, shapes),
+        0,
+    )
     states = torch.stack([obs["state"] - 1, obs["state"]], 1)
     images = {"front": torch.stack([255 - obs["images", "front"], obs["images", "front"]], 1)}
     first = TensorDict({"state": states, "images": images}, batch_size=[N])

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncflow.config.sections import AlgorithmConfig, PolicyConfig
-from asyncflow.envs.base import ChunkResult
+from asyncflow.envs.base import ChunkResult, EnvSpec
 from asyncflow.errors import TrainingError
 from asyncflow.policies import make_policy
 from asyncflow.ppo.ppo import PPO
@@ -23,7 +23,7 @@ def make_policy_and_rollout(log_prob="joint_sum", kind="flow", policy_version=0)
     config = PolicyConfig(
         kind=kind, hidden_sizes=[16], critic_hidden_sizes=[16], horizon=2, n_action_steps=2, log_prob=log_prob
     )
-    policy = make_policy(config, {"state": (3,)}, 2, seed=0)
+    policy = make_policy(config, EnvSpec({"state": (3,)}, 2, 10), seed=0)
     rng = torch.Generator().manual_seed(1)
     obs = TensorDict({"state": torch.randn(NUM_STEPS + 1, NUM_ENVS, 3, generator=rng)}, [NUM_STEPS + 1, NUM_ENVS])
     rows = []

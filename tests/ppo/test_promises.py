@@ -150,7 +150,7 @@ def build(model, changes=None, freeze_backbone=False, log_prob="joint_mean", noi
     keys = {"freeze_backbone": freeze_backbone, "log_prob": log_prob, "noise_method": noise_method}
     vla_config = VLAConfig(model_class=f"elsewhere.{model}", **vla)
     config = PolicyConfig(kind="vla", horizon=P, n_action_steps=2, vla=vla_config, **keys)
-    policy = make_policy(config, SPEC.obs_shapes, A, seed=0)
+    policy = make_policy(config, SPEC, seed=0)
     for name, change in (changes or {}).items():
         policy.model.__dict__[name] = _change(getattr(policy.model, name), change)
     return policy
@@ -319,14 +319,14 @@ def test_a_model_that_cannot_be_trained_is_refused(model, said):
     ],
 )
 def test_a_policy_of_another_package_has_the_sizes_of_the_environments(name, value, said):
-    policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC.obs_shapes, A, 0)
+    policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC, 0)
     setattr(policy, name, value)
     with pytest.raises(ContractError, match=said):
         check_promises(policy, 4, SPEC)
 
 
 def test_a_policy_of_another_package_has_something_to_train():
-    policy = make_policy(PolicyConfig(kind="gaussian"), SPEC.obs_shapes, A, 0).requires_grad_(False)
+    policy = make_policy(PolicyConfig(kind="gaussian"), SPEC, 0).requires_grad_(False)
     with pytest.raises(ContractError, match=r"GaussianPolicy: has no parameter that requires a gradient"):
         check_promises(policy, 4, SPEC)
 
@@ -342,7 +342,7 @@ def test_a_policy_of_another_package_has_something_to_train():
     ],
 )
 def test_a_policy_of_another_package_evaluates_the_decisions_that_it_took(monkeypatch, field, change, said):
-    policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC.obs_shapes, A, 0)
+    policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC, 0)
     check_promises(policy, policy.n_action_steps, SPEC)
     forward = GaussianPolicy.default_forward
 

@@ -5,12 +5,14 @@ import threading
 import pytest
 import torch
 from silent import TOY, Silent, assert_equal, outcome, start
+from specs import spec_of
 from tensordict import TensorDict
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.device import check_compile
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.rollout import inference
@@ -54,7 +56,7 @@ def policy(request):
 
 
 def make(**keys):
-    return make_acting_copy(make_policy(configure(**keys), {"state": (STATE_DIM,)}, ACTION_DIM, seed=1))
+    return make_acting_copy(make_policy(configure(**keys), EnvSpec({"state": (STATE_DIM,)}, ACTION_DIM, 10), seed=1))
 
 
 def configure(**keys):
@@ -63,7 +65,13 @@ def configure(**keys):
 
 
 def make_seeing(**keys):
-    return make_acting_copy(make_policy(configure(**keys), {"state": (STATE_DIM,)}, ACTION_DIM, 1, IMAGE_SHAPES))
+    return make_acting_copy(
+        make_policy(
+            configure(**keys),
+            spec_of((STATE_DIM,), ACTION_DIM, IMAGE_SHAPES),
+            1,
+        )
+    )
 
 
 def inputs(policy, number, device="cpu"):

@@ -237,7 +237,7 @@ def test_two_racing_threads_pass_every_rollout_once_in_order_and_whole(num_slots
 
 
 def test_nested_observations_keep_their_names_dtypes_and_bytes():
-    spec = EnvSpec({"state": (2,)}, action_dim=1, horizon=1, image_shapes={"front": (3, 2, 5)})
+    spec = EnvSpec({"state": (2,), "images.front": (3, 2, 5)}, action_dim=1, horizon=1)
     fields = TensorDict({"valid": torch.zeros(NUM_ENVS, dtype=torch.bool)}, [NUM_ENVS])
     plan = RingPlan(fields, spec.empty_obs(NUM_ENVS), num_slots=2, num_steps=NUM_STEPS, max_truncations=1)
     buffer = RolloutRing(plan, CPU)

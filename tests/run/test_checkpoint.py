@@ -34,7 +34,7 @@ from asyncflow.run.state import RunState
 
 CONFIG = PolicyConfig(kind="gaussian", hidden_sizes=[8], critic_hidden_sizes=[8], log_prob="joint_sum")
 SPEC = EnvSpec({"state": (3,)}, action_dim=2, horizon=10)
-POLICY = make_policy(CONFIG, SPEC.obs_shapes, SPEC.action_dim, seed=0)
+POLICY = make_policy(CONFIG, SPEC, seed=0)
 JOURNAL = EpisodeJournal([4, 5], [[torch.zeros(4, 2)], []], [False, True])
 
 

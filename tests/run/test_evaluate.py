@@ -95,7 +95,7 @@ class RecordingPolicy(torch.nn.Module):
 
 
 def make_toy_policy():
-    return make_policy(CONFIG, {"state": (4,)}, 2, seed=0)
+    return make_policy(CONFIG, EnvSpec({"state": (4,)}, 2, 10), seed=0)
 
 
 def without_time(result):

@@ -33,7 +33,7 @@ def policy_file(tmp_path):
 
     def write(spec):
         path = tmp_path / "policy.safetensors"
-        save_policy(path, make_policy(POLICY, spec.obs_shapes, spec.action_dim, seed=3), POLICY, spec)
+        save_policy(path, make_policy(POLICY, spec, seed=3), POLICY, spec)
         return str(path)
 
     return write

@@ -53,7 +53,7 @@ def test_a_file_cannot_ask_for_a_larger_policy_than_it_holds(
     monkeypatch.setattr(evaluate_checkpoint, "make_vec_env", lambda *_: pytest.fail("environments were built"))
     config, spec = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8]), EnvSpec({"state": (4,)}, 2, 40, task="Toy")
     path = tmp_path / "policy.safetensors"
-    save_policy(path, make_policy(config, spec.obs_shapes, 2, 0), config.model_copy(update=change), spec)
+    save_policy(path, make_policy(config, spec, 0), config.model_copy(update=change), spec)
     assert load_policy_file(path).policy_config.kind == "flow"
     with pytest.raises(ConfigError, match=r"of which the checkpoint holds|beyond what can be counted"):
         evaluate_checkpoint.evaluate_checkpoint(str(path), load_config("toy"), 1)
@@ -61,4 +61,4 @@ def test_a_file_cannot_ask_for_a_larger_policy_than_it_holds(
 
 def test_what_is_large_and_fits_is_built() -> None:
     config = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[17, MILLION // 1000, 17])
-    assert make_policy(config, {"state": (4,)}, 2, 0).critic[0].weight.device == torch.device("cpu")
+    assert make_policy(config, EnvSpec({"state": (4,)}, 2, 10), 0).critic[0].weight.device == torch.device("cpu")

@@ -23,8 +23,8 @@ def test_training_changes_the_image_encoder(tmp_path):
     start(tmp_path / "run", "toy", TOY_IMAGES | {"trainer.total_updates": 2, "trainer.save_interval": 1})
     trained, optimizer = outcome(tmp_path / "run")[0], outcome(tmp_path / "run")[1]["optimizer"]
     config = load_config("toy", TOY_IMAGES)
-    spec = EnvSpec({"state": (4,)}, 2, 40, image_shapes={"top": (3, 28, 28)})
-    fresh = make_policy(config.policy, spec.obs_shapes, 2, config.trainer.seed, spec.image_shapes).state_dict()
+    spec = EnvSpec({"state": (4,), "images.top": (3, 28, 28)}, 2, 40)
+    fresh = make_policy(config.policy, spec, config.trainer.seed).state_dict()
     name = "image_encoder.cameras.top.0.weight"
     assert not torch.equal(trained[name], fresh[name])
     assert any(name in key for key in optimizer)
@@ -33,8 +33,8 @@ def test_training_changes_the_image_encoder(tmp_path):
 @pytest.fixture
 def checkpoint(tmp_path):
     obs_keys = tuple(load_config("lift_image").env.obs_keys)
-    spec = EnvSpec({"state": (9,)}, 7, 12, obs_keys=obs_keys, image_shapes={"agentview": (3, 24, 20)})
-    policy = make_policy(PolicyConfig(), spec.obs_shapes, 7, 0, spec.image_shapes)
+    spec = EnvSpec({"state": (9,), "images.agentview": (3, 24, 20)}, 7, 12, obs_keys=obs_keys)
+    policy = make_policy(PolicyConfig(), spec, 0)
     save_policy(tmp_path / "seeing.safetensors", policy, PolicyConfig(), spec)
     return str(tmp_path / "seeing.safetensors")
 

@@ -75,7 +75,7 @@ def test_emulated_latencies_of_0_1_0_do_not_keep_a_run_from_going_on(run_dir, na
 
 def test_a_kept_policy_decides_as_it_did(name):
     file = load_policy_file(KEPT / name / "checkpoints/last/policy.safetensors")
-    policy = make_policy(file.policy_config, file.env_spec.obs_shapes, file.env_spec.action_dim, 0)
+    policy = make_policy(file.policy_config, file.env_spec, 0)
     load_into(policy, file)
     kept = load_file(KEPT / f"{name}_decisions.safetensors")
     obs = TensorDict({"state": kept["obs"]}, [len(kept["obs"])])

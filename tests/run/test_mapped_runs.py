@@ -8,6 +8,7 @@ from silent import TOY, Silent, assert_equal, go_on, outcome, record, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
@@ -97,14 +98,14 @@ def test_the_mapping_travels_with_the_policy(tmp_path, monkeypatch):
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     found = evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), 6).as_metrics()
     assert file.policy_config.mapping.obs.images == {"top": "observation.images.front"}
-    assert (file.env_spec.image_shapes, file.env_spec.action_dim) == ({"top": (3, 28, 28)}, 2)
+    assert (file.env_spec.rendered, file.env_spec.action_dim) == ({"images": {"top": (3, 28, 28)}}, 2)
     assert found == {name: row[name] for name in row if name.startswith("eval/")}
 
 
 def test_a_file_whose_mapping_does_not_fit_its_environment_is_refused_before_that_is_built(tmp_path, monkeypatch):
     spec = ToyVecEnv(1, 2).spec
     config = PolicyConfig.model_validate({"mapping": {"obs": {"state": [{"key": "cube"}]}}})
-    save_policy(tmp_path / "policy.safetensors", make_policy(config, {"state": (4,)}, 2, 0), config, spec)
+    save_policy(tmp_path / "policy.safetensors", make_policy(config, EnvSpec({"state": (4,)}, 2, 10), 0), config, spec)
     monkeypatch.setattr("asyncflow.run.evaluate_file.make_vec_env", lambda *_: pytest.fail("it was built"))
     with pytest.raises(ConfigError, match=r"there is no observation 'cube'; observations: state"):
         evaluate_checkpoint(str(tmp_path / "policy.safetensors"), load_config("toy", TOY), 2)

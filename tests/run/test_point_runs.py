@@ -29,7 +29,7 @@ def test_training_changes_the_point_encoder(tmp_path):
     trained, optimizer = outcome(tmp_path / "run")[0], outcome(tmp_path / "run")[1]["optimizer"]
     config = load_config("toy", TOY_POINTS)
     spec = ToyVecEnv(1, 2, has_points=True).spec
-    fresh = make_policy(config.policy, spec.obs_shapes, 2, config.trainer.seed).state_dict()
+    fresh = make_policy(config.policy, spec, config.trainer.seed).state_dict()
     name = "point_encoder.cameras.top.points.0.weight"
     assert not torch.equal(trained[name], fresh[name])
     assert torch.equal(trained["point_encoder.normalizer.scale"], fresh["point_encoder.normalizer.scale"])
@@ -68,7 +68,7 @@ def test_a_policy_that_sees_lifts_points_is_evaluated_with_its_own_box_and_size(
     changes = {"trainer.total_updates": 1, "env.point_bounds": bounds, "env.num_points": 100}
     start(tmp_path / "run", "lift", LIFT_POINTS | changes)
     spec = load_policy_file(tmp_path / "run" / "checkpoints" / "last" / "policy.safetensors").env_spec
-    assert spec.point_settings == {"num_points": 100, "point_bounds": bounds, "camera_size": [48, 48]}
+    assert spec.rendered_with == {"num_points": 100, "point_bounds": bounds, "camera_size": [48, 48]}
     config = load_config("lift", {"env.num_envs": 1, "env.num_workers": 1, "trainer.device": "cpu"})
     assert evaluate_checkpoint(str(tmp_path / "run"), config, 1).num_episodes == 1
 
@@ -77,15 +77,15 @@ def test_a_policy_that_sees_lifts_points_is_evaluated_with_its_own_box_and_size(
 def checkpoint(tmp_path):
     obs_keys = tuple(load_config("lift_image").env.obs_keys)
     shapes = {"state": (9,), "points.agentview": (64, 6)}
-    spec = EnvSpec(shapes, 7, 12, obs_keys=obs_keys, point_settings=SETTINGS)
-    policy = make_policy(PolicyConfig(), spec.obs_shapes, 7, 0)
+    spec = EnvSpec(shapes, 7, 12, obs_keys=obs_keys, rendered_with=SETTINGS)
+    policy = make_policy(PolicyConfig(), spec, 0)
     save_policy(tmp_path / "seeing.safetensors", policy, PolicyConfig(), spec)
     return str(tmp_path / "seeing.safetensors")
 
 
 def test_a_file_carries_the_clouds_it_was_made_for(checkpoint):
     spec = load_policy_file(checkpoint).env_spec
-    assert (spec.point_shapes, spec.point_settings) == ({"agentview": (64, 6)}, SETTINGS)
+    assert (spec.rendered, spec.rendered_with) == ({"points": {"agentview": (64, 6)}}, SETTINGS)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_tied_weights_are_evaluated_as_they_were_trained(tmp_path):
 
 
 def test_a_file_that_shares_what_it_does_not_hold_is_damaged(tmp_path):
-    policy = make_policy(PolicyConfig(), {"state": (4,)}, 2, 0)
+    policy = make_policy(PolicyConfig(), EnvSpec({"state": (4,)}, 2, 10), 0)
     save_policy(tmp_path / "file", policy, PolicyConfig(), EnvSpec({"state": (4,)}, 2, 7))
     with safe_open(tmp_path / "file", "pt") as opened:
         header = json.loads(opened.metadata()[FORMAT])
@@ -176,10 +176,10 @@ def test_arguments_that_a_file_would_not_give_back_are_refused(text, said):
 
 def test_a_description_that_is_no_json_is_refused():
     spec = EnvSpec({"state": (4,)}, 2, 7, task="Mine", env_meta={"call": print})
-    policy = make_policy(PolicyConfig(), {"state": (4,)}, 2, 0)
+    policy = make_policy(PolicyConfig(), EnvSpec({"state": (4,)}, 2, 10), 0)
     with pytest.raises(ConfigError, match=r"env.task = Mine: its spec \(EnvSpec\) cannot be stored as JSON"):
         check_saving(policy, PolicyConfig(), spec)
 
 
 def test_the_toy_can_be_saved():
-    check_saving(make_policy(PolicyConfig(), {"state": (4,)}, 2, 0), PolicyConfig(), ToyVecEnv(1, 1).spec)
+    check_saving(make_policy(PolicyConfig(), EnvSpec({"state": (4,)}, 2, 10), 0), PolicyConfig(), ToyVecEnv(1, 1).spec)

@@ -260,7 +260,9 @@ def test_a_trainer_that_cannot_be_built_leaves_no_environment_open(tmp_path, mon
 def test_weights_for_other_observations_are_refused(tmp_path):
     changes = LIFT | {"logging.out": str(tmp_path / "run"), "env.task": "Lift", "policy.checkpoint": "lift_flow"}
     config = load_config("lift", changes)
-    spec = EnvSpec({"state": (19,)}, 7, 120, {}, ("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"))
+    spec = EnvSpec(
+        {"state": (19,)}, 7, 120, obs_keys=("object", "robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+    )
     with pytest.raises(CheckpointError, match=r"policy.checkpoint = lift_flow: made for env.obs_keys"):
         build_policy(config, NameMapping(config.policy.mapping, spec), torch.device("cpu"))
 

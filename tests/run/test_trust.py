@@ -100,7 +100,7 @@ def name_class(folder: Path, path: str) -> str:
     source = load_policy_file(folder / "run" / "checkpoints" / "last" / "policy.safetensors")
     vla = source.policy_config.vla.model_copy(update={"model_class": path})
     out = folder / f"{abs(hash(path))}.safetensors"
-    policy = make_policy(PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8]), {"state": (4,)}, 2, 0)
+    policy = make_policy(PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8]), EnvSpec({"state": (4,)}, 2, 10), 0)
     save_policy(out, policy, source.policy_config.model_copy(update={"vla": vla}), source.env_spec)
     return str(out)
 
@@ -201,7 +201,7 @@ def test_kinds_and_tasks_are_registered_names_and_no_paths(
     elsewhere: Path, tmp_path: Path, run_here: RunCli, policy: dict[str, str], task: str
 ) -> None:
     config = PolicyConfig.model_construct(**(PolicyConfig(vla=VLAConfig()).__dict__ | policy))
-    built = make_policy(PolicyConfig(), {"state": (4,)}, 2, 0)
+    built = make_policy(PolicyConfig(), EnvSpec({"state": (4,)}, 2, 10), 0)
     save_policy(tmp_path / "file.safetensors", built, config, EnvSpec({"state": (4,)}, 2, 7, task=task))
     refusal(run_here("eval", str(tmp_path / "file.safetensors"), *SMALL))
     assert not marks(elsewhere)

@@ -77,7 +77,7 @@ class CountingEnv(VecEnv):
 
 def build(env, num_slots=1, groups=1, lag=0, threaded=False, *, journal=None, **settings):
     config = PolicyConfig(kind="gaussian", hidden_sizes=[8], horizon=CHUNK, n_action_steps=CHUNK, log_prob="joint_sum")
-    policy = make_policy(config, env.spec.obs_shapes, 2, seed=0)
+    policy = make_policy(config, env.spec, seed=0)
     buffer = RolloutRing(plan_ring(policy, env.spec, NUM_ENVS, NUM_STEPS, num_slots), CPU)
     channel = Channel(buffer, WeightPublisher(policy, lag), OverlapClock())
     settings = CollectorSettings(seed=0, gamma=0.5, num_env_groups=groups, max_policy_lag=lag, **settings)

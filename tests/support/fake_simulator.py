@@ -28,7 +28,7 @@ class FakeSimulator:
     """State: what its seed draws, its constructor seed's draw, steps in the episode, sum of the actions so far."""
 
     def __init__(self, seed: int) -> None:
-        self.spec = EnvSpec(obs_shapes={"state": (4,)}, action_dim=ACTION_DIM, horizon=HORIZON)
+        self.spec = EnvSpec({"state": (4,)}, action_dim=ACTION_DIM, horizon=HORIZON)
         self.state = np.zeros(4)
         self.state[1] = np.random.default_rng(seed).uniform()
 

@@ -111,7 +111,7 @@ def cheap_weights() -> Iterator[None]:
 def new_policy(config: Config, device: torch.device) -> tuple[Policy, EnvSpec]:
     """Return a configuration's policy on a device, and what it fits."""
     spec = ToyVecEnv(1, 1).spec
-    return make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed).to(device), spec
+    return make_policy(config.policy, spec, config.trainer.seed).to(device), spec
 
 
 # Both modes.

@@ -67,8 +67,8 @@ def _config(scale: Scale) -> Config:
 
 def _spec(scale: Scale) -> EnvSpec:
     side = 84 if scale.is_quick else 224
-    images: dict[str, tuple[int, ...]] = dict.fromkeys(CAMERAS, (3, side, side))
-    return EnvSpec({"state": (9,)}, action_dim=7, horizon=120, image_shapes=images)
+    images = {f"images.{camera}": (3, side, side) for camera in CAMERAS}
+    return EnvSpec({"state": (9,), **images}, action_dim=7, horizon=120)
 
 
 def _check_decisions(scale: Scale, config: Config, spec: EnvSpec) -> Iterator[Finding]:

@@ -14,15 +14,16 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from ctypes.util import find_library
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncflow.config.observations import IMAGES, POINTS, name_in
 from asyncflow.config.tasks import SimulatorSettings, check_camera_names
-from asyncflow.envs.robosuite.point_clouds import View, make_cloud
+from asyncflow.envs.robosuite.point_clouds import Picture, View, cloud_of
 from asyncflow.errors import ConfigError
 
 _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
@@ -63,6 +64,15 @@ def choose_gl(key: str = "env.cameras") -> None:
     os.environ["MUJOCO_GL"] = chosen
 
 
+def image_of(picture: Picture, settings: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Return a picture's colours, [3, height, width], upright."""
+    return picture.pixels.transpose(2, 0, 1)
+
+
+MADE_OF_PICTURES: dict[str, Callable[[Picture, Mapping[str, Any]], NDArray[Any]]] = {IMAGES: image_of, POINTS: cloud_of}
+"""Kind -> what makes it of a camera's picture and `EnvSpec.rendered_with`."""
+
+
 class Cameras:
     """Renders some cameras of a simulation."""
 
@@ -77,44 +87,36 @@ class Cameras:
             ConfigError: The simulation lacks one of the cameras, or OpenGL does not work here.
         """
         available = tuple(sim.model.camera_names)
-        check_camera_names(settings.cameras, available)
-        check_camera_names(settings.point_clouds, available, "env.point_clouds")
         self._settings = settings
-        self._image_ids = [sim.model.camera_name2id(name) for name in settings.cameras]
-        self._cloud_ids = [sim.model.camera_name2id(name) for name in settings.point_clouds]
+        self._ids: dict[str, list[int]] = {}  # kind -> the cameras that yield it
+        for key, field in settings.rendered.items():
+            camera = name_in(field.kind, key)
+            check_camera_names(field.kind, (camera,), available)
+            self._ids.setdefault(field.kind, []).append(sim.model.camera_name2id(camera))
         self._context = _create_context(sim, settings.rendering_key)
         self._context.vopt.geomgroup[0] = 0  # what collides is not what is seen
 
     def render(self) -> dict[str, NDArray[Any]]:
-        """Return what the cameras see now; a camera that yields both kinds is rendered once.
+        """Return what the cameras see now; a camera that yields several kinds is rendered once.
 
         Returns:
-            `images` [C, 3, height, width] uint8, upright; `points` [C, P, 6] float32: x, y, z in the world, metres,
-            then r, g, b in [0, 1]. A kind that was not asked for is absent.
+            Kind -> [C, ...], as the kind's function in `MADE_OF_PICTURES` makes it; a kind not asked for is absent.
         """
         self._context.gl_ctx.make_current()
-        pictures = {camera: self._render(camera) for camera in {*self._image_ids, *self._cloud_ids}}
-        rendered: dict[str, NDArray[Any]] = {}
-        if self._image_ids:
-            rendered["images"] = np.stack([pictures[camera][0].transpose(2, 0, 1) for camera in self._image_ids])
-        if self._cloud_ids:
-            rendered["points"] = np.stack([self._make_cloud(camera, *pictures[camera]) for camera in self._cloud_ids])
-        return rendered
+        pictures = {camera: self._render(camera) for camera in {each for ids in self._ids.values() for each in ids}}
+        return {
+            kind: np.stack([MADE_OF_PICTURES[kind](pictures[camera], self._settings.rendered_with) for camera in ids])
+            for kind, ids in self._ids.items()
+        }
 
-    def _render(self, camera: int) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
-        """Return pixels [height, width, 3], and depth [height, width] where there is to be a cloud."""
+    def _render(self, camera: int) -> Picture:
         height, width = self._settings.camera_size
         self._context.render(width, height, camera)
-        if camera not in self._cloud_ids:
-            return self._context.read_pixels(width, height)[::-1], None  # OpenGL's first row is the lowest
-        pixels, depth = self._context.read_pixels(width, height, depth=True)
-        return pixels[::-1], depth[::-1]
-
-    def _make_cloud(
-        self, camera: int, pixels: NDArray[np.uint8], depth: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
-        assert depth is not None  # of a camera whose cloud was asked for
-        return make_cloud(pixels, depth, self._view(camera), self._settings.point_bounds, self._settings.num_points)
+        if all(camera not in ids for kind, ids in self._ids.items() if kind != IMAGES):  # depth takes longer to read
+            pixels, depth = self._context.read_pixels(width, height), np.empty((0, width), np.float32)
+        else:
+            pixels, depth = self._context.read_pixels(width, height, depth=True)
+        return Picture(pixels[::-1], depth[::-1], self._view(camera))  # OpenGL's first row is the lowest
 
     def _view(self, camera: int) -> View:
         model, data = self._context.model, self._context.data

@@ -8,7 +8,7 @@ Shapes: P points of a cloud, M points within the box.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +33,25 @@ class View(NamedTuple):
     rotation: NDArray[np.float64]
     near: float
     far: float
+
+
+class Picture(NamedTuple):
+    """What one camera rendered.
+
+    Attributes:
+        pixels: [height, width, 3] uint8, the first row is the highest.
+        depth: [height, width] in [0, 1]; empty where nothing but the colours is needed.
+        view: The camera.
+    """
+
+    pixels: NDArray[np.uint8]
+    depth: NDArray[np.float32]
+    view: View
+
+
+def cloud_of(picture: Picture, settings: Mapping[str, Any]) -> NDArray[np.float32]:
+    """Return the cloud of a picture, [P, 6], under `env.point_bounds` and `env.num_points`."""
+    return make_cloud(*picture, settings["point_bounds"], settings["num_points"])
 
 
 def metric_depth(depth: NDArray[Any], near: float, far: float) -> NDArray[np.float64]:

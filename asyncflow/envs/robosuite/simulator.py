@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from asyncflow.caches import prepare_caches
 from asyncflow.config.controllers import name_robots
 from asyncflow.config.env_meta import translate_kwargs
+from asyncflow.config.observations import STATE
 from asyncflow.config.task_table import Task
 from asyncflow.config.tasks import SimulatorSettings
 from asyncflow.envs.base import EnvSpec
@@ -69,7 +70,7 @@ class RobomimicEnv:
             self._cameras = Cameras(self.env.env.sim, settings) if settings.rendering_key else None
         low, high = self._action_limits.tolist()
         self.spec = EnvSpec(
-            obs_shapes={"state": self.observe().shape, **settings.point_obs_shapes},
+            obs={STATE: self.observe().shape, **settings.rendered},
             action_dim=self.env.action_dimension,
             action_low=tuple(low),
             action_high=tuple(high),
@@ -77,8 +78,7 @@ class RobomimicEnv:
             env_meta=env_meta,
             obs_keys=settings.obs_keys,
             obs_widths=self._count_numbers(),
-            image_shapes=settings.image_shapes,
-            point_settings=settings.point_settings,
+            rendered_with=settings.rendered_with,
         )
 
     def reset(self, seed: int) -> None:

@@ -30,9 +30,9 @@ from torch.nn.functional import silu
 from transformers import dynamic_module_utils
 
 from asyncflow.config.lerobot_folder import CONFIG, WEIGHTS, LeRobotFolder, select_statistics
+from asyncflow.config.observations import Shapes
 from asyncflow.errors import CheckpointError
 from asyncflow.files import write_atomically
-from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.policies.policy_file import check_tensors, find_shared
 from asyncflow.policies.vla.model import KeysValues
 

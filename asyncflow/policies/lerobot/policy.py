@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from asyncflow.config.lerobot_folder import EXPORT, LeRobotFolder
+from asyncflow.config.observations import Shapes
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies.lerobot.model import LeRobotModel, one_line
-from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.policies.vla.policy import VLAPolicy
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from asyncflow.config.lerobot_folder import LeRobotFolder
+from asyncflow.config.observations import Shapes
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.policies.lerobot.model import LeRobotModel
-from asyncflow.policies.networks.image_encoder import Shapes
 from asyncflow.policies.vla.model import KeysValues, ValueHead
 
 

@@ -1,15 +1,14 @@
 """Image encoder: from what cameras show to the features that actor and critic see beside the state.
 
-Owns the networks on images, with torchvision's residual blocks, and what joins their features to the state. Group norm
-instead of batch norm, so that a decision depends neither on its batch nor on a training flag. Keypoints by a spatial
-softmax: deep spatial autoencoders (arXiv:1509.06113, equation 2).
+The networks are torchvision's residual blocks, with group norm instead of batch norm: a decision depends neither
+on its batch nor on a training flag. Keypoints by a spatial softmax: deep spatial autoencoders (arXiv:1509.06113,
+equation 2).
 
 Shapes: N observations, O env steps of a history (n_obs_steps), F features of an observation, C channels, B images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 from math import prod
 
@@ -17,11 +16,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from asyncflow.config.observations import Shapes
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Normalizer
-from asyncflow.policies.networks.point_encoder import PointEncoder
 
-Shapes = Mapping[str, tuple[int, ...]]
 NUM_KEYPOINTS = 32
 _SMALL_CHANNELS = (16, 32, 64)
 _CHANNELS_PER_GROUP = 16
@@ -49,11 +46,8 @@ class ImageEncoder(nn.Module):
     """One network a camera; the images of a history share it.
 
     Attributes:
-        kind: Its part of an observation.
         num_features: F, of all cameras and the whole history.
     """
-
-    kind = "images"
 
     def __init__(self, kind: str, image_shapes: Shapes) -> None:
         """Build the networks.
@@ -90,26 +84,6 @@ class ImageEncoder(nn.Module):
         scaled = images.flatten(0, -4).float() / 127.5 - 1
         features: Tensor = network(scaled)
         return features.view(len(images), -1)
-
-
-Encoder = ImageEncoder | PointEncoder
-
-
-def build_image_encoder(kind: str, image_shapes: Shapes) -> ImageEncoder | None:
-    """Return an encoder for the cameras; None if there are none."""
-    return ImageEncoder(kind, image_shapes) if image_shapes else None
-
-
-def encode(obs: TensorDictBase, normalizer: Normalizer, *encoders: Encoder | None) -> Tensor:
-    """Return the normalised state and the features that encoders see in their kind of observation, [N, O * D + F]."""
-    state = normalizer.normalize(obs["state"]).flatten(1)
-    features = [encoder(obs[encoder.kind]) for encoder in encoders if encoder is not None]
-    return torch.cat([state, *features], 1) if features else state
-
-
-def num_inputs(obs_shapes: Shapes, *encoders: Encoder | None) -> int:
-    """Return the size of what `encode` returns for one observation."""
-    return prod(obs_shapes["state"]) + sum(encoder.num_features for encoder in encoders if encoder is not None)
 
 
 def random_shift(images: Tensor, offsets: Tensor) -> Tensor:

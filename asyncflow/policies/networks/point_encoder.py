@@ -9,7 +9,6 @@ Shapes: N observations, O env steps of a history (n_obs_steps), P points of a cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
 from math import prod
 
@@ -17,7 +16,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from asyncflow.envs.base import point_shapes
+from asyncflow.config.observations import Shapes
 from asyncflow.policies.base import Normalizer
 
 NUM_FEATURES = 64
@@ -45,14 +44,11 @@ class PointEncoder(nn.Module):
     """One network a camera; the clouds of a history share it.
 
     Attributes:
-        kind: Its part of an observation.
         num_features: F, of all cameras and the whole history.
         normalizer: Of a point's six numbers, in one frame for all cameras; the identity unless pre-training fits it.
     """
 
-    kind = "points"
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         """Build the networks for camera -> `(P, 6)`, with O in front for a history."""
         super().__init__()
         self.normalizer = Normalizer((_NUM_CHANNELS,))
@@ -63,9 +59,3 @@ class PointEncoder(nn.Module):
         """Return the features [N, F] of clouds, camera -> [N, P, 6] or [N, O, P, 6]."""
         clouds = [(network, self.normalizer.normalize(points[camera])) for camera, network in self.cameras.items()]
         return torch.cat([network(cloud).flatten(1) for network, cloud in clouds], 1)
-
-
-def build_point_encoder(obs_shapes: Mapping[str, tuple[int, ...]]) -> PointEncoder | None:
-    """Return an encoder for the point clouds among observations; None if there are none."""
-    shapes = point_shapes(obs_shapes)
-    return PointEncoder(shapes) if shapes else None

@@ -11,7 +11,7 @@ the size of the model's action, or more in a padded model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config.contracts import broken, name_of
+from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Normalizer, Policy
 from asyncflow.policies.flow_sampler import Steps, Velocity
@@ -155,12 +157,7 @@ class VLAPolicy(VelocityPolicy):
         return torch.autocast(self.sampler.time.device.type, self._dtype)
 
 
-def build_vla(
-    config: PolicyConfig,
-    obs_shapes: Mapping[str, tuple[int, ...]],
-    action_dim: int,
-    image_shapes: Mapping[str, tuple[int, ...]],
-) -> Policy:
+def build_vla(config: PolicyConfig, spec: EnvSpec) -> Policy:
     """Build asyncflow's own model of `policy.vla.size` from scratch, or load `policy.vla.model_class`.
 
     Raises:
@@ -172,15 +169,20 @@ def build_vla(
         _instruct(model, config)
         if config.vla.lora_rank:
             add_lora(model, config.vla)
-        return _wrap(config, model, action_dim)
+        return _wrap(config, model, spec.action_dim)
     vla = config.vla
     shape = VLAShape(
-        image_shapes, obs_shapes["state"], config.horizon, action_dim, tokenize(config.instruction), vla.patch_size
+        image_shapes=spec.shapes(IMAGES),
+        state_shape=spec.state_shape,
+        horizon=config.horizon,
+        action_dim=spec.action_dim,
+        instruction=tokenize(config.instruction),
+        patch_size=vla.patch_size,
     )
     own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
     if vla.lora_rank:
         add_lora(own, vla)
-    return VLAPolicy(config, own, action_dim)
+    return VLAPolicy(config, own, spec.action_dim)
 
 
 def _instruct(model: nn.Module, config: PolicyConfig) -> None:

@@ -78,7 +78,7 @@ def decide_with(folder: Path) -> Decide:
     """Return what the last checkpoint of a run decides without noise."""
     file = load_policy_file(resolve_checkpoint(str(folder)))
     spec = file.env_spec
-    policy = make_policy(file.policy_config, spec.obs_shapes, spec.action_dim, 0, spec.image_shapes)
+    policy = make_policy(file.policy_config, spec, 0)
     load_into(policy, file)
     noise = torch.zeros(1, policy.noise_size)
 

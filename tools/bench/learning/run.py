@@ -268,7 +268,7 @@ class Evaluator:
         key = (path, num_episodes)
         if key not in self._results:
             file, seed, spec = load_policy_file(path), self._config.trainer.seed, self._env.spec
-            policy = make_policy(file.policy_config, spec.obs_shapes, spec.action_dim, seed, spec.image_shapes)
+            policy = make_policy(file.policy_config, spec, seed)
             load_into(policy, file)
             policy.to(resolve_device(self._config.trainer.device))
             self._results[key] = evaluate(policy, self._env, num_episodes, seed)

@@ -40,7 +40,7 @@ class ChunkEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._seed, self._index, self._episode, self._length = plan.seed, index, 0, 0
         spec = self._simulator.spec
         self._action_dim = spec.action_dim
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, spec.obs_shapes["state"], np.float32)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, spec.state_shape, np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (CHUNK_LENGTH * spec.action_dim,), np.float32)
 
     def reset(

@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Distribution
 
 from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
 from asyncflow.policies.gaussian import GaussianPolicy
 from tools.bench.common.report import REPORTED, Finding, Part, isolated
@@ -78,7 +79,7 @@ def make_gaussian() -> GaussianPolicy:
     config = PolicyConfig(
         kind="gaussian", log_prob="joint_sum", hidden_sizes=HIDDEN, critic_hidden_sizes=HIDDEN, initial_std=STD
     )
-    policy = make_policy(config, {"state": (STATE_DIM,)}, ACTION_DIM, seed=0)
+    policy = make_policy(config, EnvSpec({"state": (STATE_DIM,)}, ACTION_DIM, 10), seed=0)
     assert isinstance(policy, GaussianPolicy)  # its kind
     return policy
 

@@ -55,7 +55,7 @@ def find_spec(config: Config) -> EnvSpec:
 def build(config: Config, spec: EnvSpec) -> Policy:
     """Return a configuration's policy with fresh weights, on the threads and the device that it asks for."""
     torch.set_num_threads(config.trainer.num_threads)
-    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed, spec.image_shapes)
+    policy = make_policy(config.policy, spec, config.trainer.seed)
     return policy.to(resolve_device(config.trainer.device))
 
 

@@ -1,0 +1,71 @@
+"""From an observation to what actor and critic see: the normalised state and what cameras yield, as features.
+
+A new kind is an encoder in a module of its own and an entry of `ENCODERS`.
+
+Shapes: N observations, O env steps of a history (n_obs_steps), D size of the state, F features of an observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from asyncflow.config.observations import IMAGES, POINTS, STATE, Shapes
+from asyncflow.config.sections import PolicyConfig
+from asyncflow.envs.base import EnvSpec
+from asyncflow.policies.base import Normalizer
+from asyncflow.policies.networks.image_encoder import ImageEncoder
+from asyncflow.policies.networks.point_encoder import PointEncoder
+
+
+class EncoderEntry(NamedTuple):
+    """How one kind is looked at: the attribute of a policy, which names its weights in files, and what builds it.
+
+    What is built is called with camera -> tensor [N, ...], returns features [N, F], and says F as `num_features`.
+    """
+
+    attribute: str
+    build: Callable[[PolicyConfig, Shapes], nn.Module]
+
+
+ENCODERS = {
+    IMAGES: EncoderEntry("image_encoder", lambda config, shapes: ImageEncoder(config.image_encoder, shapes)),
+    POINTS: EncoderEntry("point_encoder", lambda _, shapes: PointEncoder(shapes)),
+}
+
+
+def add_encoders(policy: nn.Module, config: PolicyConfig, spec: EnvSpec) -> int:
+    """Give a policy `obs_normalizer` and an encoder of each kind in the spec; return the size of what `encode` returns.
+
+    Raises:
+        ConfigError: What cameras yield cannot be encoded as configured.
+    """
+    policy.register_module("obs_normalizer", Normalizer(spec.state_shape[-1:]))
+    size = prod(spec.state_shape)
+    for kind, entry in ENCODERS.items():
+        shapes = spec.shapes(kind)
+        encoder = entry.build(config, shapes) if shapes else None
+        policy.register_module(entry.attribute, encoder)
+        size += 0 if encoder is None else int(encoder.num_features)  # type: ignore[arg-type]
+    return size
+
+
+def find_encoders(policy: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (kind, encoder) of a policy's encoders."""
+    for kind, entry in ENCODERS.items():
+        encoder = getattr(policy, entry.attribute, None)
+        if encoder is not None:
+            yield kind, encoder
+
+
+def encode(policy: nn.Module, obs: TensorDictBase) -> Tensor:
+    """Return the normalised state and the features that a policy's encoders see, [N, O * D + F]."""
+    normalizer: Normalizer = policy.obs_normalizer  # type: ignore[assignment]
+    state = normalizer.normalize(obs[STATE]).flatten(1)
+    features = [encoder(obs[kind]) for kind, encoder in find_encoders(policy)]
+    return torch.cat([state, *features], 1) if features else state
