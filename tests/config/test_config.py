@@ -232,7 +232,7 @@ def test_sections_stand_in_the_documented_order() -> None:
     [
         b"\xff\xfe", b"env: \xe4", b"\x00", b"env: !!python/object/apply:os.system [touch mark]",
         b"env: !!python/name:os.system", b"env: !!int x", b"env: !!bool x", b"env: !!timestamp x",
-        b"env: " + b"1" * 5000, b"[" * 10_000, b"env: *nothing", b"- env",
+        b"env: " + b"1" * 5000, b"[" * 1_000, b"env: *nothing", b"- env",
     ],
     ids=lambda content: repr(content[:30]),
 )  # fmt: skip
@@ -250,7 +250,7 @@ def test_a_preset_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "mine.yaml")).logging.out == "größe"
 
 
-@pytest.mark.parametrize("value", ["!!python/object/apply:os.system [touch mark]", "!!int x", "!!bool x", "[" * 10_000])
+@pytest.mark.parametrize("value", ["!!python/object/apply:os.system [touch mark]", "!!int x", "!!bool x", "[" * 1_000])
 def test_an_override_that_is_no_plain_yaml_is_one_line_and_runs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:

@@ -11,7 +11,7 @@ from test_pretrain import CONFIG, META, OPTIONS, run, write
 from asyncflow.config.sections import EnvConfig
 from asyncflow.demos.dataset import read_dataset
 from asyncflow.demos.pretrain import make_examples
-from asyncflow.demos.record import DemoOptions, collect_demos
+from asyncflow.demos.record import DemoOptions, RobomimicSimulator, collect_demos
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file
@@ -114,18 +114,32 @@ def test_clouds_that_are_not_finite_are_refused(dataset):
     assert "/data/demo_1/obs/agentview_points: step 3 holds nan" in refused(dataset)
 
 
+class EagerSimulator(RobomimicSimulator):
+    """Lift, solved after five actions: its cameras are what takes time."""
+
+    def reset(self, seed):
+        self.num_actions = 0
+        return super().reset(seed)
+
+    def step(self, action):
+        self.num_actions += 1
+        obs, reward, _ = super().step(action)
+        return obs, reward, self.num_actions == 5
+
+
 @pytest.mark.sim
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # robosuite's get_xml
 def test_demos_record_the_clouds_that_the_simulator_shows_beside_the_images(tmp_path):
     seen = {"cameras": ["agentview"], "point_clouds": ["frontview"]}
     config = EnvConfig(task="Lift", num_points=64, camera_size=[32, 32], **seen)
-    collect_demos(config, tmp_path / "demos.hdf5", DemoOptions(num_demos=1, action_noise=0.0))
+    collect_demos(config, tmp_path / "demos.hdf5", DemoOptions(num_demos=1, action_noise=0.0), EagerSimulator)
     with h5py.File(tmp_path / "demos.hdf5") as file:
         demo, meta = file["data/demo_0"], json.loads(file["data"].attrs["env_args"])
         clouds, images = demo["obs/frontview_points"][()], demo["obs/agentview_image"]
-        assert (clouds.shape, clouds.dtype) == ((len(demo["actions"]), 64, 6), np.float32)
-        assert images.shape == (len(demo["actions"]), 32, 32, 3)
+        assert (clouds.shape, clouds.dtype) == ((5, 64, 6), np.float32)
+        assert images.shape == (5, 32, 32, 3)
         assert np.array_equal(demo["next_obs/frontview_points"][:-1], clouds[1:])
+        assert not np.array_equal(clouds[0], clouds[4])
     assert meta["point_settings"]["camera_size"] == [32, 32]
     assert np.abs(clouds[:, :, :2]).max() <= 0.5
     assert clouds[:, :, 2].min() >= 0.805 - 1e-6

@@ -17,7 +17,7 @@ from asyncflow.errors import ConfigError
 
 pytestmark = pytest.mark.sim
 NAMES = ["agentview", "robot0_eye_in_hand"]
-SEED, STEPS, H = 3, 6, 3
+SEED, STEPS, H = 3, 3, 3
 
 
 def build(seed: int = SEED, **keys) -> RobomimicEnv:
