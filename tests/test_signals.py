@@ -129,7 +129,11 @@ def num_rows(run):
 
 @pytest.mark.parametrize(
     ("number", "buffer_type"),
-    [(signal.SIGINT, "vla"), (signal.SIGTERM, "standard"), (signal.SIGUSR1, "standard")],
+    [
+        (signal.SIGINT, "vla"),
+        (signal.SIGTERM, "standard"),
+        pytest.param(signal.SIGUSR1, "standard", marks=pytest.mark.slow),
+    ],
 )
 def test_the_first_signal_saves_and_leaves_with_130_within_ten_seconds(launch, tmp_path, number, buffer_type):
     run = tmp_path / "run"

@@ -199,7 +199,7 @@ def test_observables_of_different_rates_delays_and_noise_are_sampled_as_often():
 @pytest.mark.parametrize("control_freq", [7, 30])
 def test_a_step_may_have_another_number_of_substeps(control_freq):
     env = build(env_kwargs={"control_freq": control_freq})
-    assert_equal_episodes(env, num_steps=30, num_episodes=1)
+    assert_equal_episodes(env, num_steps=12, num_episodes=1)
     env.close()
 
 

@@ -153,7 +153,13 @@ def test_a_recorded_decision_follows_weights_and_inputs(policy):
     assert_follows(GraphedSampler(sample, *inputs(policy, 0), capture=capture_by_tracing), policy)
 
 
-@pytest.mark.parametrize("keys", SEEING.values(), ids=SEEING)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param(keys, id=name, marks=[] if name in ("flow", "frozen") else pytest.mark.slow)
+        for name, keys in SEEING.items()
+    ],
+)
 def test_a_decision_on_pictures_or_their_features_is_compiled_and_recorded_likewise(monkeypatch, keys):
     monkeypatch.setattr(inference, "BACKEND", "eager")
     policy = make_seeing(**keys)

@@ -23,7 +23,8 @@ MORE_MODES = (
     "run/test_frozen_backbone.py",
     "policies/test_contract.py",
 )
-CORE_TYPES = ("Prescott", "Haswell", "SkylakeX", "Zen")
+FAR_APART, OTHERS = ("Prescott", "SkylakeX"), ("Haswell", "Zen")  # without AVX, with AVX-512; both with AVX2
+CORE_TYPES = FAR_APART + OTHERS
 WITHOUT_AVX = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
 WITH_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
@@ -37,7 +38,7 @@ def run_tests(*names: str, **kernels: str) -> None:
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("core_type", CORE_TYPES)
+@pytest.mark.parametrize("core_type", [*FAR_APART, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)])
 def test_the_fast_step_is_robosuites_with_the_kernels_of(core_type):
     run_tests(ONE_TASK, OPENBLAS_CORETYPE=core_type)
 
