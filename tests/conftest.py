@@ -15,12 +15,20 @@ from typing import Any
 import pytest
 from absent_peers import stand_in
 from silent import LIFT_VLA, record, start
+from warm_start import WarmContext, started_by
 
 # LeRobot holds another torch: its tests have an environment of their own, made by `make test-lerobot`.
 collect_ignore = [] if any(importlib.metadata.distributions(name="lerobot")) else ["lerobot"]
 
 REPOSITORY = Path(__file__).parent.parent
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_workers() -> Iterator[None]:
+    """Let a server that has imported torch and robosuite start the worker processes; see `warm_start`."""
+    with started_by(WarmContext()):
+        yield
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from fake_simulator import (
     make_nothing,
 )
 from inline_worker import work_inline
+from warm_start import SPAWN, started_by
 from worker_cases import SEED, H, N, command, first_draw, left_behind, make, process_of, stop, tensors
 
 from asyncflow.envs import worker, workers
@@ -39,7 +40,9 @@ from asyncflow.errors import ContractError, EnvError
 
 @pytest.fixture(scope="module")
 def two_workers():
-    with make(2) as vec_env:
+    with started_by(SPAWN):  # as a run does
+        vec_env = make(2)
+    with vec_env:
         yield vec_env
 
 

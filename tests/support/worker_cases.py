@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fake_simulator import ACTION_DIM, FakeSimulator
+from warm_start import start_server
 
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult
@@ -61,6 +62,7 @@ def stop(vec_env: WorkerVecEnv) -> None:
 
 def left_behind() -> tuple[set, set[Path], int]:
     """Return the child processes, the shared memory and the number of descriptors of this process."""
+    start_server()  # which stays
     gc.collect()  # what earlier tests have let go of may hold some until then
     shared_memory = set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
     return set(multiprocessing.active_children()), shared_memory, len(os.listdir("/proc/self/fd"))
