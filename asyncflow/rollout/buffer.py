@@ -30,35 +30,36 @@ class RolloutBuffer:
     A transition is a dictionary of tensors [N, ...], in names of your own, nested if you like. The first one shows
     names, shapes and dtypes; memory is allocated then, once.
 
-    Asynchronous (`buffer_type="vla"`): `add` takes one transition. A full buffer overwrites its oldest row.
-
-    >>> buffer = RolloutBuffer(capacity=4)
-    >>> def lies_in_memory():
-    ...     return [f"T{int(row)}" for row in buffer.memory["number"][: , 0]]
-    >>> for number in range(4):                       # [T0, _, _, _] ... [T0, T1, T2, T3]
-    ...     buffer.add({"number": torch.tensor([number])})
-    >>> lies_in_memory(), buffer.is_full()
-    (['T0', 'T1', 'T2', 'T3'], True)
-    >>> buffer.add({"number": torch.tensor([4])})     # in the place of T0, the oldest
-    >>> lies_in_memory(), buffer.num_dropped
-    (['T4', 'T1', 'T2', 'T3'], 1)
-    >>> buffer.get()["number"].tolist()               # in the order of time, across the wrap
-    [1, 2, 3, 4]
-    >>> len(buffer), buffer.is_full()                 # each row is handed out once
-    (0, False)
-    >>> buffer.add({"number": torch.tensor([5])})
-    >>> lies_in_memory(), buffer.get()["number"].tolist()
-    (['T4', 'T5', 'T2', 'T3'], [5])
-
-    Synchronous (`buffer_type="standard"`): `add` takes a whole rollout, [C, N, ...].
-
-    >>> buffer = RolloutBuffer(capacity=3, buffer_type="standard")
-    >>> buffer.add({"reward": torch.tensor([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])})     # of two environments
-    >>> buffer.get(flatten=True)["reward"].tolist()   # [C * N]: rows of one time stand together
-    [0.0, 10.0, 1.0, 11.0, 2.0, 12.0]
-
     One thread may add while another gets: with `on_full="block"`, `add` waits for the other thread's `get` instead of
     overwriting, and `get(wait=True)` waits until the buffer is full.
+
+    Examples:
+        Asynchronous (`buffer_type="vla"`): `add` takes one transition. A full buffer overwrites its oldest row.
+
+        >>> buffer = RolloutBuffer(capacity=4)
+        >>> def lies_in_memory():
+        ...     return [f"T{int(row)}" for row in buffer.memory["number"][:, 0]]
+        >>> for number in range(4):                       # [T0, _, _, _] ... [T0, T1, T2, T3]
+        ...     buffer.add({"number": torch.tensor([number])})
+        >>> lies_in_memory(), buffer.is_full()
+        (['T0', 'T1', 'T2', 'T3'], True)
+        >>> buffer.add({"number": torch.tensor([4])})     # in the place of T0, the oldest
+        >>> lies_in_memory(), buffer.num_dropped
+        (['T4', 'T1', 'T2', 'T3'], 1)
+        >>> buffer.get()["number"].tolist()               # in the order of time, across the wrap
+        [1, 2, 3, 4]
+        >>> len(buffer), buffer.is_full()                 # each row is handed out once
+        (0, False)
+        >>> buffer.add({"number": torch.tensor([5])})
+        >>> lies_in_memory(), buffer.get()["number"].tolist()
+        (['T4', 'T5', 'T2', 'T3'], [5])
+
+        Synchronous (`buffer_type="standard"`): `add` takes a whole rollout, [C, N, ...].
+
+        >>> buffer = RolloutBuffer(capacity=3, buffer_type="standard")
+        >>> buffer.add({"reward": torch.tensor([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]])})     # of two environments
+        >>> buffer.get(flatten=True)["reward"].tolist()   # [C * N]: rows of one time stand together
+        [0.0, 10.0, 1.0, 11.0, 2.0, 12.0]
     """
 
     def __init__(

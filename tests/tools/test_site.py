@@ -42,6 +42,13 @@ def test_every_module_has_a_page(site: Path) -> None:
     assert [name for name in modules if not (site / "api" / f"{name.replace('.', '/')}.html").is_file()] == []
 
 
+@pytest.mark.slow
+def test_every_public_name_is_on_the_page_of_public_names(site: Path) -> None:
+    page = (site / "api" / "asyncflow.html").read_text()
+    missing = [name for name in site_pages.public_names() if f"<h2 id=\"asyncflow.{name}\"" not in page]
+    assert missing == []
+
+
 def test_a_list_or_table_after_a_paragraph_gets_a_blank_line_and_code_does_not() -> None:
     text = "Words:\n- one\n  more\n- two\n\nWords:\n| a |\n|---|\n```\nx\n- y\n```\n"
     separate = "Words:\n\n- one\n  more\n- two\n\nWords:\n\n| a |\n|---|\n\n```\nx\n- y\n```\n"

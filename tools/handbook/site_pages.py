@@ -1,7 +1,7 @@
 """A hook of MkDocs: adds the pages that do not lie in `docs/`, and mends what Python-Markdown reads otherwise.
 
-README, ARCHITECTURE and the like become pages. Every module gets an API page, which mkdocstrings fills with the
-docstrings of its public names. Links between pages are turned to their places on the site; a link to a file that is no
+README, ARCHITECTURE and the like become pages. The public names get an API page, and so does every module, which
+mkdocstrings fills with their docstrings. Links between pages are turned to their places on the site; a link to a file that is no
 page, such as an example, becomes its text. Python-Markdown wants a blank line before every list and table.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+import asyncflow
 from tools import rooms
 
 REPOSITORY = Path(__file__).parents[2]
@@ -26,6 +27,7 @@ ROOT_PAGES = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
+PUBLIC_NAMES = "api/asyncflow.md"
 LINK = re.compile(r"(?<!`)(\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
 BLOCK = re.compile(r"(?:[-*] |\d+\. |\|)")
 FENCE = re.compile(r"\s*```")
@@ -34,7 +36,7 @@ FENCE = re.compile(r"\s*```")
 def on_config(config: Any) -> Any:
     """Add the API pages to the navigation: rooms in their order, modules by name."""
     pages = [{room: [{name.rpartition(".")[2]: _api_path(name)} for name in names]} for room, names in _modules()]
-    config.nav.append({"API": pages})
+    config.nav.append({"API": [{"Public names": PUBLIC_NAMES}, *pages]})
     return config
 
 
@@ -42,10 +44,17 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that do not lie in `docs/`."""
     for source, page in ROOT_PAGES.items():
         files.append(File.generated(config, page, content=(REPOSITORY / source).read_text()))
+    public = "\n".join(f"::: asyncflow.{name}\n    options: {{show_root_heading: true}}\n" for name in public_names())
+    files.append(File.generated(config, PUBLIC_NAMES, content=f"# Public names\n\n{public}"))
     for name in (name for _, names in _modules() for name in names):
         text = f"# asyncflow.{name}\n\n::: asyncflow.{name}\n"
         files.append(File.generated(config, _api_path(name), content=text))
     return files
+
+
+def public_names() -> list[str]:
+    """Return what `import asyncflow` offers: classes and functions, without the version."""
+    return [name for name in asyncflow.__all__ if name != "__version__"]
 
 
 def _modules() -> list[tuple[str, list[str]]]:
