@@ -45,7 +45,7 @@ def test_every_module_has_a_page(site: Path) -> None:
 @pytest.mark.slow
 def test_every_public_name_is_on_the_page_of_public_names(site: Path) -> None:
     page = (site / "api" / "asyncflow.html").read_text()
-    missing = [name for name in site_pages.public_names() if f"<h2 id=\"asyncflow.{name}\"" not in page]
+    missing = [name for name in site_pages.public_names() if f'<h2 id="asyncflow.{name}"' not in page]
     assert missing == []
 
 
