@@ -1,8 +1,8 @@
 """A hook of MkDocs: adds the pages that do not lie in `docs/`, and mends what Python-Markdown reads otherwise.
 
 README, ARCHITECTURE and the like become pages. The public names get an API page, and so does every module, which
-mkdocstrings fills with their docstrings. Links between pages are turned to their places on the site; a link to a file that is no
-page, such as an example, becomes its text. Python-Markdown wants a blank line before every list and table.
+mkdocstrings fills with their docstrings. Links between pages are turned to their places on the site; a link to a file
+that is no page, such as an example, becomes its text. Python-Markdown wants a blank line before every list and table.
 """
 
 from __future__ import annotations
