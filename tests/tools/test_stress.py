@@ -58,6 +58,7 @@ def test_the_race_notices_a_row_of_another_rollout(monkeypatch):
     assert "rollout 0 holds other rows than were written" in race.checks.failures
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_killed_worker_counts_it_and_leaves_no_process(tmp_path):
     assert not stress_faults.kill_workers(tmp_path, times=1, seed=0).failures
 
@@ -68,6 +69,7 @@ def test_shared_memory_that_is_left_behind_is_noticed(monkeypatch):
     assert stress_faults.check_nothing_is_left({"old", "new", "gone"}).failures == ()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_equals_the_uncut_one(tmp_path):
     lane = stress_cuts.Lane(tmp_path / "cut", tmp_path / "uncut", start_s=1.0)
     with ThreadPoolExecutor(1) as pool:
