@@ -48,7 +48,7 @@ def norm_each(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class AdamTensors(NamedTuple):
-    """What a step of Adam reads and writes: of every parameter one entry, all of one type.
+    """The tensors that a step of Adam reads and writes: one entry per parameter, all of one type.
 
     Attributes:
         parameters: Changed in place.

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class FolderType(NamedTuple):
-    """What a type of LeRobot's policies means to asyncflow.
+    """The facts about one type of LeRobot policy that asyncflow uses.
 
     Attributes:
         chunk_key: Which key of `config.json` says how many actions the model predicts.
@@ -59,7 +59,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class LeRobotFolder:
-    """What a policy folder says about its model.
+    """A LeRobot policy folder's description of its model.
 
     Attributes:
         path: The folder.

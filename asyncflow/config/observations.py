@@ -66,7 +66,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Kind:
-    """What cameras can yield.
+    """One kind of camera output, such as images.
 
     Attributes:
         words: What messages call it.

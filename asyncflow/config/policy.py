@@ -152,7 +152,7 @@ class StatePart(Section):
 
 
 class ObsMapping(Section):
-    """What the model sees of the simulator's observations."""
+    """Maps the simulator's observations to the model's."""
 
     images: dict[str, str] | None = Field(
         None, description="Image of env.cameras -> the model's name for it; null: all, under their own names."
@@ -171,7 +171,7 @@ class ObsMapping(Section):
 
 
 class ActionMapping(Section):
-    """How the model's actions become the simulator's: selected, scaled, offset. An entry for each of its dimensions."""
+    """Maps the model's actions to the simulator's: selected, scaled, offset; an entry per simulator dimension."""
 
     size: PositiveInt | None = Field(None, description="Size of the model's action; null: the simulator's.")
     select: list[NonNegativeInt] | None = Field(
@@ -203,7 +203,7 @@ class MappingConfig(Section):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What is mapped, by its key; the instruction apart."""
+        """Return the parts of the mapping by key, without the instruction."""
         obs, action = self.obs.model_dump(exclude_none=True), self.action.model_dump(exclude_none=True)
         found = {f"policy.mapping.obs.{name}": obs[name] for name in ("images", "state") if name in obs}
         return found | ({"policy.mapping.action": action} if action else {})
@@ -272,12 +272,12 @@ class PolicyConfig(Section):
 
     @property
     def has_model_class(self) -> bool:
-        """Whether the policy is a model of `policy.vla.model_class`."""
+        """Return whether the policy is a model named by `policy.vla.model_class`."""
         return self.kind == "vla" and self.vla.model_class is not None
 
     @property
     def is_from_elsewhere(self) -> bool:
-        """Whether the policy's code is neither asyncflow's nor LeRobot's."""
+        """Return whether the policy's code is neither asyncflow's nor LeRobot's."""
         return self.has_model_class or self.kind not in POLICY_KINDS
 
     @property
@@ -289,7 +289,7 @@ class PolicyConfig(Section):
 
     @property
     def instruction(self) -> str:
-        """What the robot is told to do."""
+        """The instruction that the model is given."""
         return self.mapping.obs.language or self.vla.instruction
 
     @property

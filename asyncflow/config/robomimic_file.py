@@ -43,7 +43,7 @@ ALLOWED = {
 
 @dataclass(frozen=True)
 class RobomimicFile:
-    """What asyncflow takes from a checkpoint of robomimic.
+    """The parts of a robomimic checkpoint that asyncflow uses.
 
     Attributes:
         algo_name: robomimic's name of the algorithm, such as `bc`.

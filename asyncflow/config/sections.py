@@ -54,7 +54,7 @@ MIN_PIXELS, MAX_PIXELS = 16, 1024  # less than an image encoder can take; more t
 
 
 class EnvConfig(Section):
-    """What is simulated, and in how many processes."""
+    """The task to simulate, and the number of processes."""
 
     task: str = Field("Lift", description="Task name (`asyncflow tasks` lists them); `Toy` needs no simulator.")
     env_meta: PathText | dict[str, Any] | None = Field(
@@ -139,7 +139,7 @@ class BufferConfig(Section):
 
 
 class CollectorConfig(Section):
-    """How environments are stepped."""
+    """Settings of the collector: how environments are stepped."""
 
     num_env_groups: int = Field(1, ge=1, description="Groups of environments stepped while others infer, G.")
 
@@ -182,7 +182,7 @@ class TrainerConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where a run's files go."""
+    """Settings of a run's files."""
 
     out: PathText | None = Field(
         None, description="Run folder; null means runs/<task>_<buffer type>_seed<seed>_<time>."

@@ -43,7 +43,7 @@ DIVERGED = 10.0  # times the loss of untrained weights
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """How a policy is trained on demonstrations.
+    """Settings of pre-training on demonstrations.
 
     Attributes:
         num_steps: Optimiser steps.
@@ -76,7 +76,7 @@ class PretrainOptions:
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What pre-training did.
+    """Result of pre-training.
 
     Attributes:
         path: The policy file.

@@ -37,7 +37,7 @@ VALID_FRACTION = 0.1
 
 
 class Simulator(Protocol):
-    """What recording asks of one environment; observations are robomimic's, by name.
+    """The environment that recording needs; observations are robomimic's, by name.
 
     An episode is a function of its seed and its actions, so that it can be played again.
     """
@@ -114,7 +114,7 @@ class RobomimicSimulator:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """How demonstrations are collected.
+    """Settings of collecting demonstrations.
 
     Attributes:
         num_demos: Successful demonstrations to write.
@@ -141,7 +141,7 @@ class DemoOptions:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What was collected.
+    """Result of collecting demonstrations.
 
     Attributes:
         path: The dataset.

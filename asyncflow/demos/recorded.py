@@ -27,7 +27,7 @@ SETTINGS_KEY = "point_settings"  # of `env_args`
 
 @dataclass(frozen=True)
 class Recorded:
-    """How one kind lies in a dataset.
+    """The layout of one kind of observation in a dataset.
 
     Attributes:
         suffix: Behind the camera, in the name of an observation.

@@ -35,7 +35,7 @@ class EnvInterrupted(EnvError):
 
 @dataclass(frozen=True, init=False)
 class EnvSpec:
-    """What a policy must fit.
+    """Description of an environment's observations and actions, which a policy must fit.
 
     `EnvSpec({"state": (4,), "images.top": (3, 28, 28)}, action_dim=2, horizon=40)` is enough; a bare shape stands for
     the `Field` that its key means.
@@ -133,7 +133,7 @@ class EnvSpec:
 
     @property
     def rendered(self) -> dict[str, dict[str, Shape]]:
-        """What cameras yield: kind -> camera -> shape; a kind that no camera yields is absent."""
+        """Shapes of what cameras yield: kind -> camera -> shape; a kind that no camera yields is absent."""
         shapes = {kind: self.shapes(kind) for kind in KINDS}
         return {kind: by_camera for kind, by_camera in shapes.items() if by_camera}
 
@@ -164,7 +164,7 @@ class EnvSpec:
 
 
 class StepResult(NamedTuple):
-    """What one env step did.
+    """Result of one env step.
 
     Attributes:
         reward: Its reward.
@@ -210,7 +210,7 @@ class ChunkSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What one chunk did in each addressed environment. CPU tensors, owned by the caller.
+    """Result of one chunk in each addressed environment. CPU tensors, owned by the caller.
 
     Every number in it is finite. Where `broken`, the chunk counts for nothing: rewards and `executed` are zero, both
     ends are false, and `obs` and `final_obs` are the first observation of the environment's next episode.
@@ -252,7 +252,7 @@ class ChunkResult:
 
 
 class EnvOrigin(NamedTuple):
-    """What builds environments again.
+    """The recipe that builds environments again.
 
     Attributes:
         config: The keys of `env`.
@@ -278,7 +278,7 @@ class VecEnv(ABC):
 
     @property
     def simulator_spec(self) -> EnvSpec:
-        """What the environments can be built from again: `spec`, unless that is in a model's names."""
+        """The spec that the environments can be built from again: `spec`, unless that is in a model's names."""
         return self.spec
 
     @abstractmethod

@@ -54,7 +54,7 @@ class CheckedVecEnv(VecEnv):
 
     @property
     def simulator_spec(self) -> EnvSpec:
-        """What the environments can be built from again."""
+        """The spec that the environments can be built from again."""
         return self._simulator_spec
 
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:

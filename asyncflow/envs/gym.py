@@ -28,7 +28,7 @@ PICTURE = 3  # dimensions of a space of uint8 that holds one
 
 @dataclass(frozen=True)
 class GymSettings:
-    """What a `GymSimulator` is made from, apart from its seed.
+    """Arguments of a `GymSimulator`, without its seed.
 
     Attributes:
         make_env: Makes one environment.

@@ -104,7 +104,7 @@ class MappedVecEnv(VecEnv):
 
     @property
     def simulator_spec(self) -> EnvSpec:
-        """What the environments can be built from again."""
+        """The spec that the environments can be built from again."""
         return self.env.simulator_spec
 
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:

@@ -82,7 +82,7 @@ class Waker:
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What every worker is given.
+    """The setup that every worker gets.
 
     Attributes:
         make_simulator: Seed -> simulator, pickled.

@@ -77,7 +77,7 @@ class Evaluation(Protocol):
 
     @property
     def has_success(self) -> bool:
-        """Whether anything is a success; else only returns tell how good a policy is."""
+        """Whether the task has a notion of success. If not, only returns tell how good a policy is."""
 
     @property
     def episode_length(self) -> float:

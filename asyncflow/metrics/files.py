@@ -174,7 +174,7 @@ def cut_rows(folder: Path, updates: int) -> int | None:
 
 
 class _StoredRow(BaseModel):
-    """What a line must hold; every other value is a number or null, too."""
+    """The values that every line must hold; all other values are numbers or null."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, float | None] = Field(init=False)

@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
     @property
     def duration_s(self) -> float:
-        """How long it took."""
+        """Return the duration."""
         return self.end_s - self.start_s
 
 

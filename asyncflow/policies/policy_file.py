@@ -65,7 +65,7 @@ class PolicyFile:
 
     @cached_property
     def mapping(self) -> NameMapping:
-        """How the policy's names follow from those of `env_spec`.
+        """The mapping from the names of `env_spec` to the policy's.
 
         Raises:
             ConfigError: The two do not fit together.

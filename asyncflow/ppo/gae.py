@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Transitions:
-    """What the recursion needs of a rollout, all [T, N].
+    """The parts of a rollout that advantages are computed from, all [T, N].
 
     Attributes:
         rewards: `sum_i gamma^i r_i` of the chunk.

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """What a minibatch leaves behind, on the device and without gradient.
+    """Statistics of one minibatch, on the device and without gradient.
 
     Attributes:
         policy_loss: [].

@@ -42,7 +42,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What a profile does.
+    """Settings of a profile.
 
     Attributes:
         inference_latency_s: Emulated seconds that a rollout takes longer in the policy.
@@ -125,22 +125,22 @@ class Profile:
 
     @property
     def ideal(self) -> Ceilings:
-        """What overlap can give if the stages do not slow each other down."""
+        """Ceiling of the speed-up if the stages do not slow each other down."""
         return ceilings(self.alone)
 
     @property
     def contended(self) -> Ceilings:
-        """What overlap can give as much as they do."""
+        """Ceiling of the speed-up with the slow-down that the stages cause each other."""
         return ceilings(self.alone, self.at_work)
 
     def speedup(self, over: Mode = "standard") -> Interval:
-        """Return what `vla` gains over a mode, with its interval over the blocks."""
+        """Return the speed-up of asynchronous mode over another leg's, with its interval over the blocks."""
         pairs = [(block.seconds(over), block.seconds("vla")) for block in self.blocks]
         return log_ratio_interval([a for a, _ in pairs], [b for _, b in pairs])
 
     @property
     def predicted(self) -> float:
-        """What the model of the ring gains with the durations of the standard legs."""
+        """Speed-up in the model of the ring, with the durations of the synchronous legs."""
         lag = vla_lag(self.config)
         return mean(
             [predict_speedup(leg.collect_s, leg.trainer_s, lag, leg.window.num_warmup) for leg in self.legs("standard")]

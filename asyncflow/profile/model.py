@@ -164,7 +164,7 @@ def spread(samples: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Situation:
-    """What the advice depends on.
+    """The figures that the advice depends on.
 
     Attributes:
         alone: Stage times while nothing else runs.

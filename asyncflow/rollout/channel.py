@@ -12,7 +12,7 @@ from asyncflow.rollout.weights import WeightPublisher
 
 @dataclass(frozen=True)
 class Channel:
-    """What the collector and the trainer share: rollouts one way, weights the other, and who did what when."""
+    """The objects that collector and trainer share: ring, weights, and the clock of who did what when."""
 
     buffer: RolloutRing
     publisher: WeightPublisher

@@ -19,7 +19,7 @@ from asyncflow.rollout.writer import RolloutWriter
 
 
 class Collector(ABC):
-    """Where the trainer gets its rollouts from. The trainer never asks which kind it has."""
+    """Source of the trainer's rollouts. The trainer never asks which kind it has."""
 
     @abstractmethod
     def start(self) -> None:
@@ -64,7 +64,7 @@ class Collector(ABC):
 
 
 class InlineCollector(Collector):
-    """Collects a rollout when it is asked for one, in the caller's thread (`standard`)."""
+    """Collects a rollout when it is asked for one, in the caller's thread: synchronous mode (`standard`)."""
 
     def __init__(self, writer: RolloutWriter, channel: Channel) -> None:
         self._writer, self._buffer, self._clock = writer, channel.buffer, channel.clock
@@ -106,7 +106,7 @@ class InlineCollector(Collector):
 
 
 class ThreadedCollector(Collector):
-    """Collects in a thread of its own, as far ahead as the ring has slots (`vla`)."""
+    """Collects in a thread of its own, as far ahead as the ring has slots: asynchronous mode (`vla`)."""
 
     def __init__(self, writer: RolloutWriter, channel: Channel, num_rollouts: int | None = None) -> None:
         """Make the thread, which ends by itself after `num_rollouts`."""

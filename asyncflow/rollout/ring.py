@@ -31,7 +31,7 @@ class BufferClosed(AsyncflowError):
 
 
 class SlotState(enum.Enum):
-    """Who owns a slot: nobody, the collector, nobody but it is full, the trainer."""
+    """State of a slot, which says who owns it: nobody, the collector, nobody (but it is full), the trainer."""
 
     FREE = enum.auto()
     WRITING = enum.auto()
@@ -41,7 +41,7 @@ class SlotState(enum.Enum):
 
 @dataclass(frozen=True)
 class RolloutInfo:
-    """What is known of a rollout besides its decisions.
+    """Facts about a rollout besides its decisions.
 
     Attributes:
         policy_version: Updates that the policy that acted had seen.
@@ -338,7 +338,7 @@ class RolloutRing:
 
     @property
     def is_full(self) -> bool:
-        """Whether every slot holds a rollout that waits to be trained on. Any thread; never waits."""
+        """Return whether every slot holds a rollout that waits to be trained on. Any thread; never waits."""
         return self.num_ready == self.plan.num_slots
 
     def books(self) -> dict[str, int]:

@@ -53,7 +53,7 @@ class Staging:
         return sent
 
     def send_rows(self, purpose: str, rows: TensorDict) -> TensorDict:
-        """As `send`, for a batch of rows, nested ones included; on a CPU it returns `rows` themselves."""
+        """Send a batch of rows, nested ones included, like `send`; on a CPU it returns `rows` themselves."""
         if self._device.type != "cuda":
             return rows
         sent = TensorDict({}, rows.batch_size)

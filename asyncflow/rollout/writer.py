@@ -42,7 +42,7 @@ from asyncflow.seeding import policy_noise
 
 @dataclass(frozen=True)
 class CollectorSettings:
-    """What of the configuration collecting depends on.
+    """The settings that collection uses.
 
     Attributes:
         seed: The run's seed.

@@ -39,7 +39,7 @@ REPLACED = ".replaced"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` reads.
+    """A checkpoint as `load_checkpoint` returns it.
 
     Attributes:
         path: Its folder.
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def journal(self) -> EpisodeJournal | None:
-        """What rebuilds the episodes that were open; None where none had begun."""
+        """The journal that rebuilds the open episodes; None if none had begun."""
         tensors = self.groups.get("journal")
         return EpisodeJournal.from_tensors(tensors) if tensors else None
 

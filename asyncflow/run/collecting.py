@@ -37,7 +37,7 @@ NUM_ROLLOUT_COPIES = 2  # what an update trains on, and an epoch's order of it
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How rollouts are collected and handed over; the keys of `buffer`, `collector` and `trainer` of these names.
+    """Settings of the loop: the keys of `buffer`, `collector` and `trainer` with these names.
 
     Attributes:
         buffer_size: Decisions in a rollout, T * N.
@@ -73,7 +73,7 @@ class LoopSettings:
 
 
 class Collecting:
-    """What a trainer gets its rollouts from. Main thread only, except `stop` and `interrupt`.
+    """A trainer's ring, weights and collector. Main thread only, except `stop` and `interrupt`.
 
     Attributes:
         plan: The ring's plan.

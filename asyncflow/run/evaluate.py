@@ -31,7 +31,7 @@ MAX_BROKEN = 10  # episodes that may break for each one that is asked for
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Attributes:
         num_episodes: Episodes run to their end.
@@ -61,7 +61,7 @@ class EvalResult:
 
     @property
     def score(self) -> float:
-        """What makes a policy the best of a run: its success rate, or its mean return where nothing is a success."""
+        """The number by which a run chooses its best policy: success rate, or mean return without success."""
         return self.success_rate if self.has_success else self.episode_return
 
     def as_metrics(self) -> dict[str, float]:

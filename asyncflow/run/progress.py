@@ -27,7 +27,7 @@ _PLAIN = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Where training ends, whichever comes first; None is no limit. Both count from the beginning of the run."""
+    """Limits of training; the first one reached ends it, None is no limit. Both count from the beginning of the run."""
 
     total_updates: int | None = None
     total_env_steps: int | None = None
@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass
 class Progress:
-    """How far a run is, at the boundary after an update. The three clocks are never mixed.
+    """A run's counters, between two updates. The three clocks are never mixed.
 
     Attributes:
         env_steps: Executed simulator steps of all trained decisions.

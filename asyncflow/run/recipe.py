@@ -34,7 +34,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a saved trainer is built from.
+    """The settings that a saved trainer is built from.
 
     Attributes:
         config: The keys of all sections; those of parts that have to be given mean nothing.
@@ -136,7 +136,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a trainer goes on from: a checkpoint, and how to build what it is a checkpoint of."""
+    """A saved trainer: its checkpoint, and how to build the trainer again."""
 
     recipe: Recipe
     checkpoint: Checkpoint

@@ -113,7 +113,7 @@ class RecordedRun:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether a run can go on from here: the newest update is published and its row written, or owed with it."""
+        """Return whether a run can go on from here: the newest update is published, its row written or still due."""
         return self._is_evaluation_owed or self._logged == self.progress.updates
 
     def _finish_update(self) -> None:

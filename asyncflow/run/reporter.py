@@ -12,7 +12,7 @@ Row = dict[str, float]  # metrics of one update
 
 
 class Reporter(Protocol):
-    """Who watches a trainer."""
+    """Watches a trainer."""
 
     def update(self, row: Row) -> None:
         """An update was finished; `row` holds its metrics by the names of `docs/metrics.md`."""
@@ -22,7 +22,7 @@ class Reporter(Protocol):
 
 
 class RunReporter(Reporter, Protocol):
-    """Who watches a run with a folder."""
+    """Watches a run with a folder."""
 
     def start(self, config: Config, run_dir: Path, ring_bytes: int, device: str) -> None:
         """Everything is planned, nothing large is allocated yet."""

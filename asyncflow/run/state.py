@@ -31,7 +31,7 @@ _STRICT = ConfigDict(strict=True)
 
 @dataclass(frozen=True, config=_STRICT)
 class Books:
-    """Where all decisions went."""
+    """Counts of where all decisions went."""
 
     collected: Count = 0
     trained: Count = 0

@@ -232,7 +232,7 @@ class Trainer:
         self.collecting.stop()
 
     def interrupt(self) -> None:
-        """As `request_stop`, and end every wait for simulators, which cannot be used afterwards. Never waits."""
+        """Request a stop and end every wait for simulators, which cannot be used afterwards. Never waits."""
         self.request_stop()
         self.collecting.interrupt()
 
@@ -361,7 +361,7 @@ class Trainer:
 
     @property
     def collector(self) -> Collector:
-        """Where rollouts come from, once training has begun."""
+        """The source of rollouts, once training has begun."""
         return self.collecting.collector
 
     def unmeasured(self) -> contextlib.AbstractContextManager[None]:

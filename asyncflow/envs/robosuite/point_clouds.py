@@ -18,7 +18,7 @@ NUM_CHANNELS = 6  # x, y, z, r, g, b
 
 
 class View(NamedTuple):
-    """Where a camera is and what it sees, as MuJoCo says it.
+    """Pose and field of view of a camera, in MuJoCo's conventions.
 
     Attributes:
         fovy: Vertical field of view, degrees.
@@ -36,7 +36,7 @@ class View(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What one camera rendered.
+    """One rendered picture: depth and colours.
 
     Attributes:
         pixels: [height, width, 3] uint8, the first row is the highest.

@@ -24,7 +24,7 @@ from asyncflow.policies.networks.point_encoder import PointEncoder
 
 
 class EncoderEntry(NamedTuple):
-    """How one kind is looked at: the attribute of a policy, which names its weights in files, and what builds it.
+    """The encoder of one kind: the policy's attribute, which names its weights in files, and its builder.
 
     What is built is called with camera -> tensor [N, ...], returns features [N, F], and says F as `num_features`.
     """

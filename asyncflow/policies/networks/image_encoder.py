@@ -26,7 +26,7 @@ _BLIND_SIZES = {"small": 9, "resnet18": 32}  # largest images of which one cell 
 
 
 class SpatialSoftmax(nn.Module):
-    """Where in an image each of some learned features is: expected coordinates in [-1, 1]."""
+    """Expected coordinates, in [-1, 1], of each learned feature in an image."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ KeysValues = list[tuple[Tensor, Tensor]]
 
 
 class VLAShape(NamedTuple):
-    """What a model must fit: camera -> (3, h, w), (D,), P, A, the instruction's tokens, and a patch's side in pixels.
+    """Sizes that a model must fit: camera -> (3, h, w), (D,), P, A, the instruction's tokens, a patch's side in pixels.
 
     A history of observations has O in front of both shapes: (O, 3, h, w) and (O, D).
     """
