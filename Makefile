@@ -69,7 +69,7 @@ soak: $(STAMP) ## Train an hour of toy, then twenty minutes of Lift, and show wh
 	$(BIN)/python -m tools.soak --task lift --minutes 20 $(ARGS)
 	$(BIN)/python -m tools.soak --page $(ARGS)
 
-bench-core: $(STAMP) ## Measure the core and write docs/benchmarks/core.md; needs a quiet machine.
+bench-core: $(STAMP) ## Measure workers and ring and write docs/benchmarks/core.md; needs a quiet machine.
 	$(BIN)/python -m tools.bench.core $(ARGS)
 
 bench-overlap: $(STAMP) ## Measure what overlap gives and write docs/benchmarks/overlap.md; an hour, needs a quiet machine, can be resumed.

@@ -127,7 +127,7 @@ def test_a_finished_run_with_other_arguments_is_refused(bench, runs, options, tr
     assert len(training.commands) == 1
 
 
-def test_a_run_that_was_interrupted_starts_anew(bench, runs, options, training):
+def test_a_run_that_was_interrupted_starts_anew_and_what_it_left_is_kept(bench, runs, options, training):
     training.is_killed = True
     with pytest.raises(KeyboardInterrupt):
         bench.train_all(runs[:1], options)
@@ -136,6 +136,7 @@ def test_a_run_that_was_interrupted_starts_anew(bench, runs, options, training):
     bench.train_all(runs[:1], options)
     assert training.trained == ["learning_standard_seed0"] * 2
     assert not (runs[0].folder / "left").exists()
+    assert (options.out / "learning_standard_seed0_set_aside_1" / "left").exists()
 
 
 def test_a_run_that_fails_says_why_and_is_not_finished(bench, runs, options, training):

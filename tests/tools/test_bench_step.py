@@ -1,6 +1,5 @@
 """What the benchmarks of the workers and of the fast step count, compare and conclude."""
 
-import argparse
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import torch
 from hand_clock import HandClock
 
 from asyncflow.config.task_table import MEASURED
+from tools.bench.core.settings import Settings
 
 STEP_S, RESET_S = 0.25, 0.5  # exact in binary, so that sums are
 
@@ -167,7 +167,7 @@ def test_workers_that_are_faster_have_a_ratio_above_1(workers):
 def test_the_part_compares_like_with_like_and_names_each_rate(workers, monkeypatch):
     rates = {"workers": [96.0], "fast": [240.0], "bare": [100.0], "single": [120.0]}
     monkeypatch.setattr(workers, "isolated", lambda *_: rates)
-    part = workers.bench_workers(argparse.Namespace(repeats=1, block_s=6.0, seed=0))
+    part = workers.bench_workers(Settings(repeats=1, block_s=6.0))
     assert [(row.measured, row.target, row.is_met) for row in part.findings] == [
         ("0.96", ">= 0.95", True),
         ("0.80", ">= 0.95", False),
@@ -255,27 +255,25 @@ def test_the_ratio_is_the_median_of_the_blocks_and_above_1_where_fast_is_faster(
 
 
 @pytest.mark.parametrize(("bare_ms", "verdict"), [(3.0, "yes"), (2.998, "**no**")])
-def test_half_as_fast_again_is_what_the_page_asks_for(fast_step, bare_ms, verdict):
-    page = fast_step.to_page([fast_step.Timing("Lift", [bare_ms], [2.0])])
-    assert f"| >= 1.5 | {verdict} |" in page
+def test_half_as_fast_again_is_what_is_asked_for(fast_step, bare_ms, verdict):
+    found = fast_step.judge(fast_step.Timing("Lift", [bare_ms], [2.0]))
+    assert (found.target, found.verdict) == (">= 1.5", verdict)
 
 
-def test_a_row_of_the_page_has_both_ways_in_their_columns(fast_step):
-    page = fast_step.to_page([fast_step.Timing("Can", [6.0, 8.0, 9.0], [3.0, 2.0, 4.0])])
-    assert "| task | bare, ms/step | fast, ms/step | times as fast | target | met |" in page
-    assert "| Can | 8.00 | 3.00 | 2.25 (2.00 to 4.00) | >= 1.5 | yes |" in page
+def test_a_finding_tells_which_way_took_how_long(fast_step):
+    found = fast_step.judge(fast_step.Timing("Can", [6.0, 8.0, 9.0], [3.0, 2.0, 4.0]))
+    assert (found.what, found.measured) == ("Can: times as fast", "2.25 (2.00 to 4.00): 3.00 instead of 8.00 ms a step")
 
 
 @pytest.fixture
 def call(fast_step, monkeypatch, tmp_path):
     """Return a function that calls the tool on figures of the test; it returns the exit code and the page."""
-    monkeypatch.setattr(fast_step, "PAGE", tmp_path / "fast_step.md")
 
     def run(fast_ms, *arguments):
-        monkeypatch.setattr(sys, "argv", ["bench_fast_step.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["fast_step", "--out", str(tmp_path), *arguments])
         timing = lambda _, task, *__: fast_step.Timing(task, [3.0], [fast_ms.get(task, 1.0)])  # noqa: E731
         monkeypatch.setattr(fast_step, "isolated", timing)
-        return fast_step.main(), fast_step.PAGE
+        return fast_step.main(), (tmp_path / "pages" / "fast_step.md").read_text()
 
     return run
 
@@ -283,12 +281,13 @@ def call(fast_step, monkeypatch, tmp_path):
 def test_one_task_that_is_too_slow_ends_with_1_and_is_on_the_page(call):
     code, page = call({"Door": 2.5})
     assert code == 1
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| ") and ">=" in line]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(MEASURED)
-    assert [row for row in rows if "**no**" in row] == [row for row in rows if row.startswith("| Door |")]
+    rows = [line for line in page.splitlines() if line.startswith("| ") and ">=" in line]
+    assert [row.split(":")[0].removeprefix("| ") for row in rows] == list(MEASURED)
+    assert [row for row in rows if "**no**" in row] == [row for row in rows if row.startswith("| Door:")]
 
 
-def test_some_tasks_alone_write_no_page(call):
-    code, page = call({}, "Lift", "Can")
-    assert code == 0
-    assert not page.exists()
+def test_some_tasks_alone_do_not_become_the_documentations_page(fast_step, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fast_step", "Lift"])
+    with pytest.raises(SystemExit):
+        fast_step.main()
+    assert "some tasks alone need --out" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_a_check_that_fails_is_exit_code_1_and_named(monkeypatch, capsys):
     good, bad = Finding("this", "1", "1", True), Finding("that", "2", "1", False)
     code, output = check(monkeypatch, capsys, good, bad)
     assert code == 1
-    assert output.endswith("failed: that\n")
+    assert output.endswith("missed: that: 2; target 1\n")
     assert check(monkeypatch, capsys, good)[0] == 0
 
 
@@ -97,9 +97,9 @@ def test_a_part_that_breaks_has_failed_and_the_next_one_runs(monkeypatch, capsys
 
 def test_the_page_says_what_failed_and_judges_no_figure_that_is_only_reported():
     findings = [Finding("a", "1", "1", True), Finding("b", "2", "1", False), Finding("c", "3 s", REPORTED, True)]
-    page = gpu_check_parts.to_page(findings, "\n- a note", CPU, commit="abc")
+    page = gpu_check_parts.make_page(findings, ["- a note"], CPU, commit="abc").text()
     assert "**1 of 3 checks failed.**" in page
-    assert "| a | 1 | 1 | yes |\n| b | 2 | 1 | NO |\n| c | 3 s | reported |  |\n" in page
+    assert "| a | 1 | 1 | yes |\n| b | 2 | 1 | **no** |\n| c | 3 s | reported |  |\n" in page
     assert "- Commit: `abc`" in page
 
 

@@ -66,31 +66,33 @@ def test_rates_have_the_intervals_of_newcombes_examples(page, successes, episode
 @pytest.mark.parametrize(
     ("successes", "verdict"),
     [
-        ((190, 190, 190), "met"),  # 570 of 600 are 95 %
-        ((190, 190, 189), "missed"),
-        ((184, 193, 193), "met"),  # 184 of 200 are 92 %
-        ((183, 200, 200), "missed"),
+        ((190, 190, 190), "yes"),  # 570 of 600 are 95 %
+        ((190, 190, 189), "**no**"),
+        ((184, 193, 193), "yes"),  # 184 of 200 are 92 %
+        ((183, 200, 200), "**no**"),
     ],
 )
 def test_the_verdict_flips_at_either_target(page, curve, successes, verdict):
     judged = page.judge("vla", {seed: curve(k) for seed, k in enumerate(successes)})
-    assert f"`vla`: **{verdict}**: pooled {sum(successes) / 6:.1f} %" in judged
+    assert (judged.what.split(":")[0], judged.verdict) == ("`vla`", verdict)
     worst = min(range(3), key=lambda seed: successes[seed])
-    assert f"worst seed ({worst}) {min(successes) / 2:.1f} %" in judged
+    pooled = f"{sum(successes) / 6:.1f} % pooled"
+    assert judged.measured.startswith(f"{pooled}, worst seed ({worst}) {min(successes) / 2:.1f} %")
 
 
-@pytest.mark.parametrize(("env_steps", "verdict"), [(100_000, "met"), (100_001, "missed")])
+@pytest.mark.parametrize(("env_steps", "verdict"), [(100_000, "yes"), (100_001, "**no**")])
 def test_more_env_steps_than_allowed_in_one_run_miss_the_target(page, curve, env_steps, verdict):
     judged = page.judge("vla", {0: curve(198), 1: curve(198, env_steps=env_steps), 2: curve(198)})
-    assert f"**{verdict}**" in judged
-    assert judged.endswith(f"{env_steps:,} env steps at most.")
+    assert judged.verdict == verdict
+    assert judged.measured.endswith(f"{env_steps:,} env steps at most")
 
 
 def test_a_seed_or_an_episode_fewer_is_not_measured(page, curve):
     two = {0: curve(200), 1: curve(200)}
-    assert "**not measured**" in page.judge("vla", two)
-    assert "**not measured**" in page.judge("vla", two | {2: curve(199, episodes=199)})
-    assert "**met**" in page.judge("vla", two | {2: curve(199)})
+    for seeds in (two, two | {2: curve(199, episodes=199)}):
+        found = page.judge("vla", seeds)
+        assert (found.measured, found.verdict) == ("not measured", "**no**")
+    assert page.judge("vla", two | {2: curve(199)}).is_met
 
 
 # What is read.

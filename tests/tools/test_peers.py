@@ -1,7 +1,5 @@
 """The comparison of updates gives everyone the same work, and its ratios are the right way round."""
 
-import argparse
-
 import pytest
 import torch
 from hand_clock import HandClock
@@ -9,6 +7,7 @@ from torch import nn
 from torch.distributions import Distribution
 
 from asyncflow.ppo.gae import Transitions, compute_gae
+from tools.bench.peers.settings import Settings
 
 ACTOR, CRITIC = [(256, 19), (256, 256), (28, 256)], [(256, 19), (256, 256), (1, 256)]  # 4 x 7 actions of 19 numbers
 CHUNK_GAMMA = 0.9801495  # 0.995 ** 4
@@ -313,6 +312,6 @@ def test_the_note_has_the_median_milliseconds_of_everyone(update):
 def test_both_sizes_are_measured_the_small_one_five_times_as_often(update, monkeypatch):
     calls = []
     monkeypatch.setattr(update, "isolated", lambda _, *arguments: calls.append(arguments) or SECONDS)
-    part = update.bench_update(argparse.Namespace(turns=6))
+    part = update.bench_update(Settings(turns=6))
     assert calls == [(960, 30), (8192, 6)]
     assert len(part.findings) == 6

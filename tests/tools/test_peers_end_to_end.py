@@ -1,6 +1,5 @@
 """The comparison of whole runs: the same chunks and env steps for everyone, and the faster peer is the one compared."""
 
-import argparse
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,8 +10,9 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.envs.base import EnvSpec
+from tools.bench.peers.settings import Settings
 
-OPTIONS = argparse.Namespace(rollout=480, updates=4, repeats=2)
+OPTIONS = Settings(rollout=480, updates=4, repeats=2)
 
 
 @pytest.fixture(scope="module")
@@ -286,16 +286,16 @@ def test_half_as_fast_again_as_the_faster_peer_is_the_target(runs, ours, is_met)
 def call(peers, monkeypatch, tmp_path):
     """Return a function that calls the tool on findings of the test; it returns the exit code and the page."""
     bench, report = peers("bench.peers.run"), peers("bench.common.report")
-    page = tmp_path / "peers.md"
-    monkeypatch.setattr(bench, "PAGE", page)
     monkeypatch.setattr(bench, "enter_environment", lambda: None)
     monkeypatch.setattr(bench, "describe_peers", lambda: "torchrl 0.14")
 
     def run(is_met, *arguments):
-        monkeypatch.setattr(sys, "argv", ["bench_peers.py", *arguments])
-        found = report.Part([report.Finding("update", "1.19", ">= 1.2", is_met)], ["How."])
-        monkeypatch.setattr(bench, "measure", lambda _: [found])
-        return bench.main(), page
+        part = report.Part([report.Finding("update", "1.19", ">= 1.2", is_met)], ["How."])
+        whole = SimpleNamespace(bench_end_to_end=lambda _: report.Part([], ["Runs."]))
+        monkeypatch.setitem(sys.modules, "tools.bench.peers.update", SimpleNamespace(bench_update=lambda _: part))
+        monkeypatch.setitem(sys.modules, "tools.bench.peers.end_to_end", whole)
+        monkeypatch.setattr(sys, "argv", ["peers", "--out", str(tmp_path), *arguments])
+        return bench.main(), (tmp_path / "pages" / "peers.md").read_text()
 
     return run
 
@@ -303,15 +303,22 @@ def call(peers, monkeypatch, tmp_path):
 def test_a_missed_target_is_on_the_page_and_ends_with_1(call, capsys):
     code, page = call(False)
     assert code == 1
-    assert "| update | 1.19 | >= 1.2 | **no** |" in page.read_text()
-    assert "- Peers: torchrl 0.14\n" in page.read_text()
-    assert capsys.readouterr().err == "missed: update\n"
+    assert "| update | 1.19 | >= 1.2 | **no** |" in page
+    assert "- Peers: torchrl 0.14\n" in page
+    assert "\n- How.\n- Runs.\n" in page
+    assert capsys.readouterr().out.endswith("missed: update: 1.19; target >= 1.2\n")
 
 
-def test_a_part_alone_does_not_overwrite_the_page(call):
-    code, page = call(True, "--only", "update")
+def test_the_page_of_a_part_alone_says_what_is_missing(call, capsys):
+    code, page = call(True, "--part", "update")
     assert code == 0
-    assert not page.exists()
+    assert "Runs." not in page
+    assert "not measured yet: end_to_end" in capsys.readouterr().out
+
+
+def test_a_page_is_made_again_from_what_was_measured(call):
+    _, page = call(True)
+    assert call(False, "--page") == (0, page)  # nothing is measured: the findings are those of the first call
 
 
 def test_peers_of_these_versions_are_installed_once_and_others_anew(peers, monkeypatch, tmp_path):

@@ -65,17 +65,11 @@ def test_too_few_samples_are_refused(report):
 
 
 @pytest.mark.parametrize(
-    ("value", "half_width", "verdict"),
-    [
-        (5.0, 6.0, "no slope: the interval contains 0"),
-        (0.5, 0.1, "no slope: below the resolution"),
-        (-0.5, 0.1, "no slope: below the resolution"),
-        (5.0, 1.0, "**grows**"),
-        (-5.0, 1.0, "falls"),
-    ],
+    ("value", "half_width", "grows"),
+    [(5.0, 6.0, False), (0.5, 0.1, False), (-0.5, 0.1, False), (1.0, 0.1, True), (5.0, 1.0, True), (-5.0, 1.0, False)],
 )
-def test_the_verdict_hides_no_growth(report, value, half_width, verdict):
-    assert report.Slope(value, half_width, 0.0).judge(resolution=1.0) == verdict
+def test_the_verdict_hides_no_growth(report, value, half_width, grows):
+    assert report.Slope(value, half_width, 0.0).grows(resolution=1.0) is grows
 
 
 def test_the_warm_up_is_left_out(report):
@@ -86,6 +80,17 @@ def test_the_warm_up_is_left_out(report):
 def test_a_sample_has_every_column(soak, report):
     row = soak.take_sample(os.getpid(), soak.count_shared_memory())
     assert {"seconds", *row} == set(report.COLUMNS)
+
+
+def test_a_folder_that_stands_where_a_run_will_write_is_renamed_however_often(tools, tmp_path):
+    folder, set_aside = tmp_path / "toy", tools("bench.common.report").set_aside
+    for name in ("mine", "yours"):
+        folder.mkdir()
+        (folder / name).touch()
+        set_aside(folder)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*s")) == ["toy_set_aside_2/yours"]
+    assert (tmp_path / "toy_set_aside_1" / "mine").exists()
+    set_aside(folder)  # nothing is there
 
 
 def test_a_process_is_found_until_it_has_ended(soak):
@@ -109,5 +114,12 @@ def test_resident_memory_contains_what_is_allocated(soak):
 def test_a_row_of_the_page_has_the_unit_of_its_quantity(report):
     seconds = [36.0 * i for i in range(101)]
     quantity = report.Quantity("memory, MiB", report.MIB, 1.0)
-    row = report.describe_quantity(quantity, seconds, [report.MIB * (10 + second / HOUR) for second in seconds])
-    assert "| memory, MiB | 10.50 (10.00 to 11.00) | +1.000 (+1.000 to +1.000) | 1 |" in row
+    found = report.judge_quantity(quantity, seconds, [report.MIB * (10 + second / HOUR) for second in seconds])
+    assert (found.what, found.verdict) == ("memory, MiB", "**no**")
+    assert found.measured.startswith("10.50 (10.00 to 11.00); +1.000 (+1.000 to +1.000); ")
+
+
+def test_a_quantity_that_strangers_move_is_not_judged(report):
+    quantity = report.Quantity("shared memory, MiB", report.MIB, None)
+    found = report.judge_quantity(quantity, [36.0 * i for i in range(101)], [report.MIB * i for i in range(101)])
+    assert (found.target, found.verdict) == ("reported", "")

@@ -81,7 +81,7 @@ def test_a_run_that_is_killed_and_resumed_equals_the_uncut_one(tmp_path):
 
 
 def test_a_failed_row_stands_on_the_page():
-    text = page([Row("this", 1, "nothing", "all"), FAILED], seed=0, minutes=1.0)
+    text = page([Row("this", 1, "nothing", "all"), FAILED], seed=0, minutes=1.0).text()
     assert "**This run failed: 1 of 2 rows.**" in text
     assert "| a fault | 3 | a decision | nothing | **no**: it did not hold |" in text
 

@@ -12,9 +12,10 @@ import torch
 
 from asyncflow.rollout import inference
 from asyncflow.run.folder import describe_versions
+from tools.bench.common.pages import Page
 from tools.bench.common.report import (
-    REPORTED,
     Finding,
+    conclude,
     describe_command,
     describe_machine,
     describe_setting,
@@ -75,14 +76,9 @@ def check(arguments: argparse.Namespace) -> int:
     print("\n".join(tables.lines))
     if arguments.out:
         notes = NOTES.format(seconds=", ".join(seconds), updates=NUM_UPDATES, tolerance=EQUAL_TOLERANCE)
-        text = to_page(findings, notes + "\n".join(tables.lines), device, arguments.commit)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text, encoding="utf-8")
-    failed = [finding.what for finding in findings if not finding.is_met]
-    print(f"{len(findings) - len(failed)} of {len(findings)} held; seconds: {', '.join(seconds)}")
-    for what in failed:
-        print(f"failed: {what}")
-    return 1 if failed else 0
+        make_page(findings, [notes, "\n".join(tables.lines)], device, arguments.commit).write(arguments.out)
+    print(f"seconds: {', '.join(seconds)}")
+    return conclude(findings)
 
 
 def run_part(name: str, scale: Scale, tables: Tables) -> list[Finding]:
@@ -103,17 +99,12 @@ def run_part(name: str, scale: Scale, tables: Tables) -> list[Finding]:
 
 
 def print_finding(finding: Finding) -> None:
-    """Show one line: whether it passed, what was checked, the figure, the target."""
-    print(f"  passed: {verdict(finding) or '-':4} {finding.what}: {finding.measured} [{finding.target}]", flush=True)
+    """Show one line: whether it is met, what was checked, the figure, the target."""
+    print(f"  met: {finding.verdict or '-':7} {finding.what}: {finding.measured} [{finding.target}]", flush=True)
 
 
-def verdict(finding: Finding) -> str:
-    """Return whether a finding passed; nothing of a figure that is only reported."""
-    return "NO" if not finding.is_met else "" if finding.target == REPORTED else "yes"
-
-
-def to_page(findings: list[Finding], notes: str, device: torch.device, commit: str | None) -> str:
-    """Return a page as the other benchmarks have it.
+def make_page(findings: list[Finding], notes: list[str], device: torch.device, commit: str | None) -> Page:
+    """Return the page.
 
     Args:
         findings: Rows of the table.
@@ -122,23 +113,14 @@ def to_page(findings: list[Finding], notes: str, device: torch.device, commit: s
         commit: What the page names where the code lies outside its repository.
     """
     num_failed = sum(not finding.is_met for finding in findings)
-    rows = [
-        f"| {found.what} | {found.measured.replace('|', '/')} | {found.target} | {verdict(found)} |"
-        for found in findings
-    ]
-    head = describe_setting(describe_machine(), _describe_software(commit)).rstrip()
-    lines = [
-        f"# The GPU check{'' if device.type == 'cuda' else ', on a CPU'}",
-        "",
-        f"{head}\n- Device: {_describe_device(device)}\n- Command: `{describe_command()}`",
-        "",
-        f"**{num_failed} of {len(findings)} checks failed.**" if num_failed else "Everything that is checked held.",
-        "",
-        "| what | measured | target | passed |",
-        "|---|---|---|---|",
-        *rows,
-    ]
-    return "\n".join(lines) + "\n" + notes.rstrip() + "\n"
+    setting = describe_setting(describe_machine(), _describe_software(commit))
+    said = f"**{num_failed} of {len(findings)} checks failed.**" if num_failed else "Everything that is checked held."
+    return Page(
+        f"The GPU check{'' if device.type == 'cuda' else ', on a CPU'}",
+        setting=f"{setting}- Device: {_describe_device(device)}\n- Command: `{describe_command()}`\n\n{said}",
+        findings=findings,
+        sections=notes,
+    )
 
 
 def _describe_software(commit: str | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ import csv
 import json
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from tools.bench.common.report import describe_setting
+from tools.bench.common.pages import Page, to_verdicts
+from tools.bench.common.report import REPORTED, Finding, describe_setting
 
 Sample = dict[str, int]
 Series = dict[str, list[float]]  # column -> a value a sample
@@ -83,15 +84,9 @@ class Slope:
         """Tell whether the interval contains zero."""
         return abs(self.value) <= self.half_width
 
-    def judge(self, resolution: float | None) -> str:
-        """Return the verdict: a slope unless the interval contains zero or the slope is under the resolution."""
-        if resolution is None:
-            return "not judged"
-        if self.contains_zero:
-            return "no slope: the interval contains 0"
-        if abs(self.value) < resolution:
-            return "no slope: below the resolution"
-        return "**grows**" if self.value > 0 else "falls"
+    def grows(self, resolution: float) -> bool:
+        """Tell whether a quantity grows: the interval is above zero, and the slope is not below the resolution."""
+        return self.value >= resolution and not self.contains_zero
 
 
 def block_means(values: list[float], num_blocks: int) -> list[float]:
@@ -145,8 +140,8 @@ def after(series: Series, warmup: float) -> Series:
     return {name: [x for x, is_kept in zip(values, kept, strict=True) if is_kept] for name, values in series.items()}
 
 
-def write_page(data: Path, pages: Path, warmup: float, tasks: list[str]) -> None:
-    """Write `soak.md` and `soak.png`.
+def write_page(data: Path, pages: Path, warmup: float, tasks: list[str]) -> list[Finding]:
+    """Write `soak.md` and `soak.png`, and return every verdict.
 
     Args:
         data: Folder of the tables.
@@ -163,35 +158,53 @@ def write_page(data: Path, pages: Path, warmup: float, tasks: list[str]) -> None
     facts = {task: json.loads((data / f"soak_{task}.json").read_text()) for task in tasks}
     series = {task: read_series(data / f"soak_{task}.csv") for task in tasks}
     try:
-        sections = [describe_soak(task, facts[task], after(series[task], warmup)) for task in tasks]
+        findings = {task: judge_soak(after(series[task], warmup)) for task in tasks}
     except ValueError as error:
         raise SystemExit(f"{data}: {error}") from None
-    (pages / "soak.md").write_text(PAGE.format(warmup=warmup, sections="\n".join(sections), num_blocks=NUM_BLOCKS))
+    remarks = data / "soak_remarks.md"
+    said = remarks.read_text(encoding="utf-8") if remarks.exists() else ""
+    make_page(facts, findings, warmup, said).write(pages / "soak.md")
     draw_picture(pages / "soak.png", series, warmup)
+    return [replace(found, what=f"{task}: {found.what}") for task in tasks for found in findings[task]]
 
 
-def describe_soak(task: str, facts: dict[str, Any], series: Series) -> str:
+def make_page(
+    facts: dict[str, dict[str, Any]], findings: dict[str, list[Finding]], warmup: float, remarks: str = ""
+) -> Page:
+    """Return the page of soaks, by task; `remarks` tell by hand what was repeated."""
+    soaks = [describe_soak(task, facts[task], found) for task, found in findings.items()]
+    sections = [*soaks, remarks, METHOD.format(num_blocks=NUM_BLOCKS)]
+    return Page("Soak", INTRODUCTION.format(warmup=warmup), sections=sections)
+
+
+def judge_soak(series: Series) -> list[Finding]:
+    """Return whether anything grows in one soak."""
+    return [judge_quantity(quantity, series["seconds"], series[name]) for name, quantity in QUANTITIES.items()]
+
+
+def describe_soak(task: str, facts: dict[str, Any], findings: list[Finding]) -> str:
     """Return the section of one soak."""
-    rows = [describe_quantity(quantity, series["seconds"], series[name]) for name, quantity in QUANTITIES.items()]
     setting = describe_setting(facts["machine"], facts["software"])
     shown = facts | {"left": ", ".join(facts["left"]) or "nothing"}
-    return SECTION.format(title=task.capitalize(), setting=setting, rows="\n".join(rows), **shown)
+    table = to_verdicts(findings, "mean (range); slope per hour (95 %); correlation")
+    return SECTION.format(title=task.capitalize(), setting=setting, table=table, **shown)
 
 
-def describe_quantity(quantity: Quantity, seconds: list[float], values: list[float]) -> str:
-    """Return a row of the table."""
+def judge_quantity(quantity: Quantity, seconds: list[float], values: list[float]) -> Finding:
+    """Return a quantity's level, its slope, and whether it grows.
+
+    Raises:
+        ValueError: There are too few samples for a slope.
+    """
     scaled = [value / quantity.scale for value in values]
     slope = fit_slope(seconds, scaled)
     low, high = slope.value - slope.half_width, slope.value + slope.half_width
-    cells = [
-        quantity.meaning,
-        f"{statistics.fmean(scaled):.2f} ({min(scaled):.2f} to {max(scaled):.2f})",
-        f"{slope.value:+.3f} ({low:+.3f} to {high:+.3f})",
-        "-" if quantity.resolution is None else f"{quantity.resolution:g}",
-        f"{slope.correlation:+.2f}",
-        slope.judge(quantity.resolution),
-    ]
-    return f"| {' | '.join(cells)} |"
+    level = f"{statistics.fmean(scaled):.2f} ({min(scaled):.2f} to {max(scaled):.2f})"
+    measured = f"{level}; {slope.value:+.3f} ({low:+.3f} to {high:+.3f}); {slope.correlation:+.2f}"
+    if quantity.resolution is None:
+        return Finding(quantity.meaning, measured, REPORTED, True)
+    target = f"< {quantity.resolution:g} an hour, or 0 in the interval"
+    return Finding(quantity.meaning, measured, target, not slope.grows(quantity.resolution))
 
 
 SECTION = """## {title}, {minutes:g} minutes
@@ -200,21 +213,18 @@ SECTION = """## {title}, {minutes:g} minutes
   updates and at the end; the last is `{last_checkpoint}`), {worker_restarts} worker restarts
 - End: SIGINT ended it with exit code 130; left behind as processes or in `/dev/shm`: {left}
 
-| quantity | mean (range) | slope per hour (95 %) | resolution | correlation | verdict |
-|---|---|---|---|---|---|
-{rows}
+{table}
 """
 
-PAGE = """# Soak
-
+INTRODUCTION = """\
 Does anything grow while a run goes on? Slopes leave out the first {warmup:g} minutes, which are shaded.
 
 ![Memory, threads, descriptors and /dev/shm over time](soak.png)
 
 The axes of memory span what was measured after the shaded minutes; the rise at the start leaves them below.
+"""
 
-{sections}
-## Method
+METHOD = """## Method
 The run is a `vla` one with TensorBoard curves and checkpoints, of which the oldest are removed; Lift is evaluated as
 well. "Workers" are all processes of the run but the main one. Samples are read from `/proc` every few seconds; they are
 the tables `soak_*.csv` in [`data/`](data). Samples that follow each other resemble each other, so slopes are
@@ -222,11 +232,11 @@ least-squares lines through the means of {num_blocks} blocks of equal size, and 
 {num_blocks} - 2 degrees of freedom. The correlation is that of neighbouring blocks about the line: within about 0.45 of
 zero it may be chance; above that, the interval is narrower than it should be.
 
-The verdict is "no slope" only if the interval contains zero or the slope is below the resolution, in units an hour. An
-interval that contains zero and is wider than the resolution says that no growth was seen, not that there is none.
-Resident memory (RSS) counts a page that several processes share in each of them. Proportional memory (PSS) counts a
-k-th of it in each of k, so it moves when strangers that map the same libraries start or end: it is shown and not
-judged. `/dev/shm` counts files without a name, too, and belongs to all processes of the machine.
+A quantity meets its target if the interval of its slope contains zero or the slope is below the resolution, in units an
+hour. An interval that contains zero and is wider than the resolution says that no growth was seen, not that there is
+none. Resident memory (RSS) counts a page that several processes share in each of them. Proportional memory (PSS)
+counts a k-th of it in each of k, so it moves when strangers that map the same libraries start or end: it is shown and
+not judged. `/dev/shm` counts files without a name, too, and belongs to all processes of the machine.
 """
 
 

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from asyncflow.signals import EXIT_INTERRUPTED
-from tools.bench.common.report import REPOSITORY, describe_command, describe_machine, describe_software
+from tools.bench.common.report import (
+    REPOSITORY,
+    conclude,
+    describe_command,
+    describe_machine,
+    describe_software,
+    set_aside,
+)
 from tools.soak import report as soak_report
 from tools.soak.report import COLUMNS, Sample
 
@@ -98,7 +105,7 @@ def take_sample(main: int, before: Sample) -> Sample:
 
 def start_run(options: argparse.Namespace) -> subprocess.Popen[bytes]:
     """Start the training as the leader of a session of its own; its output goes to a log."""
-    shutil.rmtree(run_folder(options), ignore_errors=True)  # what an earlier call left
+    set_aside(run_folder(options))  # what an earlier call left
     options.out.mkdir(parents=True, exist_ok=True)
     interval = f"trainer.save_interval={SAVE_INTERVALS[options.task]}"
     flags = ["--buffer-type", "vla", "--logger", "tensorboard", "--out", str(run_folder(options))]
@@ -242,10 +249,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Soak, or write the page."""
+    """Soak, or write the page and say whether anything grows."""
     options = parse_arguments()
     if options.page:
-        soak_report.write_page(options.data, options.pages, options.warmup, list(ARGUMENTS))
-    else:
-        soak(options)
+        return conclude(soak_report.write_page(options.data, options.pages, options.warmup, list(ARGUMENTS)))
+    soak(options)
     return 0

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tools.bench.common.report import describe_command, describe_machine, describe_setting, describe_software
+from tools.bench.common.pages import Page
+from tools.bench.common.report import (
+    Finding,
+    describe_command,
+    describe_machine,
+    describe_setting,
+    describe_software,
+    to_table,
+)
 
 GUARANTEES = """
 ## What is guaranteed, and its limits
@@ -59,8 +67,18 @@ class Row:
 
     def to_markdown(self) -> str:
         """Return the row."""
-        verdict = "yes" if not self.failures else "**no**: " + "; ".join(self.failures).replace("|", "/")
-        return f"| {self.injected} | {self.times:,} | {self.lost} | {self.held} | {verdict} |"
+        return "| " + " | ".join(cell.replace("|", "/") for cell in self.cells) + " |"
+
+    @property
+    def cells(self) -> list[str]:
+        """What the page says; a check that failed stands beside its verdict."""
+        verdict = ": ".join([self.finding.verdict, *["; ".join(self.failures)] * bool(self.failures)])
+        return [self.injected, f"{self.times:,}", self.lost, self.held, verdict]
+
+    @property
+    def finding(self) -> Finding:
+        """The row as other checks have it."""
+        return Finding(self.injected, self.lost, self.held, not self.failures)
 
 
 @dataclass
@@ -80,16 +98,16 @@ class Checks:
             self.failures.append(otherwise)
 
 
-def page(rows: list[Row], seed: int, minutes: float) -> str:
+def page(rows: list[Row], seed: int, minutes: float) -> Page:
     """Return `docs/reliability.md`."""
     num_failed = sum(bool(row.failures) for row in rows)
     verdict = "Everything held." if not num_failed else f"**This run failed: {num_failed} of {len(rows)} rows.**"
     setting = describe_setting(describe_machine(), describe_software())
-    head = (
-        "# Reliability\n\n"
-        f"What the stress suite (`make stress`) injected, what was lost, and what held. {verdict}\n"
-        "The page is written by the suite itself.\n\n"
-        f"{setting}- Command: `{describe_command()}`, seed {seed}, {minutes:.1f} minutes\n"
+    head = ["what was injected", "how often", "what was lost", "what was checked", "held"]
+    return Page(
+        "Reliability",
+        introduction=f"What the stress suite (`make stress`) injected, what was lost, and what held. {verdict}\n"
+        "The page is written by the suite itself.",
+        setting=f"{setting}- Command: `{describe_command()}`, seed {seed}, {minutes:.1f} minutes",
+        sections=[to_table(head, [row.cells for row in rows]), GUARANTEES],
     )
-    table = ["| what was injected | how often | what was lost | what was checked | held |", "|---|---|---|---|---|"]
-    return "\n".join([head, *table, *(row.to_markdown() for row in rows), GUARANTEES.rstrip(), ""])

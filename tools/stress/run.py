@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from asyncflow.files import write_atomically
 from tools.bench.common.report import REPOSITORY, isolated
 from tools.stress.cuts import Lane, draw_cuts, report_cuts, run_uncut
 from tools.stress.disk import fill_disk
@@ -137,8 +136,7 @@ def main() -> int:
         rows = run_parts(names, Path(folder), arguments.seed)
     num_failed = sum(bool(row.failures) for row in rows)
     if not arguments.part:
-        text = page(rows, arguments.seed, (time.monotonic() - start) / 60)
-        write_atomically(arguments.page, text.encode())
+        page(rows, arguments.seed, (time.monotonic() - start) / 60).write(arguments.page)
         print(f"wrote {arguments.page.name}" + (f", WHICH SAYS THAT {num_failed} ROWS FAILED" if num_failed else ""))
     print(f"{len(rows) - num_failed} of {len(rows)} rows held, {time.monotonic() - start:.0f} s")
     return 1 if num_failed else 0

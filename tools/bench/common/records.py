@@ -1,4 +1,4 @@
-"""What benchmarks of several parts share: where they write, records of finished parts, and the head of their page.
+"""What benchmarks of several parts share: where they write, records of finished parts, and what a page says of them.
 
 Owns the files under `docs/benchmarks/data/`. It must not know what a part measures: a benchmark's settings say what a
 part depends on, and its own modules what follows from the figures.
@@ -9,20 +9,17 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from tools.bench.common.report import (
-    REPORTED,
     REPOSITORY,
-    Finding,
     describe_command,
     describe_machine,
     describe_setting,
     describe_software,
-    to_table,
 )
 
 PAGES = REPOSITORY / "docs" / "benchmarks"
@@ -30,14 +27,25 @@ PAGES = REPOSITORY / "docs" / "benchmarks"
 Records = dict[str, dict[str, Any]]
 
 
-class PartSettings(Protocol):
-    """What a benchmark's settings have to say of a part."""
+@dataclass(frozen=True)
+class PartSettings:
+    """How much a benchmark measures: a frozen dataclass that says on which of its fields a part depends.
+
+    Attributes:
+        DEPENDS: Part -> names of fields; a record is good for other settings that agree in these.
+        UNTIMED: Parts for which any machine will do.
+    """
+
+    DEPENDS: ClassVar[Mapping[str, Iterable[str]]]
+    UNTIMED: ClassVar[frozenset[str]] = frozenset()
 
     def of(self, part: str) -> dict[str, Any]:
-        """Return what a part depends on, as a file holds it: a record is good for settings that agree in this."""
+        """Return what a part depends on, as a file holds it."""
+        return select(self, self.DEPENDS[part])
 
     def is_timed(self, part: str) -> bool:
         """Tell whether the machine matters."""
+        return part not in self.UNTIMED
 
 
 @dataclass(frozen=True)
@@ -170,40 +178,28 @@ def measure(parts: Mapping[str, MeasurePart], settings: PartSettings, place: Pla
         print(f"{part}: {seconds / 60:.1f} min", flush=True)
 
 
-# The page.
+# What a page says of them.
 
 
-def describe_records(title: str, records: Records, more_setting: str = "") -> str:
-    """Return the title, the setting and the commands; `more_setting` is a line, or nothing, that belongs to them."""
+def describe_records(records: Records, more_setting: str = "") -> str:
+    """Return the setting and the commands; `more_setting` is a line, or nothing, that belongs to the setting."""
     first = next(iter(records.values()))
     commits = sorted({record["software"]["commit"] for record in records.values()})
     setting = describe_setting(first["machine"], first["software"] | {"commit": "`, `".join(commits)}) + more_setting
     calls = list(dict.fromkeys(record["command"] for record in records.values()))
     inner = [record["figures"]["command"] for record in records.values() if "command" in record["figures"]]
-    minutes = ", ".join(
-        f"{part} {record['seconds'] / 60:.1f} (`{record['software']['commit'][:7]}`)"
-        for part, record in records.items()
-    )
-    commands = "\n".join([*calls, *(f"# {command}" for command in inner)])
-    note = "Lines with `#` are what these run."
-    return f"# {title}\n\n{setting}- Minutes of each part, and its commit: {minutes}\n\n```\n{commands}\n```\n{note}\n"
+    parts = ", ".join(f"{part} {_describe_minutes(record)}" for part, record in records.items())
+    block = "\n".join(["```", *calls, *(f"# {command}" for command in inner), "```"])
+    note = "\nLines with `#` are what these run." if inner else ""
+    return f"{setting}- Minutes of each part, and its commit: {parts}\n\n{block}{note}\n"
 
 
-def target_table(findings: Sequence[Finding], measured: str = "measured (95 %)") -> str:
-    """Return the table of targets; `measured` heads the column of figures."""
-    words = {"held": "held", "missed": "**missed**", REPORTED: ""}
-    rows = [[row.what, row.target, row.measured, words[_verdict(row)]] for row in findings]
-    return to_table(["what", "target", measured, ""], rows)
+def _describe_minutes(record: dict[str, Any]) -> str:
+    minutes = "" if record["seconds"] is None else f"{record['seconds'] / 60:.1f} "
+    return f"{minutes}(`{record['software']['commit'][:7]}`)"
 
 
-def _verdict(found: Finding) -> str:
-    return "missed" if not found.is_met else REPORTED if found.target == REPORTED else "held"
-
-
-def conclude(findings: Sequence[Finding], missing: Sequence[str]) -> int:
-    """Print the verdicts and what is not measured yet, and return the exit code."""
-    for found in findings:
-        print(f"{_verdict(found)}: {found.what}: {found.measured}; target {found.target}")
-    if missing:
-        print(f"not measured yet: {', '.join(missing)}")
-    return 0 if all(found.is_met for found in findings) else 1
+def read_remarks(place: Place) -> list[str]:
+    """Return what stands by hand beside the records: what was repeated, and why; nothing if there is no such file."""
+    path = place.data / f"{place.name}_remarks.md"
+    return [path.read_text(encoding="utf-8")] if path.exists() else []

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,20 +28,39 @@ Turns = dict[str, Callable[[float], float]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table."""
+    """A figure beside its target, and whether it meets it; the one notion of a verdict here.
+
+    Attributes:
+        what: What was measured.
+        measured: The figure, with its interval or spread.
+        target: What it had to be; `REPORTED` where nothing was asked for.
+        is_met: Whether it is that; true where nothing was asked for.
+    """
 
     what: str
     measured: str
     target: str
     is_met: bool
 
+    @property
+    def verdict(self) -> str:
+        """What a page says: yes, no, or nothing where no target was set."""
+        return "**no**" if not self.is_met else "" if self.target == REPORTED else "yes"
+
 
 @dataclass(frozen=True)
 class Part:
-    """What one part found, and how."""
+    """What one part found.
+
+    Attributes:
+        findings: Rows of the page's table.
+        notes: How they were measured.
+        setting: What belongs to hardware and versions, a line each.
+    """
 
     findings: list[Finding]
     notes: list[str]
+    setting: list[str] = field(default_factory=list)
 
 
 def isolated(function: Callable[..., T], *arguments: Any) -> T:
@@ -50,17 +69,26 @@ def isolated(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
+def set_aside(folder: Path) -> None:
+    """Rename what stands where a run is about to write, and say so; nothing of it is removed."""
+    if folder.exists() or folder.is_symlink():
+        names = (folder.with_name(f"{folder.name}_set_aside_{number}") for number in itertools.count(1))
+        free = next(path for path in names if not path.exists() and not path.is_symlink())
+        folder.rename(free)
+        print(f"{folder}: what was there is now {free}", flush=True)
+
+
 def run_profile(arguments: Sequence[str], folder: Path) -> dict[str, Any]:
     """Run `asyncflow profile` in a process of its own, on one thread; return what it found and how it was called.
 
     Args:
         arguments: Of the command.
-        folder: What it writes; what was there is removed.
+        folder: What it writes; what was there is set aside.
 
     Raises:
         SystemExit: It failed.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted call left
+    set_aside(folder)  # what an interrupted call left
     command = [sys.executable, "-m", "asyncflow", "profile", *arguments, "--out", str(folder)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     if done.returncode:
@@ -132,30 +160,16 @@ def describe_setting(machine: dict[str, str], software: dict[str, str]) -> str:
 
 
 def to_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+    """Return a Markdown table; a bar within a cell would end it, and becomes a stroke."""
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def to_markdown(title: str, parts: list[Part], more_setting: str = "") -> str:
-    """Return the page; `more_setting` is a line, or nothing, that belongs to hardware and versions."""
-    rows = ["| what | measured | target | met |", "|---|---|---|---|"]
-    for found in (found for part in parts for found in part.findings):
-        met = "" if found.target == REPORTED else "yes" if found.is_met else "**no**"
-        rows.append(f"| {found.what} | {found.measured} | {found.target} | {met} |")
-    notes = [f"- {note}" for part in parts for note in part.notes]
-    setting = describe_setting(describe_machine(), describe_software()) + more_setting
-    head = f"# {title}\n\n{setting}- Command: `{describe_command()}`\n"
-    return "\n".join([head, *rows, "", *notes, ""])
-
-
-def finish(page: str, parts: list[Part], path: Path | None) -> int:
-    """Print a page, write it if there is a path, name the targets that were missed, and return the exit code."""
-    print(page)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page)
-    missed = [found.what for part in parts for found in part.findings if not found.is_met]
-    for what in missed:
-        print(f"missed: {what}", file=sys.stderr)
-    return 1 if missed else 0
+def conclude(findings: Sequence[Finding], missing: Sequence[str] = ()) -> int:
+    """Print every verdict and what is not measured yet, and return the exit code: 1 if a target was missed."""
+    for found in findings:
+        word = "missed" if not found.is_met else REPORTED if found.target == REPORTED else "met"
+        print(f"{word}: {found.what}: {found.measured}; target {found.target}")
+    if missing:
+        print(f"not measured yet: {', '.join(missing)}")
+    return 0 if all(found.is_met for found in findings) else 1

@@ -1,8 +1,8 @@
 """Compare `FastStep` with bare robosuite's `step`, task by task; write `docs/benchmarks/fast_step.md`.
 
 One process and one simulator a task. Both ways play the same random actions from the same starts, in small blocks that
-take turns, so that what else the machine does meets both; the states they end in must be equal bit for bit. A page is
-written when all tasks ran; a missed target exits with 1.
+take turns, so that what else the machine does meets both; the states they end in must be equal bit for bit. What is
+finished is not measured again while its JSON is among the page's data. A missed target exits with 1.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,11 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import MEASURED, TASKS
 from asyncflow.config.tasks import resolve_task
 from asyncflow.envs.robosuite.simulator import RobomimicEnv
-from tools.bench.common.report import (
-    REPOSITORY,
-    describe_command,
-    describe_machine,
-    describe_setting,
-    describe_software,
-    isolated,
-)
+from tools.bench.common.parts import FindingParts
+from tools.bench.common.records import choose_place
+from tools.bench.common.report import Finding, Part, isolated
+from tools.bench.core.settings import Settings
 
-PAGE = REPOSITORY / "docs" / "benchmarks" / "fast_step.md"
 MIN_RATIO = 1.5
 
 
@@ -94,35 +90,39 @@ that. Kernels for Prescott, which numpy 1.26 also takes on Emerald Rapids, round
 the fast step lays its matrices where robosuite's lie."""
 
 
-def to_page(timings: list[Timing]) -> str:
-    """Return setting and table as Markdown."""
-    rows = ["| task | bare, ms/step | fast, ms/step | times as fast | target | met |", "|---|---|---|---|---|---|"]
-    for timing in timings:
-        ratio, ratios = timing.ratio, timing.ratios
-        bare, fast = statistics.median(timing.bare_ms), statistics.median(timing.fast_ms)
-        rows.append(
-            f"| {timing.task} | {bare:.2f} | {fast:.2f} | {ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"| >= {MIN_RATIO} | {'yes' if ratio >= MIN_RATIO else '**no**'} |"
-        )
-    setting = describe_setting(describe_machine(), describe_software())
-    return "\n".join([f"# The fast step\n\n{setting}- Command: `{describe_command()}`\n", *rows, "", NOTE, ""])
+def judge(timing: Timing) -> Finding:
+    """Compare a task's ratio with the target."""
+    low, high = min(timing.ratios), max(timing.ratios)
+    fast, bare = statistics.median(timing.fast_ms), statistics.median(timing.bare_ms)
+    measured = f"{timing.ratio:.2f} ({low:.2f} to {high:.2f}): {fast:.2f} instead of {bare:.2f} ms a step"
+    return Finding(f"{timing.task}: times as fast", measured, f">= {MIN_RATIO}", timing.ratio >= MIN_RATIO)
+
+
+def bench_tasks(settings: Settings) -> Part:
+    """Compare the steps of every task, each in a process of its own."""
+    sizes = (settings.blocks, settings.steps, settings.seed)
+    return Part([judge(isolated(measure, task, *sizes)) for task in settings.tasks], [])
+
+
+FAST_STEP = FindingParts("fast_step", "The fast step", {"tasks": bench_tasks}, NOTE)
 
 
 def main() -> int:
-    """Measure the tasks asked for, print and write, and say whether all are fast enough."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measure, write, and say whether all tasks are fast enough."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; none means {', '.join(MEASURED)}")
-    parser.add_argument("--blocks", type=int, default=20, help="blocks of each way")
-    parser.add_argument("--steps", type=int, default=100, help="environment steps of a block")
-    parser.add_argument("--seed", type=int, default=0, help="decides the simulators' constants")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--out", type=Path, help="folder for page and data, instead of the documentation's")
+    parser.add_argument("--blocks", type=int, default=Settings.blocks, help="blocks of each way")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="environment steps of a block")
+    parser.add_argument("--seed", type=int, default=Settings.seed, help="decides the simulators' constants")
     options = parser.parse_args()
-    tasks = options.tasks or list(MEASURED)
-    timings = [isolated(measure, task, options.blocks, options.steps, options.seed) for task in tasks]
-    page = to_page(timings)
-    print(page)
-    if set(tasks) == set(MEASURED):
-        PAGE.write_text(page, encoding="utf-8")
-    return 0 if all(timing.ratio >= MIN_RATIO for timing in timings) else 1
+    if options.tasks and options.out is None:
+        parser.error("some tasks alone need --out: the page in the documentation has all of them")
+    tasks = tuple(options.tasks or MEASURED)
+    settings = Settings(tasks=tasks, blocks=options.blocks, steps=options.steps, seed=options.seed)
+    place = choose_place(FAST_STEP.name, options.out or Path(), options.out is not None)
+    return FAST_STEP.run([] if options.page else ["tasks"], settings, place)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
 import time
@@ -23,6 +22,7 @@ from asyncflow.envs.base import VecEnv
 from asyncflow.envs.robosuite.simulator import build_env_meta, quiet
 from asyncflow.seeding import derive_seed
 from tools.bench.common.report import REPORTED, Finding, Part, Turns, count_cores, isolated, take_turns, with_range
+from tools.bench.core.settings import Settings
 
 NUM_ENVS, CHUNK_LENGTH, HORIZON = 16, 4, 120
 NUM_CHUNKS = 500  # drawn beforehand and repeated, so that drawing them takes no time
@@ -158,10 +158,10 @@ def measure_workers(num_processes: int, repeats: int, block_s: float, seed: int)
     return rates
 
 
-def bench_workers(options: argparse.Namespace) -> Part:
+def bench_workers(settings: Settings) -> Part:
     """Compare the workers with bare robosuite processes."""
     cores = count_workers()
-    rates = isolated(measure_workers, cores, options.repeats, options.block_s, options.seed)
+    rates = isolated(measure_workers, cores, settings.repeats, settings.block_s, settings.seed)
     means = {name: statistics.mean(values) for name, values in rates.items()}
     findings = [
         compare(rates, "workers", "bare", "`env.fast_step` off, as many simulators"),
@@ -170,7 +170,7 @@ def bench_workers(options: argparse.Namespace) -> Part:
             compare(rates, "fast", "bare", "with `env.fast_step`, as many simulators"), target=REPORTED, is_met=True
         ),
     ]
-    note = WORKERS_NOTE.format(cores=cores, block_s=options.block_s, **means)
+    note = WORKERS_NOTE.format(cores=cores, block_s=settings.block_s, **means)
     return Part(findings, [note])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,7 +19,15 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from asyncflow.run.evaluate import wilson_interval
-from tools.bench.common.report import REPOSITORY, describe_setting, to_table
+from tools.bench.common.pages import Page
+from tools.bench.common.report import (
+    REPOSITORY,
+    Finding,
+    conclude,
+    describe_command,
+    describe_setting,
+    to_table,
+)
 from tools.bench.learning.curves import Curve, Curves, Point, difference_interval, pool_final, read_curves
 
 PAGES = REPOSITORY / "docs" / "benchmarks"
@@ -51,21 +58,24 @@ def describe_rate(successes: int, episodes: int) -> str:
     return f"{percent(successes / episodes)} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def judge(condition: str, seeds: dict[int, Curve]) -> str:
-    """Return a sentence on whether the targets are met."""
+def judge(condition: str, seeds: dict[int, Curve]) -> Finding:
+    """Return whether a mode meets the targets of Lift; what was not measured does not."""
     finals = {seed: curve[-1] for seed, curve in seeds.items()}
+    what = f"`{condition}`: success after the last update, seeds 0, 1 and 2, {TARGET_EPISODES} episodes each"
+    target = f">= {percent(POOLED_TARGET)} pooled, >= {percent(SEED_TARGET)} every seed, <= {MAX_ENV_STEPS:,} env steps"
     if not set(finals) >= TARGET_SEEDS or any(point.num_episodes < TARGET_EPISODES for point in finals.values()):
-        return f"`{condition}`: **not measured** on seeds 0, 1 and 2 with {TARGET_EPISODES} episodes each."
+        return Finding(what, "not measured", target, False)
     successes, episodes = pool_final(seeds)
     worst = min(finals, key=lambda seed: finals[seed].success_rate)
     steps = max(point.env_steps for point in finals.values())
     is_met = (
         successes / episodes >= POOLED_TARGET and finals[worst].success_rate >= SEED_TARGET and steps <= MAX_ENV_STEPS
     )
-    return (
-        f"`{condition}`: **{'met' if is_met else 'missed'}**: pooled {percent(successes / episodes)}, worst seed "
-        f"({worst}) {percent(finals[worst].success_rate)}, {steps:,} env steps at most."
+    measured = (
+        f"{percent(successes / episodes)} pooled, worst seed ({worst}) {percent(finals[worst].success_rate)}, "
+        f"{steps:,} env steps at most"
     )
+    return Finding(what, measured, target, is_met)
 
 
 def modes_table(curves: Curves, has_seconds: bool) -> str:
@@ -135,53 +145,49 @@ def describe_panels(options: argparse.Namespace, curves: Curves) -> list[str]:
     return [" over env steps", *[" over wall time"] * options.has_seconds, *[" by policy lag"] * has_lags]
 
 
-def write_page(options: argparse.Namespace, curves: Curves, meta: dict[str, Any]) -> None:
-    """Write the Markdown."""
+def make_page(options: argparse.Namespace, curves: Curves, meta: dict[str, Any], command: str) -> Page:
+    """Return the page.
+
+    Args:
+        options: Of the command line.
+        curves: What it shows.
+        meta: Where and how they were measured.
+        command: What writes this page.
+    """
     commits = sorted(set(meta["commits"].values()))
     setting = describe_setting(meta["machine"], {"commit": "`, `".join(commits), **meta["versions"]})
-    command = shlex.join(["python", "-m", "tools.bench.learning.page", *sys.argv[1:]])
-    (options.out / "learning.md").write_text(
-        PAGE.format(
-            task=options.task,
-            pictured=",".join(describe_panels(options, curves)),
-            setting=setting + (f"- Note: {options.note}\n" if options.note else ""),
-            commands="\n".join([*meta["commands"], command]),
-            verdicts=describe_targets(curves) if options.task == TARGET_TASK else "",
-            modes=modes_table(curves, options.has_seconds),
-            seconds=SECONDS if options.has_seconds else "",
-            lags=STALENESS.format(lags=lag_table(curves)) if not set(curves) <= set(MODES) else "",
-        )
+    note = f"- Note: {options.note}\n" if options.note else ""
+    block = "\n".join(["```", *meta["commands"], command, "```"])
+    has_lags = not set(curves) <= set(MODES)
+    return Page(
+        f"Learning: {options.task}",
+        introduction=INTRODUCTION.format(pictured=",".join(describe_panels(options, curves))),
+        setting=f"{setting}{note}\n{block}\n{CURVES_NOTE}",
+        findings=judge_modes(options.task, curves),
+        sections=[
+            f"## Both modes\n{modes_table(curves, options.has_seconds)}",
+            SECONDS if options.has_seconds else "",
+            STALENESS.format(lags=lag_table(curves)) if has_lags else "",
+            INTERVALS,
+        ],
     )
 
 
-def describe_targets(curves: Curves) -> str:
-    """Return the targets and whether each mode meets them."""
-    verdicts = "\n".join(f"- {judge(mode, curves.get(mode, {}))}" for mode in MODES)
-    return (
-        f"Target: at the final step, after {MAX_ENV_STEPS:,} env steps at most, on seeds 0, 1 and 2 with "
-        f"{TARGET_EPISODES} episodes each, at least\n{percent(POOLED_TARGET)} pooled and no seed under "
-        f"{percent(SEED_TARGET)}.\n\n{verdicts}\n"
-    )
+def judge_modes(task: str, curves: Curves) -> list[Finding]:
+    """Return whether each mode meets the targets, which are those of Lift alone."""
+    return [judge(mode, curves.get(mode, {})) for mode in MODES] if task == TARGET_TASK else []
 
 
-PAGE = """# Learning: {task}
-
-![Success{pictured}](learning.png)
+INTRODUCTION = """![Success{pictured}](learning.png)
 
 Thin lines are seeds, thick ones their mean; bars are 95 % intervals over the pooled episodes of all seeds.
-
-{setting}
-```
-{commands}
-```
+"""
+CURVES_NOTE = """\
 The curves are in [`data/`](data), one table per condition and seed. Evaluations are deterministic, on start states
 that training never sees; training seconds leave them out. Where runs start from weights, these are the first point of
 every curve.
-
-## Both modes
-{verdicts}
-{modes}
-{seconds}{lags}
+"""
+INTERVALS = """\
 Intervals are Wilson's, and Newcombe's for differences, over pooled episodes. They say how exactly these policies were
 measured; how much another training seed would change is seen from the rows or columns of seeds.
 """
@@ -287,22 +293,29 @@ def draw_picture(path: Path, curves: Curves, options: argparse.Namespace) -> Non
         plt.close(figure)
 
 
-def main() -> None:
-    """Read and write."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default=TARGET_TASK, help="what the tables are of; the targets are those of Lift")
     parser.add_argument("--note", default="", help="what a reader must know of these tables")
     parser.add_argument("--no-seconds", dest="has_seconds", action="store_false", help="seconds mean nothing here")
     parser.add_argument("--data", type=Path, default=PAGES / "data", help="folder of the tables")
     parser.add_argument("--out", type=Path, default=PAGES, help="folder of the page and the picture")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Read, write, and say which targets were missed."""
+    options = parse_arguments()
     plt.switch_backend("Agg")
     curves = read_curves(options.data)
     if not curves:
         raise SystemExit(f"{options.data} holds no learning_*_seed*.csv; python -m tools.bench.learning writes them")
-    write_page(options, curves, json.loads((options.data / "learning_meta.json").read_text()))
+    meta = json.loads((options.data / "learning_meta.json").read_text())
+    make_page(options, curves, meta, describe_command()).write(options.out / "learning.md")
     draw_picture(options.out / "learning.png", curves, options)
+    return conclude(judge_modes(options.task, curves))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,8 @@
     python -m tools.bench.learning --out runs/learning --phase train    # on a quiet machine: it takes wall times
     python -m tools.bench.learning --out runs/learning --phase eval     # any time, any machine
 
-Both phases skip what is finished, so an interrupted call is simply made again. A run that was interrupted starts anew.
+Both phases skip what is finished, so an interrupted call is simply made again. A run that was interrupted starts anew;
+what it left is renamed.
 
 The lag conditions are synchronous runs with an artificial lag: with `lag_mode: fixed` they end like asynchronous runs
 with the same lag, bit for bit, and they do not depend on timing.
@@ -37,7 +38,7 @@ from asyncflow.policies.policy_file import load_into, load_policy_file, resolve_
 from asyncflow.run.evaluate import EvalResult, evaluate
 from asyncflow.run.parts import settle_environment
 from asyncflow.seeding import derive_seed
-from tools.bench.common.report import REPOSITORY, describe_command, describe_machine, describe_software
+from tools.bench.common.report import REPOSITORY, describe_command, describe_machine, describe_software, set_aside
 
 DATA = REPOSITORY / "docs" / "benchmarks" / "data"
 COLUMNS = (
@@ -136,7 +137,7 @@ def train_one(run: Run, options: argparse.Namespace, commit: str) -> None:
     Raises:
         SystemExit: The run failed.
     """
-    shutil.rmtree(run.folder, ignore_errors=True)  # what an interrupted call left
+    set_aside(run.folder)  # what an interrupted call left
     run.root.mkdir(parents=True, exist_ok=True)
     arguments, log = run.train_arguments(options), run.root / f"{run.name}.log"
     command = [sys.executable, "-m", "asyncflow", "train", "--out", str(run.folder), *arguments]

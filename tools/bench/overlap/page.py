@@ -13,7 +13,8 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from asyncflow.profile.model import mean
-from tools.bench.common.records import Place, Records, describe_records, target_table
+from tools.bench.common.pages import Page
+from tools.bench.common.records import Place, Records, describe_records, read_remarks
 from tools.bench.common.report import Finding, to_table
 from tools.bench.learning.curves import Curve, Curves, pool_final, read_curves
 from tools.bench.learning.page import COLOURS, GREY, MODES, describe_rate, draw_curves
@@ -46,16 +47,18 @@ def write_page(place: Place, records: Records) -> list[Finding]:
     """Write what there are records of, and return the rows of the table."""
     curves = read_all(place, records)
     findings = judge(records, curves)
-    place.pages.mkdir(parents=True, exist_ok=True)
-    sections = [*describe_profiles(records)]
+    make_page(place, records, curves, findings).write(place.page)
     if curves:
         draw_learning(place.pages / "overlap_learning.png", curves)
-        sections.append(describe_learning(curves))
-    remarks = place.data / "overlap_remarks.md"  # by hand: what was repeated, and why
-    said = [remarks.read_text(encoding="utf-8")] if remarks.exists() else []
-    text = "\n".join([describe_records("Overlap", records), target_table(findings), NOTES, *said, *sections])
-    place.page.write_text(text, encoding="utf-8")
     return findings
+
+
+def make_page(place: Place, records: Records, curves: Curves, findings: list[Finding]) -> Page:
+    """Return the page."""
+    learning = [describe_learning(curves)] if curves else []
+    sections = [NOTES, *read_remarks(place), *describe_profiles(records), *learning]
+    setting = describe_records(records)
+    return Page("Overlap", setting=setting, findings=findings, measured="measured (95 %)", sections=sections)
 
 
 def read_all(place: Place, records: Records) -> Curves:

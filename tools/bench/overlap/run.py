@@ -16,7 +16,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tools.bench.common.records import MeasurePart, Place, choose_place, conclude, measure, read_records
+from tools.bench.common.records import MeasurePart, Place, choose_place, measure, read_records
+from tools.bench.common.report import conclude
 from tools.bench.overlap.overhead import measure_overhead
 from tools.bench.overlap.page import write_page
 from tools.bench.overlap.profiles import (

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from asyncflow.config.presets import load_config, parse_overrides
-from tools.bench.common.records import select
+from tools.bench.common.records import PartSettings
 
 NAME = "overlap"
 CURVES = "emulated"  # the learning curves, a folder among the data
@@ -21,8 +21,25 @@ TINY_LIFT = (
 )  # fmt: skip
 
 
+# What a part depends on: a record is good for other settings that agree in these.
+DEPENDS = {
+    "balance": ("toy_inference_s", "lift_inference_s", "balance_updates", "lift_overrides"),
+    "two_stages": ("toy_inference_s", "profile_arguments"),
+    "three_stages": ("three_stages_s", "profile_arguments"),
+    "sweep": ("sweep_repeats", "profile_arguments"),
+    "overhead_toy": ("toy_blocks", "toy_window"),
+    "overhead_lift": ("lift_blocks", "lift_window", "overhead_rollout", "lift_overrides"),
+    "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
+    "train": ("lift_inference_s", "lift_overrides", "seeds"),
+    "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
+    "evaluate_fine": (
+        "lift_inference_s", "lift_overrides", "seeds", "fine_from", "fine_curve_episodes", "fine_final_episodes",
+    ),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Settings:
+class Settings(PartSettings):
     """How long and how much is measured; latencies are seconds that a rollout takes longer.
 
     Attributes:
@@ -65,6 +82,9 @@ class Settings:
     fine_curve_episodes: int = 200
     fine_final_episodes: int = 1000
 
+    DEPENDS: ClassVar = DEPENDS
+    UNTIMED: ClassVar = frozenset({"evaluate", "evaluate_fine"})
+
     def inference_s(self, task: str) -> float:
         """Return the emulated inference of a rollout where collecting and training are equally long."""
         return self.toy_inference_s if task == "Toy" else self.lift_inference_s
@@ -77,31 +97,7 @@ class Settings:
         """Return a task's preset with its keys of every run, and changes on top."""
         return load_config(task.lower(), parse_overrides(list(self.overrides(task))) | dict(changes or {}))
 
-    def of(self, part: str) -> dict[str, Any]:
-        """Return what a part depends on, as a file holds it."""
-        return select(self, DEPENDS[part])
 
-    def is_timed(self, part: str) -> bool:
-        """Tell whether the machine matters."""
-        return part not in UNTIMED
-
-
-# What a part depends on: a record is good for other settings that agree in these.
-DEPENDS = {
-    "balance": ("toy_inference_s", "lift_inference_s", "balance_updates", "lift_overrides"),
-    "two_stages": ("toy_inference_s", "profile_arguments"),
-    "three_stages": ("three_stages_s", "profile_arguments"),
-    "sweep": ("sweep_repeats", "profile_arguments"),
-    "overhead_toy": ("toy_blocks", "toy_window"),
-    "overhead_lift": ("lift_blocks", "lift_window", "overhead_rollout", "lift_overrides"),
-    "lift": ("lift_inference_s", "profile_arguments", "lift_overrides"),
-    "train": ("lift_inference_s", "lift_overrides", "seeds"),
-    "evaluate": ("lift_inference_s", "lift_overrides", "seeds", "curve_episodes", "final_episodes"),
-    "evaluate_fine": (
-        "lift_inference_s", "lift_overrides", "seeds", "fine_from", "fine_curve_episodes", "fine_final_episodes",
-    ),
-}  # fmt: skip
-UNTIMED = {"evaluate", "evaluate_fine"}  # any machine will do
 FULL = Settings()
 TINY = replace(
     FULL,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -25,6 +24,7 @@ from tools.bench.core.workers import CHUNK_LENGTH, HORIZON, NUM_ENVS, count_work
 from tools.bench.peers.contenders import make_sb3
 from tools.bench.peers.env import ChunkEnv, EnvPlan
 from tools.bench.peers.setting import ALGORITHM, HIDDEN, NUM_EPOCHS, NUM_MINIBATCHES, STD
+from tools.bench.peers.settings import Settings
 from tools.bench.peers.torchrl import run_torchrl
 
 NUM_WARMUP = 2  # updates: both lanes in step, caches and allocators warm
@@ -143,18 +143,18 @@ def measure_run(run: Callable[[EnvPlan], Marks], fast_step: bool, seed: int) -> 
     return (last - first) / (end_s - start_s)
 
 
-def measure_all(options: argparse.Namespace) -> dict[tuple[str, bool], list[float]]:
+def measure_all(settings: Settings) -> dict[tuple[str, bool], list[float]]:
     """Return env steps/s of every contender, with the fast step and without, a run in each repeat."""
-    runs = make_runs(options.rollout, NUM_WARMUP + options.updates)
+    runs = make_runs(settings.rollout, NUM_WARMUP + settings.updates)
     turns = [(name, fast_step) for fast_step in (False, True) for name in runs]
     rates: dict[tuple[str, bool], list[float]] = {turn: [] for turn in turns}
-    for repeat in range(options.repeats):
+    for repeat in range(settings.repeats):
         for name, fast_step in turns[:: -1 if repeat % 2 else 1]:
             rates[name, fast_step].append(isolated(measure_run, runs[name], fast_step, repeat))
     return rates
 
 
-def describe_end_to_end(rates: dict[tuple[str, bool], list[float]], options: argparse.Namespace) -> Part:
+def describe_end_to_end(rates: dict[tuple[str, bool], list[float]], settings: Settings) -> Part:
     """Compare asyncflow with the faster peer, both on the steps that they would have and on each other's."""
     medians = {turn: statistics.median(values) for turn, values in rates.items()}
     findings = []
@@ -165,7 +165,7 @@ def describe_end_to_end(rates: dict[tuple[str, bool], list[float]], options: arg
         what = f"env steps/s, collecting and training on Lift: asyncflow vla with {steps}, the faster peer"
         is_met = not target or ratio >= target
         findings.append(Finding(what, f"{ratio:.2f}", f">= {target}" if target else REPORTED, is_met))
-    return Part(findings, [describe_options(options), *describe_rates(rates)])
+    return Part(findings, [describe_options(settings), *describe_rates(rates)])
 
 
 def name_step(is_fast: bool) -> str:
@@ -173,18 +173,18 @@ def name_step(is_fast: bool) -> str:
     return "`fast_step`" if is_fast else "robosuite's step"
 
 
-def describe_options(options: argparse.Namespace) -> str:
+def describe_options(settings: Settings) -> str:
     """Return what was measured, in one paragraph."""
     return END_TO_END_NOTE.format(
         envs=NUM_ENVS,
         workers=count_workers(),
         chunk=CHUNK_LENGTH,
         horizon=HORIZON,
-        size=options.rollout,
+        size=settings.rollout,
         epochs=NUM_EPOCHS,
         minibatches=NUM_MINIBATCHES,
-        repeats=options.repeats,
-        updates=options.updates,
+        repeats=settings.repeats,
+        updates=settings.updates,
         warmup=NUM_WARMUP,
     )
 
@@ -202,6 +202,6 @@ def describe_rates(rates: dict[tuple[str, bool], list[float]]) -> list[str]:
     return lines
 
 
-def bench_end_to_end(options: argparse.Namespace) -> Part:
+def bench_end_to_end(settings: Settings) -> Part:
     """Run everyone in turn."""
-    return describe_end_to_end(measure_all(options), options)
+    return describe_end_to_end(measure_all(settings), settings)

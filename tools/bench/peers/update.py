@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
@@ -25,6 +24,7 @@ from tools.bench.peers.setting import (
     STD,
     make_batch,
 )
+from tools.bench.peers.settings import Settings
 
 ROLLOUT_SIZES = {960: 5, 8192: 1}  # decisions -> turns per repeat; the default of Lift, and a large one
 OURS = "asyncflow"
@@ -129,11 +129,11 @@ def compare(what: str, ratios: list[float], target: float | None) -> Finding:
     return Finding(what, measured, f">= {target}" if target else REPORTED, not target or median >= target)
 
 
-def bench_update(options: argparse.Namespace) -> Part:
+def bench_update(settings: Settings) -> Part:
     """Time updates of a default rollout and of a large one."""
     part = Part([], [UPDATE_NOTE])
     for rollout_size, turns in ROLLOUT_SIZES.items():
-        part_of_size = describe_update(rollout_size, isolated(measure_update, rollout_size, turns * options.turns))
+        part_of_size = describe_update(rollout_size, isolated(measure_update, rollout_size, turns * settings.turns))
         part.findings.extend(part_of_size.findings)
         part.notes.extend(part_of_size.notes)
     return part

@@ -10,7 +10,8 @@ from typing import Any
 
 from asyncflow.metrics.console import format_bytes
 from asyncflow.profile.picture import describe_interval
-from tools.bench.common.records import Place, Records, describe_records, target_table
+from tools.bench.common.pages import Page
+from tools.bench.common.records import Place, Records, describe_records
 from tools.bench.common.report import Finding, to_table
 from tools.bench.policies.frozen import KEPT, RUN_AGAIN, TRAINED, VARIANTS
 from tools.bench.policies.judge import judge, measured_flops, median_s, preset_gflops
@@ -29,20 +30,25 @@ Figures = dict[str, Any]
 def write_page(place: Place, records: Records) -> list[Finding]:
     """Write what there are records of, and return the rows of the table of targets."""
     findings = judge(records)
-    devices = sorted({record["settings"]["device"] for record in records.values()})
-    head = describe_records("Policies", records, f"- Device of the policies: {', '.join(devices)}\n")
-    has_gpu = devices != [CPU]
-    sections = [head, INTRODUCTION if has_gpu else f"{INTRODUCTION}{WITHOUT_GPU}"]
-    if findings:
-        sections.append(f"{target_table(findings, 'measured')}\n")
-    sections += [
-        describe_profiles(records, has_gpu),
-        describe_decisions(records, has_gpu),
-        describe_frozen(records),
-    ]
-    place.pages.mkdir(parents=True, exist_ok=True)
-    place.page.write_text("\n".join(sections), encoding="utf-8")
+    make_page(records, findings).write(place.page)
     return findings
+
+
+def make_page(records: Records, findings: list[Finding]) -> Page:
+    """Return the page."""
+    devices = sorted({record["settings"]["device"] for record in records.values()})
+    has_gpu = devices != [CPU]
+    return Page(
+        "Policies",
+        introduction=INTRODUCTION if has_gpu else f"{INTRODUCTION}{WITHOUT_GPU}",
+        setting=describe_records(records, f"- Device of the policies: {', '.join(devices)}\n"),
+        findings=findings,
+        sections=[
+            describe_profiles(records, has_gpu),
+            describe_decisions(records, has_gpu),
+            describe_frozen(records),
+        ],
+    )
 
 
 INTRODUCTION = """What policies cost, and what overlap gives with them: Lift, 16 environments unless a command says

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from tools.bench.common.records import Place, choose_place, conclude, measure, read_records
+from tools.bench.common.records import Place, choose_place, measure, read_records
+from tools.bench.common.report import conclude
 from tools.bench.policies.page import write_page
 from tools.bench.policies.parts import PARTS
 from tools.bench.policies.settings import CPU, NAME, Settings, choose_settings

@@ -8,11 +8,11 @@ A part is called `profile_<subject>`, `inference_<subject>` or `frozen_<size>`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from asyncflow.config.presets import load_config, parse_overrides
 from asyncflow.config.sections import Config
-from tools.bench.common.records import select
+from tools.bench.common.records import PartSettings
 from tools.bench.common.report import count_cores
 
 NAME = "policies"
@@ -69,7 +69,7 @@ SIZES = ("tiny", "base")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PartSettings):
     """How long and how much is measured.
 
     Attributes:
@@ -86,6 +86,12 @@ class Settings:
     num_decisions: int = 200
     num_updates: tuple[tuple[str, int], ...] = (("tiny", 5), ("base", 1))
 
+    DEPENDS: ClassVar = {  # by the kind of a part; its policy comes on top
+        "profile": ("device", "is_tiny", "profile_arguments"),
+        "inference": ("device", "is_tiny", "num_decisions"),
+        "frozen": ("device", "is_tiny", "num_updates"),
+    }
+
     @property
     def has_gpu(self) -> bool:
         """Whether policies run on a GPU."""
@@ -95,11 +101,7 @@ class Settings:
         """Return what a part depends on, as a file holds it."""
         kind, _, name = part.partition("_")
         preset, overrides = self.frozen_arguments(name) if kind == "frozen" else self.arguments(name)
-        return select(self, DEPENDS[kind]) | {"preset": preset, "overrides": list(overrides)}
-
-    def is_timed(self, part: str) -> bool:
-        """Tell whether the machine matters; it always does."""
-        return True
+        return super().of(kind) | {"preset": preset, "overrides": list(overrides)}
 
     def can_measure(self, part: str) -> bool:
         """Tell whether a part can be measured on this device."""
@@ -118,14 +120,6 @@ class Settings:
             tiny = (*TINY_RUN, "env.task=ToyImages") if self.is_tiny else ()
             return PRESET, (*BASE_ON_CPU, *tiny)
         return self.arguments(size)
-
-
-# What a part depends on, beside its policy: a record is good for other settings that agree in these.
-DEPENDS = {
-    "profile": ("device", "is_tiny", "profile_arguments"),
-    "inference": ("device", "is_tiny", "num_decisions"),
-    "frozen": ("device", "is_tiny", "num_updates"),
-}
 
 
 def load(preset: str, overrides: tuple[str, ...]) -> Config:
