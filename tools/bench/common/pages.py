@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,5 +50,10 @@ def to_verdicts(findings: Sequence[Finding], measured: str = "measured") -> str:
 
 
 def to_list(lines: Sequence[str]) -> str:
-    """Return a Markdown list."""
-    return "\n".join(f"- {line}" for line in lines)
+    """Return a Markdown list whose lines are no longer than a page's."""
+    return "\n".join(
+        textwrap.fill(
+            line, 120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        for line in lines
+    )

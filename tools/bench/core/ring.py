@@ -25,7 +25,7 @@ def make_flow_row() -> tuple[RingPlan, Any]:
     """Return the ring of the default Lift run and one decision of its policy."""
     config = load_config("lift")
     spec = load_policy_file(resolve_checkpoint(config.policy.checkpoint or "")).env_spec
-    policy = make_policy(config.policy, spec.obs_shapes, spec.action_dim, config.trainer.seed)
+    policy = make_policy(config.policy, spec, config.trainer.seed)
     plan = plan_ring(policy, spec, config.env.num_envs, config.num_steps, num_slots=2)
     with torch.no_grad():
         return plan, policy.sample_actions(plan.obs, "train", torch.zeros(plan.num_envs, policy.noise_size))

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from tools.bench.common.pages import Page
 from tools.bench.common.report import Finding, describe_setting, to_table
 from tools.bench.gym.setting import (
     CLIP,
@@ -82,17 +83,13 @@ def write_page(records: Sequence[dict[str, Any]]) -> str:
                 seeds = ", ".join(f"{value:.0f}" for value in values)
                 cells = [TASKS[task].env_id, f"{TASKS[task].env_steps:,}", learner, f"{statistics.mean(values):.0f}"]
                 rows.append([*cells, f"{low:.0f} to {high:.0f}", seeds])
-    verdicts = [[each.what, each.measured, each.target, "yes" if each.is_met else "**no**"] for each in judge(returns)]
     head = ["task", "env steps", "trained by", "mean return", "95 % over seeds", "each seed"]
-    parts = [
-        "# Beside stable-baselines3 on gymnasium's tasks",
-        f"{describe_setting(records[0]['machine'], software)}- Peer: {versions}",
-        f"```\n{commands}\n```",
-        to_table(head, rows),
-        to_table(["what", "measured", "target", "met"], verdicts),
-        _describe_setting(),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return Page(
+        "Beside stable-baselines3 on gymnasium's tasks",
+        setting=f"{describe_setting(records[0]['machine'], software)}- Peer: {versions}\n\n```\n{commands}\n```",
+        findings=judge(returns),
+        sections=[to_table(head, rows), _describe_setting()],
+    ).text()
 
 
 def _describe_setting() -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tools.bench.common.report import REPOSITORY, describe_command, describe_machine, describe_software
+from tools.bench.common.report import REPOSITORY, conclude, describe_command, describe_machine, describe_software
 from tools.bench.gym.page import LEARNERS, SB3, collect, judge, write_page
 from tools.bench.gym.setting import TASKS
 from tools.bench.peers.setup import PYTHON, install
@@ -76,10 +76,7 @@ def main() -> int:
             measure(task, learner, range(options.seeds), options.out)
     records = [json.loads(path.read_text()) for path in sorted(DATA.glob("*.json"))]
     PAGE.write_text(write_page(records))
-    findings = judge(collect(records))
-    for found in findings:
-        print(f"{'met' if found.is_met else 'missed'}: {found.what}: {found.measured}, target {found.target}")
-    return 0 if all(found.is_met for found in findings) else 1
+    return conclude(judge(collect(records)))
 
 
 if __name__ == "__main__":
