@@ -177,9 +177,7 @@ def write(page, tmp_path, monkeypatch):
     """Return a function that calls the tool on the tables of the test's folder, and returns the page."""
 
     def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", ["learning_page.py", "--data", str(tmp_path), "--out", str(tmp_path), *arguments]
-        )
+        monkeypatch.setattr(sys, "argv", ["page", "--data", str(tmp_path), "--out", str(tmp_path), *arguments])
         page.main()
         return (tmp_path / "learning.md").read_text()
 
@@ -202,7 +200,7 @@ def test_each_run_stands_in_the_row_of_its_mode_and_seed(write, tmp_path, monkey
     assert "| `vla` | 0 | 64.0 % (50.1 to 75.9) | 97.5 % (94.3 to 98.9) | 200 | 60,579 | 60 | 2.00 |" in text
     assert "| `vla` | 1 | - | 96.5 % (93.0 to 98.3) | 200 | 60,609 | 62 | 2.00 |" in text
     assert "| **`vla`** | **all** |  | 97.0 % (94.8 to 98.3) | 400 |  | 61 (mean) | 2.00 |" in text
-    assert "- `vla`: **not measured** on seeds 0, 1 and 2" in text
+    assert "| `vla`: success after the last update, seeds 0, 1 and 2, 200 episodes each | not measured |" in text
     assert "- Hardware: Abacus, 2 cores, 3 GiB\n- Commit: `beef`, `c0ffee`\n- Versions: python 3.11, torch 2.9" in text
     assert "What stale data cost" not in text
     assert drawn == [tmp_path / "learning.png"]
@@ -214,7 +212,7 @@ def test_another_tasks_page_has_no_targets_and_seconds_may_be_left_out(write, tm
     write_meta(tmp_path)
     assert "| training, s | speed-up |" in write("--task", "Toy")
     text = write("--task", "Toy", "--no-seconds", "--note", "Read this.")
-    assert "Target" not in text
+    assert "| target |" not in text
     assert "training, s" not in text
     assert "Speed-up" not in text
     assert "- Note: Read this.\n" in text

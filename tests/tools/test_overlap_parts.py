@@ -204,7 +204,7 @@ def test_the_page_holds_every_target_that_was_measured(settings, records, tools,
     findings = tools("bench.overlap.page").write_page(place, records.read_records(place, list(bench.PARTS)))
     page = (place.pages / "overlap.md").read_text()
     assert len(findings) == 8
-    assert all(f"| {found.what} | {found.target} | {found.measured} |" in page for found in findings)
+    assert all(f"| {found.what} | {found.measured} | {found.target} |" in page for found in findings)
     assert (place.pages / "overlap_learning.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -283,7 +283,7 @@ def test_the_page_says_what_a_machine_without_a_gpu_cannot(write):
     assert "| MLP | 16 | 2.00 (1.00 to 4.00) | 1.50 (1.00 to 4.00) | 12.5 | needs a GPU |  |" in page
     assert "- MLP: only making both faster gains more." in page
     assert len(findings) == 4
-    assert all(f"| {found.what} | {found.target} | {found.measured} | held |" in page for found in findings)
+    assert all(f"| {found.what} | {found.measured} | {found.target} | yes |" in page for found in findings)
     assert "| `base` | frozen, run again by the update | 6.00 | 0.667 | 6.00 | 0.667 | 6.00 | 0.667 |" in page
     assert "| `base` | features | 2,500 bytes | 10 MB | 2.50 |" in page
     assert "- `base`: 4 decisions, values of 6 observations, 1 epoch, timed once" in page
