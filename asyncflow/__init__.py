@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
-    from asyncflow.envs.chunks import Simulator
+    from asyncflow.envs.base import ChunkResult, EnvSpec, Simulator, VecEnv
     from asyncflow.envs.journal import EpisodeJournal
     from asyncflow.errors import (
         AsyncflowError,

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from asyncflow.notices import tell_once
+from asyncflow.terminal import tell_once
 
 _COMPILED = (("robosuite", "utils"), ("asyncflow", "envs"))  # packages, and their folders of functions for numba
 

@@ -19,14 +19,12 @@ import typer
 
 from asyncflow import __version__
 from asyncflow.errors import ConfigError
-from asyncflow.exits import complain, crash, explain_usage, find_refusal
 from asyncflow.files import check_output
 from asyncflow.flags import Checkpoint, Overrides, Preset, split
 from asyncflow.flags import flag as _flag
 from asyncflow.flags import flags as _flags
-from asyncflow.shell import command
 from asyncflow.signals import EXIT_INTERRUPTED, interrupt_on_signals, stop_on_signals
-from asyncflow.terminal import finish_streams, prepare_streams
+from asyncflow.terminal import command, complain, crash, explain_usage, find_refusal, finish_streams, prepare_streams
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import Config

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from asyncflow.errors import ConfigError
-from asyncflow.notices import tell_once
+from asyncflow.terminal import tell_once
 
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _UNSUPPORTED_OF_FOLDERS = _UNSUPPORTED | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}

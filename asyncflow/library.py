@@ -15,7 +15,7 @@ import torch
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import Config, PolicyConfig, validate
 from asyncflow.config.tasks import check_cameras
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapping import NameMapping, map_names
 from asyncflow.envs.source import adopt_environment

@@ -1,11 +1,89 @@
-"""Standard streams as they come: closed, full, gone, or of another encoding. None of that ends a command."""
+r"""The terminal: commands to copy, notices, how a command ends, and standard streams as they come.
+
+Streams may be closed, full, gone, or of another encoding: none of that ends a command. Whatever a path or a value in a
+shown command holds, a shell reads it as it was meant.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
+import shlex
 import sys
+import traceback
+from pathlib import Path
 from typing import Any, TextIO, cast
+
+from asyncflow.errors import AsyncflowError
+
+EXIT_CRASH, EXIT_USAGE = 1, 2
+_REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+    errno.EISDIR, errno.EFBIG, errno.ENFILE,
+}  # fmt: skip
+_told: set[str] = set()
+
+
+def command(*words: str | Path, program: str = "asyncflow") -> str:
+    """Return a command line, quoted where a shell needs it; a path is never taken for a flag or a home folder."""
+    return shlex.join([program, *(_as_word(word) for word in words)])
+
+
+def _as_word(word: str | Path) -> str:
+    return f"./{word}" if isinstance(word, Path) and str(word).startswith(("-", "~")) else str(word)
+
+
+def tell_once(topic: str, text: str) -> None:
+    """Show a line about a topic, unless this process has shown one about it before."""
+    if topic in _told:
+        return
+    _told.add(topic)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"asyncflow: note: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def complain(message: str) -> int:
+    """Print a user's mistake in one line."""
+    print(f"asyncflow: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def explain_usage(error: Any) -> str:
+    """Return what was wrong with a command line, by an error of click's."""
+    possibilities = getattr(error, "possibilities", None)
+    if "Did you mean" in error.message:
+        return str(error.message)
+    if not possibilities:
+        return str(error.format_message())
+    return f"{error.message.rstrip('.')}; did you mean {' or '.join(possibilities)}?"
+
+
+def find_refusal(error: BaseException) -> str | None:
+    """Return in one line what the operating system refused, where that is the user's to change; None elsewhere."""
+    links: BaseException | None = error
+    while links is not None:
+        if os.strerror(errno.EMFILE) in str(links):
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            return f"too many open files: this process may have {limit}; raise the limit with `ulimit -n`"
+        links = links.__cause__ or links.__context__
+    if isinstance(error, OSError) and error.errno in _REFUSALS and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return None
+
+
+def crash(error: BaseException) -> int:
+    """Print an exception with its traceback, and what it says in one last line."""
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # click makes an exit of it, without a word
+    traceback.print_exception(error)
+    if isinstance(error, SystemExit):
+        error = AsyncflowError(f"code that was called ended the program: sys.exit({error.code!r})")
+    kind = "" if isinstance(error, AsyncflowError) else f"{type(error).__name__}: "
+    print(f"asyncflow: crashed: {kind}{' '.join(str(error).split())[:300]}", file=sys.stderr)
+    return EXIT_CRASH
 
 
 class LossyFile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.errors import ConfigError
 
 

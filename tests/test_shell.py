@@ -8,7 +8,7 @@ import pytest
 
 from asyncflow.config.sections import Config
 from asyncflow.metrics.console import ConsoleReporter
-from asyncflow.shell import command
+from asyncflow.terminal import command
 
 FOLDERS = [Path("a b"), Path("#1"), Path("it's"), Path('say "x"'), Path("$HOME"), Path("a;b"), Path("ü"), Path("-run")]
 

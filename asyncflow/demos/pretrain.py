@@ -30,8 +30,9 @@ from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.files import check_output
 from asyncflow.policies import Policy, make_policy
-from asyncflow.policies.base import Normalizer, is_scaled, scale_actions
+from asyncflow.policies.base import is_scaled, scale_actions
 from asyncflow.policies.networks.encoders import find_encoders
+from asyncflow.policies.networks.layers import Normalizer
 from asyncflow.policies.policy_file import check_saving, save_policy
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla.foreign import VELOCITY_METHODS

@@ -13,9 +13,10 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from asyncflow.config.contracts import broken
@@ -184,6 +185,35 @@ def _in_order(fields: Mapping[str, Field]) -> dict[str, Field]:
     order = [VECTOR, *KINDS]
     kinds = [*order, *(each.kind for each in fields.values() if each.kind not in order)]
     return dict(sorted(fields.items(), key=lambda item: kinds.index(item[1].kind)))
+
+
+class Simulator(Protocol):
+    """One simulated environment, which knows neither its horizon nor its index.
+
+    It may have `notices`, a sequence of lines that a run shows when it starts.
+    """
+
+    spec: EnvSpec
+
+    def reset(self, seed: int) -> None:
+        """Start the episode that belongs to `seed`."""
+
+    def step(self, action: NDArray[Any]) -> tuple[float, bool] | StepResult:
+        """Execute one action, [A]; return its reward and whether the task is solved now, which ends the episode.
+
+        Where episodes end otherwise, too, return a `StepResult`.
+        """
+
+    def observe(self) -> NDArray[Any]:
+        """Return the `state` observation after the last step or reset, [D]."""
+
+    def render(self) -> dict[str, NDArray[Any]]:
+        """Return what the cameras see after the last step or reset: kind -> [C, ...], as `EnvSpec.rendered` has them.
+
+        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has some; a
+        class derived from this one needs it only then.
+        """
+        return {}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from asyncflow.config.contracts import name_of
 from asyncflow.config.observations import KINDS, Shape
-from asyncflow.envs.base import EnvSpec, Fault, StepResult
+from asyncflow.devices import share_memory
+from asyncflow.envs.base import Fault, Simulator, StepResult
 from asyncflow.envs.contract import CheckedSimulator
 from asyncflow.errors import ContractError, EnvError
-from asyncflow.resources import share_memory
 from asyncflow.seeding import derive_seed
 
 MAX_STATE = 4096
@@ -33,35 +33,6 @@ _OUTCOME = (
     "rewards", "executed", "terminated", "truncated", "succeeded", "episode_return", "episode_length", "nonfinite",
     "nonfinite_step",
 )  # fmt: skip
-
-
-class Simulator(Protocol):
-    """One simulated environment, which knows neither its horizon nor its index.
-
-    It may have `notices`, a sequence of lines that a run shows when it starts.
-    """
-
-    spec: EnvSpec
-
-    def reset(self, seed: int) -> None:
-        """Start the episode that belongs to `seed`."""
-
-    def step(self, action: NDArray[Any]) -> tuple[float, bool] | StepResult:
-        """Execute one action, [A]; return its reward and whether the task is solved now, which ends the episode.
-
-        Where episodes end otherwise, too, return a `StepResult`.
-        """
-
-    def observe(self) -> NDArray[Any]:
-        """Return the `state` observation after the last step or reset, [D]."""
-
-    def render(self) -> dict[str, NDArray[Any]]:
-        """Return what the cameras see after the last step or reset: kind -> [C, ...], as `EnvSpec.rendered` has them.
-
-        `images` [C, 3, height, width] uint8, `points` [C, P, 6] float32. Asked for only where the `spec` has some; a
-        class derived from this one needs it only then.
-        """
-        return {}
 
 
 @dataclass(frozen=True)

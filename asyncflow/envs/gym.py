@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.config.contracts import broken
-from asyncflow.envs.base import EnvSpec, StepResult
-from asyncflow.envs.chunks import Simulator
+from asyncflow.envs.base import EnvSpec, Simulator, StepResult
 from asyncflow.errors import ConfigError
 
 SUCCESS_KEYS = ("is_success", "success")  # of `info`, as gymnasium-robotics and Meta-World have them

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import torch
 import torch.multiprocessing as mp
 
-from asyncflow.envs.base import EnvInterrupted, EnvSpec
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, Simulator
+from asyncflow.envs.base import EnvInterrupted, EnvSpec, Simulator
+from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.seeding import derive_seed
 from asyncflow.signals import ENDING_SIGNALS

@@ -26,8 +26,7 @@ from asyncflow.config.overrides import write_override
 from asyncflow.config.plugins import trusting_words
 from asyncflow.config.sections import Config, describe_keys, values_by_key
 from asyncflow.metrics.glossary import GLOSSARY
-from asyncflow.shell import command
-from asyncflow.terminal import LossyFile
+from asyncflow.terminal import LossyFile, command
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
 _BLOCK = {

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+from torch import nn
 
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
 from asyncflow.config.lerobot_folder import match_cameras, open_lerobot
 from asyncflow.config.observations import IMAGES, refuse_unseen
 from asyncflow.config.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
 from asyncflow.config.sections import POLICY_KINDS, PolicyConfig
+from asyncflow.devices import check_memory
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Policy, set_eval
-from asyncflow.policies.draft import check_size, is_large
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.vla.foreign import find_model_class
@@ -22,6 +26,9 @@ from asyncflow.policies.vla.policy import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
 
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
+
+MAX_UNCHECKED = 1 << 24  # numbers; a draft takes as long as a small policy
+_SIZE_KEYS = "policy.hidden_sizes, policy.critic_hidden_sizes, policy.horizon or env.n_obs_steps"
 
 
 def make_policy(config: PolicyConfig, spec: EnvSpec, seed: int, *, num_stored: int | None = None) -> Policy:
@@ -41,8 +48,8 @@ def make_policy(config: PolicyConfig, spec: EnvSpec, seed: int, *, num_stored: i
         _require_state(config, spec)
         if config.kind == "vla":
             refuse_unseen(spec.obs, "policy.kind = vla: asyncflow's own model", (IMAGES,))
-        if config.kind != LEROBOT and not config.vla.lora_rank and is_large(config, spec):
-            check_size(lambda: _build(config, spec), num_stored)
+        if config.kind != LEROBOT and not config.vla.lora_rank and _is_large(config, spec):
+            _check_size(lambda: _build(config, spec), num_stored)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
@@ -97,3 +104,32 @@ def _require_state(config: PolicyConfig, spec: EnvSpec) -> None:
         raise ConfigError(
             f"policy.kind = {config.kind} needs a vector observation named `state`, got {shapes}; see env.obs_keys"
         )
+
+
+def _is_large(config: PolicyConfig, spec: EnvSpec) -> bool:
+    """Tell whether the fully connected layers alone may hold more than `MAX_UNCHECKED` numbers."""
+    inputs = sum(math.prod(field.shape) for field in spec.obs.values() if field.kind != IMAGES)
+    outputs = config.horizon * spec.action_dim
+    networks = ([inputs, *config.hidden_sizes, outputs], [inputs, *config.critic_hidden_sizes])
+    return sum(a * b for sizes in networks for a, b in itertools.pairwise(sizes)) > MAX_UNCHECKED
+
+
+def _check_size(build: Callable[[], nn.Module], num_stored: int | None) -> None:
+    """Refuse a policy that is larger than the memory that is free, or than the weights that are to be loaded into it.
+
+    Args:
+        build: Builds the policy.
+        num_stored: Numbers of those weights; None if there are none.
+
+    Raises:
+        ConfigError: See above.
+    """
+    try:
+        with torch.device("meta"):
+            tensors = list(build().state_dict().values())
+    except (RuntimeError, OverflowError, TypeError):  # a size beyond 64 bits
+        raise ConfigError(f"the policy's sizes are beyond what can be counted; lower {_SIZE_KEYS}") from None
+    num_numbers = sum(tensor.numel() for tensor in tensors)
+    if num_stored is not None and num_numbers > 2 * num_stored:
+        raise ConfigError(f"a policy of {num_numbers} numbers is described, of which the checkpoint holds {num_stored}")
+    check_memory(sum(tensor.nbytes for tensor in tensors), torch.device("cpu"), _SIZE_KEYS)

@@ -9,31 +9,17 @@ W width of the first hidden layer, E time features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
-from asyncflow.policies.base import mlp
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.networks.encoders import add_encoders, encode
+from asyncflow.policies.networks.layers import NUM_TIME_FEATURES, mlp, time_features
 from asyncflow.policies.velocity import VelocityPolicy
-
-NUM_TIME_FEATURES = 32
-
-
-def time_features(time: Tensor) -> Tensor:
-    """Return sines and cosines of `time`, `[..., E]`, with periods from 4 down to 0.25, geometrically spaced.
-
-    Shorter periods tell no more steps apart and make the velocity of a small network rough in time.
-    """
-    periods = torch.logspace(math.log10(4), math.log10(0.25), NUM_TIME_FEATURES // 2, device=time.device)
-    angle = time[..., None] * (2 * math.pi / periods)
-    return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class VelocityNetwork(nn.Module):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Mode, Normalizer, Policy, mlp
+from asyncflow.policies.base import Mode, Policy
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
 from asyncflow.policies.networks.encoders import add_encoders, encode
+from asyncflow.policies.networks.layers import Normalizer, mlp
 
 
 class GaussianPolicy(Policy):

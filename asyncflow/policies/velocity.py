@@ -18,8 +18,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.policies.base import Mode, Normalizer, Policy
+from asyncflow.policies.base import Mode, Policy
 from asyncflow.policies.flow_sampler import FlowSampler, Velocity
+from asyncflow.policies.networks.layers import Normalizer
 
 
 class VelocityPolicy(Policy):

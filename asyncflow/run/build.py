@@ -17,7 +17,7 @@ from asyncflow.config.lerobot_folder import match_cameras, open_lerobot
 from asyncflow.config.observations import STATE, VECTOR, Field
 from asyncflow.config.sections import Config, PolicyConfig
 from asyncflow.config.tasks import check_cameras, is_described, resolve_task
-from asyncflow.device import check_compile, resolve_device
+from asyncflow.devices import check_compile, resolve_device
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapping import MappedVecEnv, NameMapping, check_names, map_names
 from asyncflow.envs.source import adopt_environment

@@ -15,13 +15,13 @@ from typing import Literal
 from torch import Tensor
 
 from asyncflow.config.sections import AlgorithmConfig, BufferType, CompileMode
+from asyncflow.devices import check_memory
 from asyncflow.envs.base import VecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.metrics.timing import OverlapClock
 from asyncflow.metrics.tracing import Tracer
 from asyncflow.policies.base import Policy
 from asyncflow.policies.policy_file import check_tensors
-from asyncflow.resources import check_memory
 from asyncflow.rollout.channel import Channel
 from asyncflow.rollout.collector import Collector, InlineCollector, ThreadedCollector
 from asyncflow.rollout.plan import RingPlan, plan_ring

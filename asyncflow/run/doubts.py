@@ -8,7 +8,8 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from asyncflow.envs.base import EnvSpec
-from asyncflow.policies.base import Normalizer, Policy, clipped_inputs
+from asyncflow.policies.base import Policy, clipped_inputs
+from asyncflow.policies.networks.layers import Normalizer
 from asyncflow.rollout.episodes import Episode
 from asyncflow.rollout.success_value import warn_of_returns, warn_of_shaped_reward
 

@@ -13,7 +13,7 @@ import torch
 from asyncflow.config.observations import read_cameras, read_sizes
 from asyncflow.config.sections import Config, EnvConfig
 from asyncflow.config.tasks import TOYS
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapping import map_names

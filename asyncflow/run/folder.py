@@ -25,7 +25,7 @@ from asyncflow.config.presets import PATH_KEYS, anchor, apply_overrides, read_se
 from asyncflow.config.sections import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import lock_file, make_new_folder, write_atomically
-from asyncflow.shell import command
+from asyncflow.terminal import command
 
 # What may differ in a resumed run: none of it changes what a finished update was.
 CHANGEABLE = (

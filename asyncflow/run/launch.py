@@ -13,7 +13,7 @@ from pathlib import Path
 
 from asyncflow.config.lerobot_folder import with_export
 from asyncflow.config.sections import Config
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.envs.base import VecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import find_policy_code

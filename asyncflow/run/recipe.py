@@ -13,7 +13,7 @@ from typing import Any
 
 from asyncflow.config.contracts import name_of
 from asyncflow.config.sections import Config, validate
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.envs.base import VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.mapping import NameMapping, map_names

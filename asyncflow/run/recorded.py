@@ -20,7 +20,7 @@ from asyncflow.run.evaluate import EvalResult, evaluate
 from asyncflow.run.progress import Limits
 from asyncflow.run.reporter import Row, RunReporter
 from asyncflow.run.trainer import Trainer
-from asyncflow.shell import command
+from asyncflow.terminal import command
 
 
 class RecordedRun:

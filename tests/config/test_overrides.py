@@ -12,7 +12,7 @@ from asyncflow.config.overrides import read_value, write_override, write_value
 from asyncflow.config.presets import load_config, parse_overrides
 from asyncflow.config.sections import describe_keys
 from asyncflow.errors import ConfigError
-from asyncflow.shell import command
+from asyncflow.terminal import command
 
 TEXTS = [
     "pick up cube #2", "yes", "2", "1e3", "- lift", "pick: the cube", " two  spaces ", "'quoted'", '"quoted"', "[a",

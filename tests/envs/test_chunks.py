@@ -191,6 +191,6 @@ def test_a_chunk_that_cannot_be_executed_is_refused(actions, pending, complaint)
 
 
 def test_a_board_that_shared_memory_cannot_hold_is_refused_before_it_is_allocated(monkeypatch):
-    monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1000)
+    monkeypatch.setattr("asyncflow.devices._free_shared_memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"/dev/shm"):
         ChunkBoard.allocate(4, 2)

@@ -199,7 +199,7 @@ def test_what_renders_nothing_does_not_depend_on_opengl():
 
 
 def test_images_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
-    monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1_000_000)
+    monkeypatch.setattr("asyncflow.devices._free_shared_memory", lambda: 1_000_000)
     ChunkBoard.allocate(4, 2)
     with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size"):
         ChunkBoard.allocate(4, 2, rooms={"images": (2, 3, 200, 200)})

@@ -284,6 +284,6 @@ def test_a_rebuilt_episode_has_the_clouds_of_the_uncut_one():
 
 
 def test_clouds_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
-    monkeypatch.setattr("asyncflow.resources._free_shared_memory", lambda: 1_000_000)
+    monkeypatch.setattr("asyncflow.devices._free_shared_memory", lambda: 1_000_000)
     with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size or env.num_points"):
         ChunkBoard.allocate(4, 2, rooms={"points": (2, 20_000, 6)})

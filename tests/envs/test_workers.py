@@ -244,7 +244,7 @@ def test_a_worker_is_heard_of_after_every_simulator_that_it_constructs_or_resets
 
 def test_a_pipe_that_a_simulator_breaks_is_not_the_end_of_the_parent():
     """It was taken for it, and the worker left without a word."""
-    setup = worker.WorkerSetup(PipingSimulator, ChunkBoard.allocate(1, H), 0)
+    setup = worker.WorkerSetup(pickle.dumps(PipingSimulator), ChunkBoard.allocate(1, H), 0)
     with pytest.raises(BrokenPipeError):
         worker._work(Script(("begin", "begin", (SEED, {0: 0}))), setup, range(1))
 
@@ -290,11 +290,11 @@ def test_close_ends_a_worker_that_is_stopped(short_farewell):
 
 
 ORPHAN = """
-import os, signal
+import os, pickle, signal
 from fake_simulator import FakeSimulator
 from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.worker import Waker, Worker, WorkerSetup
-worker = Worker(0, range(1), WorkerSetup(FakeSimulator, ChunkBoard.allocate(1, 4), 0), Waker())
+worker = Worker(0, range(1), WorkerSetup(pickle.dumps(FakeSimulator), ChunkBoard.allocate(1, 4), 0), Waker())
 worker.wait_ready()
 pid = worker._process.pid
 os.kill(pid, signal.SIGSTOP)

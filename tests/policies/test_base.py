@@ -9,7 +9,8 @@ from tensordict import TensorDict
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
-from asyncflow.policies.base import Normalizer, clipped_inputs
+from asyncflow.policies.base import clipped_inputs
+from asyncflow.policies.networks.layers import Normalizer
 
 
 def _policy(kind="flow"):

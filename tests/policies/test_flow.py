@@ -7,7 +7,7 @@ from tensordict import TensorDict
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
-from asyncflow.policies.flow import time_features
+from asyncflow.policies.networks.layers import time_features
 
 OBS = TensorDict({"state": torch.linspace(-1, 1, 12).view(4, 3)}, batch_size=[4])
 

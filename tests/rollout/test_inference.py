@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.device import check_compile
+from asyncflow.devices import check_compile
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy

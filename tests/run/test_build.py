@@ -7,7 +7,7 @@ import pytest
 import torch
 from silent import TOY, Silent, build, start
 
-from asyncflow import resources
+from asyncflow import devices
 from asyncflow.config.policy import MappingConfig
 from asyncflow.config.presets import load_config
 from asyncflow.envs.base import EnvSpec
@@ -24,7 +24,7 @@ from asyncflow.run.parts import build_policy
 
 
 def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
-    monkeypatch.setattr(resources, "free_memory", lambda device: 80_000)
+    monkeypatch.setattr(devices, "free_memory", lambda device: 80_000)
     monkeypatch.setattr(collecting, "RolloutRing", lambda *_: pytest.fail("the ring was allocated"))
     with pytest.raises(ConfigError, match=r"device cpu: .* are free; lower buffer.buffer_size or"):
         train(load_config("toy", TOY | {"logging.out": str(tmp_path / "run")}), Silent())

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from asyncflow.policies.base import mlp
+from asyncflow.policies.networks.layers import mlp
 
 Obs, Act = TypeVar("Obs"), TypeVar("Act")
 TOOLS = [f"tools.bench.peers.{name}" for name in ("env", "contenders", "torchrl", "update", "end_to_end")]

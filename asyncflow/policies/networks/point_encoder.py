@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from asyncflow.config.observations import Shapes
-from asyncflow.policies.base import Normalizer
+from asyncflow.policies.networks.layers import Normalizer
 
 NUM_FEATURES = 64
 _NUM_CHANNELS = 6  # x, y, z, r, g, b

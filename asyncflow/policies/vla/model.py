@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Normalizer, mlp
-from asyncflow.policies.flow import NUM_TIME_FEATURES, time_features
+from asyncflow.policies.networks.layers import NUM_TIME_FEATURES, Normalizer, mlp, time_features
 
 MAX_INSTRUCTION = 128  # tokens; the longest instruction has one byte less
 VOCABULARY = 257

@@ -24,8 +24,9 @@ from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Normalizer, Policy
+from asyncflow.policies.base import Policy
 from asyncflow.policies.flow_sampler import Steps, Velocity
+from asyncflow.policies.networks.layers import Normalizer
 from asyncflow.policies.networks.lora import add_lora
 from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla.foreign import (

@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from asyncflow.config.sections import Config, validate
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import NameMapping, map_names

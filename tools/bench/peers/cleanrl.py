@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from asyncflow.policies.base import mlp
+from asyncflow.policies.networks.layers import mlp
 from tools.bench.peers.setting import (
     CHUNK_GAMMA,
     CLIP,

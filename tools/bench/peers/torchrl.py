@@ -22,7 +22,7 @@ from torchrl.modules import IndependentNormal, ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from asyncflow.policies.base import mlp
+from asyncflow.policies.networks.layers import mlp
 from tools.bench.core.workers import split_envs
 from tools.bench.peers.env import ChunkEnv, EnvPlan
 from tools.bench.peers.setting import (

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from asyncflow.config.sections import Config
+from asyncflow.devices import check_memory
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import Policy
 from asyncflow.ppo.ppo import PPO, Step
 from asyncflow.profile.leg import change
-from asyncflow.resources import check_memory
 from asyncflow.rollout.plan import RingPlan, plan_ring
 from asyncflow.rollout.ring import Rollout, RolloutInfo
 from asyncflow.run.collecting import NUM_OPTIMIZER_COPIES

@@ -21,7 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.config.sections import CompileMode, Config
-from asyncflow.device import resolve_device
+from asyncflow.devices import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import Policy, make_policy

@@ -1,13 +1,13 @@
-"""Memory: how much is free on a device and in /dev/shm, asked before much of it is allocated.
+"""Devices: which one a run uses, and how much memory is free there and in /dev/shm before much of it is allocated.
 
-Owns where the operating system and CUDA say so. It must not know what the memory is for. Where nobody says, nothing
-is checked.
+Where neither the operating system nor CUDA says how much is free, nothing is checked.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +20,42 @@ PROC, CGROUPS, SHARED_MEMORY = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev
 # Files of a control group: limit, usage, and the field of memory.stat with what of the usage is cache to be dropped.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called `name`; `auto` takes CUDA where there is any, and CUDA devices carry their index.
+
+    Raises:
+        ConfigError: The name is none, or this machine has no such device.
+    """
+    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if num_cuda else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if match is None:
+        raise ConfigError(f"trainer.device = {name!r}: expected auto, cpu, cuda or cuda:N")
+    index = int(match[1] or 0)
+    if index >= num_cuda:
+        raise ConfigError(f"trainer.device = {name!r}: no such device here; available: {_available(num_cuda)}")
+    return torch.device("cuda", index)
+
+
+def check_compile(mode: str, device: torch.device) -> None:
+    """Refuse a CUDA graph of what does not run on CUDA.
+
+    Raises:
+        ConfigError: The device cannot do it.
+    """
+    if mode == "graph" and device.type != "cuda":
+        raise ConfigError(
+            f"policy.compile = {mode!r}: needs a CUDA device, trainer.device is {device} here; allowed: none, compile"
+        )
+
+
+def _available(num_cuda: int) -> str:
+    return ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(num_cuda))])
 
 
 def check_memory(num_bytes: int, device: torch.device, keys: str) -> None:

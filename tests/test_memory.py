@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asyncflow import resources
+from asyncflow import devices
+from asyncflow.devices import check_memory, check_shared_memory, free_memory, share_memory
 from asyncflow.errors import ConfigError
-from asyncflow.resources import check_memory, check_shared_memory, free_memory, share_memory
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ Machine = Callable[[dict[str, str]], None]
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Return what makes a machine of files: path under /proc or /sys/fs/cgroup -> content."""
-    monkeypatch.setattr(resources, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(resources, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path / "cgroup")
 
     def write(files: dict[str, str]) -> None:
         for name, content in files.items():
@@ -126,7 +126,7 @@ def test_shared_memory_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_dev_shm_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "SHARED_MEMORY", tmp_path / "missing")
+    monkeypatch.setattr(devices, "SHARED_MEMORY", tmp_path / "missing")
     check_shared_memory(10**18)
 
 
