@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tools.handbook import always_holds, commands, picture, wrap
 
@@ -13,6 +15,21 @@ TESTS = {"run/test_a.py": ["test_one", "test_two"], "envs/test_b.py": ["test_two
 
 def test_the_page_of_promises_is_current() -> None:
     assert always_holds.PAGE.read_text() == always_holds.page(), "run `make docs`"
+
+
+def test_every_promise_is_held_by_a_test_that_is_not_slow() -> None:
+    """`make test` leaves the slow ones out."""
+    quick: dict[str, set[str]] = {}
+    for path in always_holds.TESTS.rglob("test_*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        decorated = {node.name: [ast.unparse(each) for each in node.decorator_list] for node in functions}
+        names = {name for name, marks in decorated.items() if "pytest.mark.slow" not in marks}
+        quick[path.relative_to(always_holds.TESTS).as_posix()] = names | {""}
+    tests = always_holds.find_tests()
+    for section in yaml.safe_load(always_holds.SOURCE.read_text()):
+        for promise in section["promises"]:
+            located = [always_holds.locate(named, tests) for named in promise["tests"]]
+            assert [function for file, function in located if function in quick[file]], promise["says"]
 
 
 def test_tests_are_found_by_their_names_without_being_run(tmp_path: Path) -> None:
