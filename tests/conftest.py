@@ -17,6 +17,8 @@ from absent_peers import stand_in
 from silent import LIFT_VLA, record, start
 from warm_start import WarmContext, started_by
 
+from asyncflow import cli
+
 # LeRobot holds another torch: its tests have an environment of their own, made by `make test-lerobot`.
 collect_ignore = [] if any(importlib.metadata.distributions(name="lerobot")) else ["lerobot"]
 
@@ -41,6 +43,18 @@ def run_cli(tmp_path: Path) -> CommandLine:
         return subprocess.run(
             command, cwd=tmp_path, env=plain, capture_output=True, text=True, timeout=timeout_s, check=False
         )
+
+    return run
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """Return `run_cli` within this process, which has paid for importing torch."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = cli.run(list(arguments))
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return run
 

@@ -21,18 +21,6 @@ RunCli = Callable[..., CompletedProcess[str]]
 PROBE = "import sys; sys.argv = ['asyncflow', '--help']; from asyncflow.cli import run; run(['--help']); "
 
 
-@pytest.fixture
-def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
-    """Return `run_cli` within this process, which has paid for importing torch."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> CompletedProcess[str]:
-        code = cli.run(list(arguments))
-        return CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return run
-
-
 def refusal(result: CompletedProcess[str]) -> str:
     """Return the one line with which a user's mistake is refused."""
     assert result.returncode == 2, result.stderr

@@ -55,12 +55,12 @@ def test_a_checkpoint_made_for_other_images_is_refused_before_simulators_are_bui
         check_start(load_config("lift_image", same | changes))
 
 
-def test_an_unknown_camera_is_one_line_and_exit_code_2(run_cli: CommandLine):
+def test_an_unknown_camera_is_one_line_and_exit_code_2(run_here: CommandLine):
     for command in (
         ["train", "--checkpoint", "lift_flow", "env.cameras=[agentveiw]"],
         ["demos", "--cameras", "agentveiw"],
     ):
-        done = run_cli(*command)
+        done = run_here(*command)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(
             "asyncflow: error: env.cameras: there is no camera 'agentveiw'; cameras: frontview"

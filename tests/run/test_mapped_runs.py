@@ -175,8 +175,8 @@ def test_a_wrong_width_starts_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_answers_in_one_line(run_cli):
-    done = run_cli("train", "--task", "Toy", "policy.mapping.action.scale=[1, 1, 1]")
+def test_the_command_line_answers_in_one_line(run_here):
+    done = run_here("train", "--task", "Toy", "policy.mapping.action.scale=[1, 1, 1]")
     assert done.returncode == 2
     assert done.stderr.strip() == (
         "asyncflow: error: policy.mapping.action.scale = [1.0, 1.0, 1.0]: 3 entries for 2 dimensions of the "

@@ -113,12 +113,12 @@ def test_a_vla_on_points_is_refused_before_simulators_are_built():
         check_start(load_config("lift", changes))
 
 
-def test_an_unknown_camera_of_a_cloud_is_one_line_and_exit_code_2(run_cli: CommandLine):
+def test_an_unknown_camera_of_a_cloud_is_one_line_and_exit_code_2(run_here: CommandLine):
     for command in (
         ["train", "--checkpoint", "lift_flow", "env.point_clouds=[agentveiw]"],
         ["demos", "--point-clouds", "agentveiw"],
     ):
-        done = run_cli(*command)
+        done = run_here(*command)
         assert (done.returncode, done.stdout) == (2, "")
         expected = "asyncflow: error: env.point_clouds: there is no camera 'agentveiw'; cameras: frontview"
         assert done.stderr.startswith(expected)
