@@ -131,7 +131,7 @@ def num_rows(run):
     ("number", "buffer_type"),
     [
         (signal.SIGINT, "vla"),
-        (signal.SIGTERM, "standard"),
+        pytest.param(signal.SIGTERM, "standard", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, "standard", marks=pytest.mark.slow),
     ],
 )
@@ -156,7 +156,9 @@ def test_a_signal_after_the_reader_of_the_output_has_died_saves_too(hold_run, tm
     assert saved_state(tmp_path / "run")["updates"] == num_rows(tmp_path / "run") == 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_goes_to_a_full_disk_trains_to_its_end(launch, tmp_path):
+    """A run's length of what `test_terminal` shows of a command."""
     run = tmp_path / "run"
     with Path("/dev/full").open("w") as full:
         process = launch(
@@ -190,8 +192,12 @@ def test_what_nohup_has_a_program_ignore_stays_ignored():
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_workers_ignore_what_the_parent_handles(hold_run):
-    """At the first decision both simulate; the signals reach them and multiprocessing's helper alike."""
+    """In a run what `test_workers` shows of one worker.
+
+    At the first decision both simulate; the signals reach them and multiprocessing's helper alike.
+    """
     process = hold_run("asyncflow.run.trainer:Trainer._check_update", *TWO_WORKERS, environment="fake", count=2)
     others = [pid for pid in members(process.pid) if pid != process.pid]
     assert len(others) >= 3

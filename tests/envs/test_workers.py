@@ -36,6 +36,7 @@ from asyncflow.envs.base import ChunkResult, EnvInterrupted
 from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ContractError, EnvError
+from asyncflow.signals import ENDING_SIGNALS
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +267,14 @@ def test_what_simulators_do_to_their_process_is_theirs(capfd):
     assert Path.cwd() == folder
     assert capfd.readouterr().out == ""
     assert process not in multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", ENDING_SIGNALS)
+def test_a_worker_ignores_what_the_parent_handles(vec_env, number):
+    process = process_of(vec_env)
+    os.kill(process.pid, number)
+    assert run_idle(vec_env).faults == ()
+    assert process_of(vec_env) is process
 
 
 def test_close_in_the_middle_of_a_chunk_leaves_neither_process_nor_shared_memory_nor_descriptor():

@@ -13,6 +13,7 @@ from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.run.folder import lock_run_folder
 from asyncflow.run.launch import train
 
+slow = pytest.mark.slow
 FLOW = {
     "policy.kind": "flow",
     "policy.log_prob": "joint_mean",
@@ -26,7 +27,9 @@ FLOW = {
 
 
 @pytest.mark.parametrize("buffer_type", ["standard", "vla"])
-@pytest.mark.parametrize(("lag", "cut"), [(0, 4), (1, 1), (2, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("lag", "cut"), [(0, 4), pytest.param(1, 1, marks=slow), (2, 1), pytest.param(2, 4, marks=slow)]
+)
 def test_a_cut_and_resumed_run_equals_the_uncut_one(tmp_path, uncut, buffer_type, lag, cut):
     """Episodes are truncated within a rollout, and open at its end."""
     changes = TOY | FLOW | {"trainer.buffer_type": buffer_type, "buffer.max_policy_lag": lag, "env.horizon": 14}
@@ -185,8 +188,14 @@ def fail_after_update_3(run, owner, name):
     setattr(owner, name, fail)
 
 
-@pytest.mark.parametrize("buffer_type", ["standard", "vla"])
-@pytest.mark.parametrize("where", WHERE_IT_FAILS)
+@pytest.mark.parametrize(
+    ("where", "buffer_type"),
+    [
+        ("release", "vla"), ("books", "standard"), ("logger", "vla"), ("reporter", "standard"),
+        pytest.param("release", "standard", marks=slow), pytest.param("books", "vla", marks=slow),
+        pytest.param("logger", "standard", marks=slow), pytest.param("reporter", "vla", marks=slow),
+    ],
+)  # fmt: skip
 def test_what_fails_between_a_publication_and_its_row_leaves_no_update_without_a_row(
     tmp_path, uncut, buffer_type, where
 ):
@@ -243,7 +252,11 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-@pytest.mark.parametrize("name", ["policy.safetensors", "training.safetensors", "state.json", "checksums.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["policy.safetensors", "checksums.json"]
+    + [pytest.param(name, marks=slow) for name in ("training.safetensors", "state.json")],
+)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_says_so(tmp_path, uncut, damage, name):
     whole, folder = uncut(TOY | {"trainer.save_interval": 2}), tmp_path / "run"
     shutil.copytree(whole, folder, symlinks=True)
