@@ -1,6 +1,6 @@
 """SHA-256 of the files of a checkpoint, in `checksums.json` beside them.
 
-Owns how they are written down and compared. It must not know what the files hold.
+This file writes the checksums and compares them, whatever the files hold.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command line; the only place that exits.
 
-Owns commands, flags, signals and exit codes: 0, 1 after a crash, 2 for a user's mistake, 130 after Ctrl-C or its like.
-Everything slow (torch, simulators, pydantic) is imported inside the command that needs it, so that `--help` is fast.
+Exit codes are 0, 1 after a crash, 2 after a user's mistake, and 130 after Ctrl-C or its like. Everything slow (torch,
+simulators, pydantic) is imported inside the command that needs it, so that `--help` is fast.
 """
 # ruff: noqa: PLC0415  see above
 

@@ -1,7 +1,6 @@
 """Flags of commands: their meaning and type, declared once and turned into what typer reads.
 
-Owns how a flag is declared and what is said about a value that is no number. It must not know which commands there
-are.
+A value that is no number is refused here, in one line.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Keyed randomness: every draw is a pure function of (run seed, purpose, indices), never of what was drawn before.
 
-Owns the mapping from keys to random numbers. It must not know who uses them. No global generator is touched, so
-threads, groups and resumed runs draw the same numbers whatever the timing. The streams are Philox counters
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), which numpy implements identically on every
-platform.
+This file maps keys to random numbers. No global generator is touched, so threads, groups and resumed runs draw the same
+numbers whatever the timing. The streams are Philox counters (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", 2011), which numpy implements identically on every platform.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Besides Ctrl-C and SIGTERM these are a closed terminal's and those that batch systems send some time before the end.
 
-Owns the process's signal handlers and its sudden end. It must not know what is stopped.
+This file sets the signal handlers of the process; workers ignore these signals.
 """
 
 from __future__ import annotations

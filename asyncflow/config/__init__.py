@@ -1,1 +1,1 @@
-"""What is known before torch is loaded."""
+"""Configuration, tasks and other programs' files: everything that is answered before torch is loaded."""

@@ -1,4 +1,4 @@
-"""How a broken contract of code from elsewhere is told: what it was asked, what came, and what is expected."""
+"""Words for a broken contract of code from elsewhere: what it was asked, what came, and what is expected."""
 
 from __future__ import annotations
 

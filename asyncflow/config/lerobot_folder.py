@@ -1,7 +1,7 @@
 """LeRobot's policy folders: how one is recognised, what it says about its model, and what an environment must offer it.
 
-Owns what `config.json` means to asyncflow. It needs neither torch nor LeRobot, so that `--checkpoint` is understood, or
-refused, before either is loaded; the models themselves are in `policies/smolvla.py` and `policies/pi0.py`.
+This file reads `config.json` without torch and LeRobot, so that `--checkpoint` is understood, or refused, before either
+is loaded; the models themselves are in `policies/smolvla.py` and `policies/pi0.py`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Sizes that a file of `torch.save` claims, checked against the file's own before anything is allocated.
 
-Owns a dry run of its pickle, in which tensors and arrays are counted and not built. It must not know what the content
-means. Every size that a pickle names (of a storage, a view, an array, a number) is checked, every call that copies
-something is counted, and what is hashed is plain: nested tuples take a time that grows exponentially, and a deep one
-overflows the stack.
+The pickle is run dry: tensors and arrays are counted and not built. Every size that a pickle names (of a storage, a
+view, an array, a number) is checked, every call that copies something is counted, and what is hashed is plain: nested
+tuples take a time that grows exponentially, and a deep one overflows the stack.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plain values from strangers' files: YAML whose aliases do not explode, and how deeply values are nested.
 
-Owns the limits. It must not know what the values mean.
+The limits hold for any values.
 """
 
 from __future__ import annotations

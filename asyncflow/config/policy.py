@@ -1,6 +1,6 @@
 """The configuration's part about policies, and what all of its sections have in common.
 
-Owns names, defaults, meanings and limits, as `config` does, which is where the rest of the package takes them from.
+Names, defaults, meanings and limits stand here, as in `sections`, from which the rest of the package takes them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Presets and overrides: from YAML files and command lines to a validated configuration.
 
-Owns how values are read and which of them win. It must not know what a key means.
+This file decides how values are read and which of them win, whatever the keys mean.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """A checkpoint that robomimic saved (`.pth`): which algorithm made it, and in which environment.
 
-Owns the reading of torch's pickled files, in the zip format and in the one before it. It must not know policies or
-simulators. A pickle is a program, a stranger's is a hostile one: here it may build tensors, numpy arrays and plain
-containers, and call nothing else. `torch.load(weights_only=True)` executes it under that rule, `ALLOWED` narrows the
-rule further, and numpy's functions are replaced by ones that know numbers and text only. Before that, a dry run checks
-every size that the pickle claims.
+Torch's pickled files are read in the zip format and in the one before it. A pickle is a program, a stranger's is a
+hostile one: here it may build tensors, numpy arrays and plain containers, and call nothing else.
+`torch.load(weights_only=True)` executes it under that rule, `ALLOWED` narrows the rule further, and numpy's functions
+are replaced by ones that know numbers and text only. Before that, a dry run checks every size that the pickle claims.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every number of a run, as validated models.
 
-Owns names, defaults, meanings and limits; `presets` reads values from files and command lines. It imports neither torch
-nor a simulator, so that the command line can refuse a bad configuration before anything slow is loaded. A key that
-nothing reads does not belong here.
+Every key's name, default, meaning and limits stand here; `presets` reads values from files and command lines. It
+imports neither torch nor a simulator, so that the command line can refuse a bad configuration before anything slow is
+loaded. A key that nothing reads does not belong here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Chooses demonstrations of a dataset: by robomimic's filter keys, and those that solve their task.
 
-Owns what `mask/` and `rewards` mean. It must not know what is read from a demonstration, nor what learns from it.
+This file reads `mask/` and `rewards` only.
 """
 
 from __future__ import annotations

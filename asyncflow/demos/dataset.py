@@ -1,6 +1,6 @@
 """robomimic's datasets as tensors.
 
-Owns the reading of files, and the refusal of those that cannot be used. It must not know what learns from them.
+Files that cannot be used are refused here, with the reason.
 
 Shapes: L steps of one demonstration, A action size, D state size.
 """

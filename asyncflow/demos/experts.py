@@ -1,6 +1,6 @@
 """Scripted experts: what they do in a task, observation by observation.
 
-Owns what an expert knows of its task. It must not know how episodes are recorded.
+An expert knows its task; `record` runs and records its episodes.
 
 Shapes: A action size.
 """

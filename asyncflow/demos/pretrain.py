@@ -1,7 +1,6 @@
 """Behaviour cloning: a policy with a velocity field from a robomimic dataset, by flow matching.
 
-Owns the supervised loop. It must not know where demonstrations come from, nor about reinforcement learning; the critic
-and the learned noise stay as they were initialised.
+This is the supervised loop. The critic and the learned noise stay as they were initialised.
 
 Shapes: B chunks in a batch.
 """

@@ -1,6 +1,6 @@
 """Demonstrations by scripted experts, written in robomimic's HDF5 layout.
 
-Owns the recording and the file. It must not know what learns from the demonstrations.
+This file records the episodes and writes the dataset.
 
 Shapes: L recorded steps of one demonstration, A action size.
 """

@@ -1,10 +1,9 @@
 """Examples: what pre-training draws from demonstrations, an observation and the actions that followed it.
 
-Owns the cutting of chunks and histories, and the augmentation of images; other kinds stay as they are. It must not
-know the file that demonstrations come from, nor what learns from them.
+Chunks and histories are cut here, and images are augmented; other kinds of observation stay as they are.
 
-Shapes: B examples in a batch, M steps of all demonstrations, L of one, O env steps of a history (n_obs_steps),
-P predicted actions (horizon), A action size, D state size.
+Shapes: B examples in a batch, M steps of all demonstrations, L of one, O env steps of a history (n_obs_steps), P
+predicted actions (horizon), A action size, D state size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Environments: the contract (`base`), the tasks (`tasks`), simulators in processes (`workers`, `robomimic`), a toy.
+"""Environments: the contract (`base`), simulators in worker processes (`workers`), robosuite, Gymnasium, a toy.
 
 Importing this package loads neither torch nor a simulator; the modules that need them are imported when an
 environment is built.

@@ -1,7 +1,6 @@
 """The VecEnv contract: what the collector and the evaluation ask of a set of environments.
 
-Owns the words of the contract. It must not know how an environment is simulated, who acts in it, or where its
-transitions go.
+The contract holds for every environment, however it is simulated and whoever acts in it.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
 `state` observation.

@@ -1,7 +1,7 @@
 """EpisodeJournal: which episode each environment is in, and the actions that led to where it is.
 
-Owns what rebuilds open episodes. An episode is a function of the environment's construction, its seed and its actions,
-so replaying them gives the same simulator bit for bit; the simulator's own state would not be enough.
+The journal rebuilds open episodes. An episode is a function of the environment's construction, its seed and its
+actions, so replaying them gives the same simulator bit for bit; the simulator's own state would not be enough.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
 `state` observation.

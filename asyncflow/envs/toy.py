@@ -1,7 +1,7 @@
 """A task without a simulator: reach a goal in the plane. For tests, examples and the `toy` preset.
 
-Owns the toy's dynamics, vectorised over environments. It follows the same contract as the simulators, chunks and
-seeds included.
+The dynamics are vectorised over environments. The toy follows the same contract as the simulators, chunks and seeds
+included.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk.
 """

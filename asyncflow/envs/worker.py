@@ -1,7 +1,7 @@
 """One worker process: what it is sent, how it answers, how it ends. Both sides of its pipe.
 
-Owns the process and its messages. It must not know which other workers there are, nor what follows from a failure.
-A worker gets a factory of simulators, and `chunks` executes chunks in them.
+`workers` decides what follows from a failure. A worker gets a factory of simulators, and `chunks` executes chunks in
+them.
 
 Shapes: N environments.
 """

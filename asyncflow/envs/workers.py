@@ -1,7 +1,7 @@
 """Simulators in processes: one message per worker and decision, results through shared memory, faults survived.
 
-Owns the workers as a whole: who simulates what, which chunks are under way, what is lost with a worker, and its
-replacement. It must not know what is simulated, nor how a process answers (`worker`).
+This file says which worker simulates what and which chunks are under way. It replaces a worker that fails and marks
+what was lost with it. How a process answers is in `worker`.
 
 Shapes: N environments, n of them addressed by one call, H executed actions of a chunk, A action size, D size of the
 `state` observation.

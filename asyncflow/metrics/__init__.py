@@ -1,1 +1,1 @@
-"""What is measured and shown."""
+"""What a run measures, writes and shows."""

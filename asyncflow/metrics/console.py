@@ -1,7 +1,7 @@
 """What a run shows: a start card, a block per update, an end card; plain lines where the output is no terminal.
 
-Also how far a long command is. Owns wording and layout. It must not know how a run is trained. Metrics appear under the
-last part of their glossary name, and nothing needs colour to be understood.
+It also shows how far a long command is. Metrics appear under the last part of their glossary name, and nothing needs
+colour to be understood.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The files that rows of metrics go to: JSON lines, and TensorBoard's events. A full disk does not end a run.
 
-Owns writing whole records, what waits while they cannot be written, and what a resumed run cuts off. It must not know
-what a metric means.
+Records are written whole. They wait in memory while the disk is full, and a resumed run cuts off those after its
+checkpoint.
 """
 
 from __future__ import annotations

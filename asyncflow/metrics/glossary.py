@@ -1,8 +1,7 @@
 """Metrics: the one glossary of names, and the logger through which a run's numbers leave it.
 
-Owns what a metric is called and what it means. It must not know how a number is measured, nor how files are written.
-A name that is not in the glossary is refused, so that console, TensorBoard, JSON lines and
-`docs/metrics.md` cannot drift apart.
+A metric's name and meaning stand here only. A name that is not in the glossary is refused, so that console,
+TensorBoard, JSON lines and `docs/metrics.md` cannot drift apart.
 """
 
 from __future__ import annotations

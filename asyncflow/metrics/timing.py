@@ -1,6 +1,6 @@
 """Where the seconds of a run go: busy time of the collector and of the trainer, and of both at once.
 
-Owns the arithmetic of busy, waiting and overlap. It must not know what the two lanes do.
+Busy, waiting and overlapping time of two lanes are computed here, whatever the lanes do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tracing: who did what from when to when, as a file that Chrome (chrome://tracing) and Perfetto open.
 
-Owns spans, their collection from any thread, and the Chrome trace format. It must not know what a span stands for.
-Times are `time.perf_counter` seconds, which all processes of a machine share; the file's are microseconds.
+Spans are collected from any thread and written in Chrome's trace format. Times are `time.perf_counter` seconds, which
+all processes of a machine share; the file's are microseconds.
 """
 
 from __future__ import annotations

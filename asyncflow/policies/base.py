@@ -1,6 +1,6 @@
 """The Policy contract: what the collector, PPO, evaluation and pre-training ask of a policy.
 
-Owns the contract and the actor/critic split. It must not know about rollouts, lags or threads.
+The split into actor and critic parameters is part of it. A policy knows nothing of rollouts, lags or threads.
 
 Shapes: N decisions in a batch, P predicted actions (horizon), H executed actions, A action size, K denoising steps.
 """

@@ -1,10 +1,10 @@
 """Flow-matching policy: a velocity MLP and a critic MLP over the state and, with cameras, their features.
 
-Owns the two MLPs. How a velocity becomes a stochastic policy is in `flow_sampler.py`, how that becomes a Policy, and
-what pre-training minimises, in `velocity.py`.
+The two MLPs are built here. How a velocity becomes a stochastic policy is in `flow_sampler.py`, how that becomes a
+Policy, and what pre-training minimises, in `velocity.py`.
 
-Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D context size,
-W width of the first hidden layer, E time features.
+Shapes: N decisions, K denoising steps, J stochastic ones, P predicted actions, A action size, D context size, W width
+of the first hidden layer, E time features.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A flow's denoising chain as a stochastic policy: its steps, its sampling, its log-probs.
 
-Owns the maths between a velocity field and a log-prob, for any velocity field; it must not know a network or an
-observation. The steps follow pi_RL (arXiv:2510.25889: flow_sde, flow_noise), ReinFlow (arXiv:2505.22094: learned
-noise) and DPPO (arXiv:2409.00588: every denoising step is a Gaussian policy, section 4). Time runs from 1 (noise) to
-0 (action), and the velocity is noise - action.
+This is the maths between a velocity field and a log-prob. It works for any velocity field and knows neither networks
+nor observations. The steps follow pi_RL (arXiv:2510.25889: flow_sde, flow_noise), ReinFlow (arXiv:2505.22094: learned
+noise) and DPPO (arXiv:2409.00588: every denoising step is a Gaussian policy, section 4). Time runs from 1 (noise) to 0
+(action), and the velocity is noise - action.
 
-Shapes: N decisions, K denoising steps, J stochastic ones (K, or K - 1 for flow_cps), P predicted actions,
-H executed actions, M width of a chunk: the size of the model's action, or more in a padded model.
+Shapes: N decisions, K denoising steps, J stochastic ones (K, or K - 1 for flow_cps), P predicted actions, H executed
+actions, M width of a chunk: the size of the model's action, or more in a padded model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Gaussian policy: one forward predicts the mean of a whole chunk; the standard deviation does not see the state.
 
-Owns its networks and its log-prob. The plain baseline beside the flow policy, with the same chunks and normalisation.
+It is the plain baseline beside the flow policy, with the same chunks and normalisation.
 
 Shapes: N decisions, P predicted actions, H executed actions, A action size, D context size.
 """

@@ -1,7 +1,7 @@
 """One policy in one safetensors file: its tensors, how to build it, and the environment it was made for.
 
-Owns the file's format, its atomic writing and the ways to name it on a command line. It must not know how a policy
-is trained, and never reads pickled code: a checkpoint of robomimic, a pickle, is described and refused.
+Files are written atomically. `--checkpoint` and `asyncflow eval` name them in several ways, all resolved here. Pickled
+code is never read: a checkpoint of robomimic, a pickle, is described and refused.
 """
 
 from __future__ import annotations

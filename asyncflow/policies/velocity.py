@@ -1,11 +1,10 @@
 """Policies with a velocity field: everything but the networks, and how demonstrations teach them (pre-training).
 
-Owns the way from a velocity field and a value function to the Policy contract, and the loss of flow matching
-(arXiv:2210.02747). It must not know a network or an observation; how a velocity becomes a stochastic policy is in
-`flow_sampler.py`.
+A velocity field and a value function become a `Policy` here. The loss of pre-training is flow matching
+(arXiv:2210.02747). How a velocity becomes a stochastic policy is in `flow_sampler.py`.
 
-Shapes: N decisions, P predicted actions, H executed actions, A size of the model's action, M width
-of a chunk: A, or more in a padded model.
+Shapes: N decisions, P predicted actions, H executed actions, A size of the model's action, M width of a chunk: A, or
+more in a padded model.
 """
 
 from __future__ import annotations

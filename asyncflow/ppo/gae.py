@@ -1,12 +1,12 @@
 """Advantages and returns of a rollout, as pure functions.
 
-Owns the recursion. It must not know where values come from: the caller passes, for every decision, the value of
-the observation that followed it in the *same* episode (the true final observation where the horizon cut it).
+The caller passes, for every decision, the value of the observation that followed it in the *same* episode (the true
+final observation where the horizon cut it).
 
 Shapes: T decisions, N environments.
 
-Papers: GAE, Schulman et al., arXiv:1506.02438, eq. 16; a chunk is one decision whose discount is
-`gamma ** executed`, as in semi-Markov options (Sutton, Precup and Singh, 1999).
+Papers: GAE, Schulman et al., arXiv:1506.02438, eq. 16; a chunk is one decision whose discount is `gamma ** executed`,
+as in semi-Markov options (Sutton, Precup and Singh, 1999).
 """
 
 from __future__ import annotations

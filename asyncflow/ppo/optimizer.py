@@ -1,9 +1,9 @@
 """Adam that skips steps that are not finite, undoes what was not finished, and names its state.
 
-Owns the optimizer's state. It must not know about losses, nor what a step was computed from.
+The gradients may come from any loss.
 
-`clip_gradients` and `step_if` compute what `clip_grad_norm_` and `Adam.step` do, bit for bit. They do not call those:
-a minibatch of a small network costs little more than the bookkeeping around Adam's kernel.
+`clip_gradients` and `step_if` compute what `clip_grad_norm_` and `Adam.step` do, bit for bit. They do not call those: a
+minibatch of a small network costs little more than the bookkeeping around Adam's kernel.
 """
 
 from __future__ import annotations

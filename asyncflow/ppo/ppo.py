@@ -1,7 +1,7 @@
 """PPO on one rollout: what an update trains on, its epochs and minibatches, and what it reports.
 
-Owns the order of an update, which happens as a whole or not at all. It must not know which thread collected the
-rollout, nor which policy it trains.
+Updates are atomic: if anything raises during one, weights and optimizer state are restored. PPO does not know which
+thread collected the rollout.
 
 Shapes: T decisions, N environments, B decisions of a minibatch (`num_minibatches` divides T * N), K denoising steps.
 """

@@ -1,1 +1,1 @@
-"""What overlap gives, and what limits it."""
+"""`asyncflow profile`: what overlap gives, and what limits it."""

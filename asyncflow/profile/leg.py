@@ -1,6 +1,6 @@
 """One leg of a profile: a run that is traced, ends itself after its window and leaves nothing behind.
 
-Owns what a leg leaves out, and the memory that it needed. It must not know in which order legs are run.
+Evaluations, checkpoints and curves are left out, and the memory that was needed is measured.
 """
 
 from __future__ import annotations

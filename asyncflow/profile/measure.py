@@ -1,7 +1,7 @@
 """`asyncflow profile`: runs both buffer types in turns on one configuration and finds out what overlap gives.
 
-Owns the order of legs, what they leave out, and emulated stages. It must not know how a leg's figures are read
-(`profile_legs`), what follows from them (`profile_model`) or how they are shown (`profile_report`).
+This file runs the legs in their order and emulates stages. `read` reads a leg's figures, `model` draws conclusions from
+them, and `report` shows them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Profile:
         return ceilings(self.alone, self.at_work)
 
     def speedup(self, over: Mode = "standard") -> Interval:
-        """Return the speed-up of asynchronous mode over another leg's, with its interval over the blocks."""
+        """Return the speed-up of asynchronous over another mode, with its interval over the blocks."""
         pairs = [(block.seconds(over), block.seconds("vla")) for block in self.blocks]
         return log_ratio_interval([a for a, _ in pairs], [b for _, b in pairs])
 

@@ -1,6 +1,6 @@
 """What overlap can give: ceilings from stage times, a model of the ring, intervals, and the advice that follows.
 
-Owns arithmetic only. It must not know how a stage was measured, nor how the figures are shown.
+This file is arithmetic only.
 
 Letters: T decisions of an environment in a rollout, N environments, G groups of them, L lag limit; Te, Ti, Tt are the
 seconds of a chunk, of a decision call and of an update, Tc those of collecting a rollout.

@@ -1,7 +1,6 @@
 """The picture of a profile: who worked when, in both modes on one scale, and throughput against its ceilings.
 
-Owns layout and colours. It must not know how the figures came about. matplotlib is imported only here, when a picture
-is drawn.
+matplotlib is imported only here, when a picture is drawn.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Legs of a profile: what one run showed in its measured window, read from its trace and its rows of metrics.
 
-Owns the way from spans and counters to seconds of stages, bubbles and counts. It must not know how a leg was run.
+Spans and counters become seconds of stages, bubbles and counts here.
 
-Letters as in `profile_model`. Update k trains on rollout k; both are counted from 0 here.
+Letters as in `model`. Update k trains on rollout k; both are counted from 0 here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a profile leaves behind: tables on the terminal, `profile.json`, CSV, a trace and a picture.
 
-Owns wording and files. It must not know how legs are run. Every table is made from the numbers of `profile.json`.
+Every table is made from the numbers of `profile.json`.
 """
 
 from __future__ import annotations

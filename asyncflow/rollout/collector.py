@@ -1,7 +1,6 @@
 """Collector: where the trainer gets its rollouts from, inline or from a thread of its own.
 
-Owns the collector thread and how its failure reaches the main thread. It must not know how a rollout is collected or
-trained.
+A failure of the collector thread is raised in the main thread. `RolloutWriter` collects the rollouts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Inference: the collector's decisions as the policy computes them, compiled, or replayed from a CUDA graph.
 
-Owns what `policy.compile` means. It must not know where observations come from, nor what becomes of decisions. What
-`Policy.encode_obs` makes of observations comes before, and is neither compiled nor captured.
+`policy.compile` chooses among the three. `Policy.encode_obs` runs before and is neither compiled nor captured.
 
 Both ways fix what a decision does before the first rollout. What changes from version to version must therefore be in
 tensors that are written in place: the parameters and buffers of `weights.changing_tensors`, the annealed `noise_level`

@@ -1,8 +1,7 @@
 """Emulated latencies: how long a stage of the loop pretends to take, for planning and for checking the profiler.
 
-Owns the distribution of those seconds and the waiting, which is outside the interpreter's lock. It must not know what
-is emulated. One factor belongs to a whole rollout, so that the spread is that of a stage: with a factor per decision,
-a rollout's sum would hardly vary.
+The waiting is outside the interpreter's lock. One factor belongs to a whole rollout, so that the spread is that of a
+stage: with a factor per decision, a rollout's sum would hardly vary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Staging: how tensors cross between ordinary memory and a CUDA device, through pinned buffers that are kept.
 
-Owns the buffers and when each may be written again. It must not know what the tensors mean. On a CPU every tensor is
-passed on as it is: no copy, no buffer.
+This file keeps the buffers and decides when each may be written again. On a CPU every tensor is passed on as it is: no
+copy, no buffer.
 
 A copy to or from pageable memory makes the calling thread wait for the device. One to or from pinned memory runs when
 the stream gets there, so that its memory must be left alone until then. Which event orders what:

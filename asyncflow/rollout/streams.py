@@ -1,6 +1,6 @@
 """Ordering of CUDA work between two threads: events, never a device-wide synchronise. On a CPU all of it is a no-op.
 
-Owns the only calls to `torch.cuda` events, streams and graphs. It must not know what is copied or captured.
+No other file calls `torch.cuda` events, streams or graphs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """WeightPublisher: versioned snapshots of what acting needs and training changes, trainer -> collector.
 
-Owns the snapshots and their leases. It must not know about rollouts. Weights are the one arrow from the trainer back
-to the collector. Frozen parameters are shared by both policies and never copied.
+Weights are the one arrow from the trainer back to the collector. Frozen parameters are shared by both policies and
+never copied.
 
 Versions live in `max_policy_lag + 1` snapshots; version v is written over version v - (L + 1), which nobody needs any
 more: the rollout that was collected with it was finished before the trainer could produce version v.

@@ -1,9 +1,9 @@
 """RolloutWriter: acts in the environments and fills one slot of the ring after another.
 
-Owns the acting copy of the policy and the order of inference and stepping. It must not know which thread it runs in,
-nor how rollouts are trained. Environments are split into groups: while one group's chunk runs in the simulators, the
-policy infers for another. All groups meet at a rollout's end. What goes to a CUDA device or comes back is staged
-(`staging`); all of it is queued on the stream of the thread that collects.
+The writer has a copy of the policy to act with. It works the same in the collector thread and in the main thread.
+Environments are split into groups: while one group's chunk runs in the simulators, the policy infers for another. All
+groups meet at a rollout's end. What goes to a CUDA device or comes back is staged (`staging`); all of it is queued on
+the stream of the thread that collects.
 
 Shapes: T decisions, N environments, n of them in a group, H executed actions.
 """

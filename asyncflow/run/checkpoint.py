@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on from the boundary after an update.
 
-Owns names, checksums and atomic writing of what lies in `checkpoints/`. It must not know how a run is trained: a
-checkpoint is a policy, a `RunState` and named groups of tensors.
+What lies in `checkpoints/` is named, summed and written atomically here. A checkpoint is a policy, a `RunState` and
+named groups of tensors.
 
     update_000010/{policy.safetensors,training.safetensors,state.json,checksums.json}
     last -> update_000010     best -> update_000010

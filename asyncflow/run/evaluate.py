@@ -1,6 +1,6 @@
 """How often a policy succeeds: a fixed number of episodes, fixed start states, and an interval for the rate.
 
-Owns the episode quotas and the statistics. It must not know how the policy is trained or what logs the result.
+This file holds the quotas of episodes and the statistics.
 
 Every environment has a quota of episodes. Taking the first episodes to finish anywhere would favour short ones, and
 with them success; a quota also makes the result independent of timing and of the number of workers. Broken episodes do

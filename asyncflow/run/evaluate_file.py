@@ -1,6 +1,6 @@
 """Evaluates a policy file in the environment that it carries, whatever preset it was trained with.
 
-Owns the way from a file to an evaluation. It must not know about runs or training.
+`asyncflow eval` calls it; no run folder is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run's folder: its name, its configuration, the versions it runs on, and who writes in it.
 
-Owns everything in a run folder but checkpoints and metrics. It must not know how a run is trained.
+Checkpoints and metrics have files of their own.
 
     config.yaml  versions.json  metrics.jsonl  lock  checkpoints/
 """

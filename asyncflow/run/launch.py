@@ -1,6 +1,6 @@
 """Launching: a new run, or one that goes on from its newest checkpoint.
 
-Owns the order in which a run's folder, parts and trainer come to be and are closed. It must not know the loop.
+This file makes a run's folder, parts and trainer in order, and closes them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Progress: how far a run is, as a checkpoint stores it.
 
-Owns the three clocks and what is counted beside them. It must not know how a run is trained.
+It holds the three clocks and what is counted beside them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a row of metrics says besides the update: seconds, lag, rates, busy shares and memory.
 
-Owns the arithmetic from counters to rates. It must not know how rollouts are collected or trained.
+Counters become rates here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Cameras of one robosuite simulation, rendered when asked, on EGL or OSMesa: images and point clouds.
 
-Owns the OpenGL context and the order of the pixels. It must not know when they are needed, nor what reads them.
+Each simulation has an OpenGL context of its own, which is made current before it is used.
 
 robosuite's own camera observations would be rendered at every step, and its `render` draws into whichever context was
 used last, so that simulators of one process would draw each other's scenes.

@@ -1,7 +1,7 @@
 """When robosuite samples its observables, without asking each of them at every substep.
 
-Owns the clock that an environment's observables share. robosuite samples them at a substep of their own, not at the
-last of a step, and rounding moves that substep from step to step; so the clock counts in robosuite's arithmetic, and
+The observables of an environment share one clock. robosuite samples them at a substep of their own, not at the last of
+a step, and rounding moves that substep from step to step; so the clock counts in robosuite's arithmetic, and
 robosuite's own update runs at each substep at which it does more than count. It must not know about controllers.
 """
 

@@ -1,8 +1,8 @@
 """One environment step of robosuite, faster, with the same physics and the same observations bit for bit.
 
-Owns which environments are covered and the loop over substeps. robosuite itself takes the first substep, in which it
-sets goals and grippers, and computes reward and observations; the others leave out what changes nothing. What is not
-covered takes robosuite's own `step`. Nothing of robosuite is patched. It must not know about tasks or robomimic.
+This file says which environments are covered, and loops over the substeps. robosuite itself takes the first substep, in
+which it sets goals and grippers, and computes reward and observations; the others leave out what changes nothing. What
+is not covered takes robosuite's own `step`. Nothing of robosuite is patched. It must not know about tasks or robomimic.
 
 robosuite is imported with this module, which takes seconds: import it where a simulator is built.
 """

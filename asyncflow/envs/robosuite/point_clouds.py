@@ -1,6 +1,6 @@
 """Point clouds: from a camera's depth and colours to coloured points in the world.
 
-Owns the geometry and the choice of points. It must not know OpenGL, a simulator, or who asks. A cloud is a function of
+This file holds the geometry and chooses the points; it needs neither OpenGL nor a simulator. A cloud is a function of
 one picture alone: an episode that is replayed has the same clouds, bit for bit.
 
 Shapes: P points of a cloud, M points within the box.

@@ -1,7 +1,7 @@
 """One robosuite simulator behind robomimic's wrapper.
 
-Owns construction, seeding, success and the `state` vector. It must not know about processes, chunks, horizons or
-other environments. An episode is a function of the constructor's seed, the episode's seed and the actions alone.
+The simulator is built and seeded here, and its success and `state` vector are read. Chunks and horizons are `chunks`'s,
+processes `worker`'s. An episode is a function of the constructor's seed, the episode's seed and the actions alone.
 
 Shapes: A action size, D size of the `state` observation.
 """

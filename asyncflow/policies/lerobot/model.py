@@ -1,7 +1,6 @@
 """What LeRobot's vision-language-action models have in common, with the methods of a velocity field.
 
-Owns how LeRobot's model is built, and how its folder is read and written. It must not know how a policy is trained, nor
-how a type of model computes. It loads LeRobot, an optional extra.
+LeRobot's model is built here, and its folder is read and written. This file loads LeRobot, an optional extra.
 
 Shapes: N decisions, S tokens of the prefix, H attention heads, G of them for keys and values, F size of a head, E width
 of the expert, J denoising steps evaluated at once, P predicted actions, A action size, M action size with the model's

@@ -1,7 +1,6 @@
 """pi0 (arXiv:2410.24164) as LeRobot has it, with the methods of a velocity field.
 
-Owns how LeRobot's model is asked for what `VLAPolicy` needs. It must not know how a policy is trained. It loads
-LeRobot, an optional extra.
+This file asks LeRobot's model for what `VLAPolicy` needs. It loads LeRobot, an optional extra.
 
 Pictures are embedded by LeRobot's own code. The layers of PaliGemma and of the expert are LeRobot's modules too, but
 are called here: LeRobot's code rounds to bfloat16 wherever it calls them, whatever type they have. Padding is left out

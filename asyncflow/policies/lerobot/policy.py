@@ -1,8 +1,8 @@
 """A LeRobot policy folder as a policy, and back.
 
-Owns what a policy takes over from its folder: the units of its actions, and what its checkpoints hold of LeRobot's.
-It loads LeRobot, an optional extra: only `make_policy` imports it, once a folder asks for it. The models themselves are
-in `smolvla.py` and `pi0.py`.
+The policy takes the units of its actions from the folder, and its checkpoints hold a folder for LeRobot. This file
+loads LeRobot, an optional extra: only `make_policy` imports it, once a folder asks for it. The models themselves are in
+`smolvla.py` and `pi0.py`.
 """
 
 from __future__ import annotations

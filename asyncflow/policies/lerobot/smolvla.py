@@ -1,7 +1,6 @@
 """SmolVLA (arXiv:2506.01844) as LeRobot has it, with the methods of a velocity field.
 
-Owns how LeRobot's model is asked for what `VLAPolicy` needs. It must not know how a policy is trained. It loads
-LeRobot, an optional extra.
+This file asks LeRobot's model for what `VLAPolicy` needs. It loads LeRobot, an optional extra.
 
 The prefix runs by LeRobot's own code, once a decision. The expert's layers are LeRobot's modules too, but are called
 here: for J denoising steps at once, on keys and values of the prefix that were computed once.

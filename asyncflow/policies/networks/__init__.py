@@ -1,1 +1,1 @@
-"""What policies are built from."""
+"""Networks that policies are built from."""

@@ -1,6 +1,7 @@
 """LoRA: small trained matrices beside the frozen ones of a backbone (arXiv:2106.09685), by the `peft` package.
 
-Owns which layers get one. The package is an optional extra and is imported when a configuration asks for it.
+This file chooses the layers that get one. The package is an optional extra and is imported when a configuration asks
+for it.
 """
 
 from __future__ import annotations

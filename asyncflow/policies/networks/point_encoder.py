@@ -1,8 +1,8 @@
 """Point encoder: from point clouds to the features that actor and critic see beside the state.
 
-Owns the networks on point clouds: the same small MLP on every point, then the maximum over points, so that neither
-their order nor their repetition matters (PointNet, arXiv:1612.00593, section 4.2); layer norm and a projection behind
-the maximum instead of transformation networks and batch norm (DP3, arXiv:2403.03954).
+The network applies the same small MLP on every point, then the maximum over points, so that neither their order nor
+their repetition matters (PointNet, arXiv:1612.00593, section 4.2); layer norm and a projection behind the maximum
+instead of transformation networks and batch norm (DP3, arXiv:2403.03954).
 
 Shapes: N observations, O env steps of a history (n_obs_steps), P points of a cloud, F features of an observation.
 """

@@ -1,7 +1,7 @@
 """Models from elsewhere: how they are loaded, and those that bring their own log-probs as policies.
 
-Owns what is asked of a model that asyncflow did not write; docs/your_policy.md says the same in words. It must not
-know any such model. A model with a velocity field becomes a `VLAPolicy` instead.
+docs/your_policy.md describes what is asked of such a model. A model with a velocity field becomes a `VLAPolicy`
+instead.
 
 Shapes: N decisions, P predicted actions, H executed actions, A action size.
 """

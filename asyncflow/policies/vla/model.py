@@ -1,8 +1,8 @@
 """A small vision-language-action model: a prefix of pictures, instruction and state, and an expert that denoises.
 
-Owns the networks. It must not know how a velocity becomes a policy. The backbone encodes the prefix once; the expert
-turns it into keys and values once, and attends to them in every denoising step, as pi0 (arXiv:2410.24164) and
-GR00T N1 (arXiv:2503.14734) do.
+How its velocity becomes a policy is in `policies/velocity.py`. The backbone encodes the prefix once; the expert turns
+it into keys and values once, and attends to them in every denoising step, as pi0 (arXiv:2410.24164) and GR00T N1
+(arXiv:2503.14734) do.
 
 Shapes: N decisions, C cameras, S tokens of the prefix, W backbone's width, E expert's width, J denoising steps
 evaluated at once, P predicted actions, A action size, D state size, G attention heads, F = E / G.

@@ -1,12 +1,12 @@
 """VLAPolicy: a vision-language-action model as a policy.
 
-Owns when the prefix is encoded, the precision, and what the value's gradient reaches. It must not know the networks:
-anything with the methods of `VELOCITY_METHODS` will do.
+This file decides when the prefix is encoded, in which precision, and what the value's gradient reaches. The networks
+may be any model with the methods of `VELOCITY_METHODS`.
 
 A model's prefix is a tensor, or a TensorDict of `features` and what else velocity and value need of an observation.
 
-Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, M width of a chunk:
-the size of the model's action, or more in a padded model.
+Shapes: N decisions, K denoising steps, J of them evaluated at once, P predicted actions, M width of a chunk: the size
+of the model's action, or more in a padded model.
 """
 
 from __future__ import annotations
