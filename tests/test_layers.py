@@ -10,6 +10,7 @@ import pytest
 
 from tools.rooms import PACKAGE, PAGE, ROOMS, SOURCES, draw, imported_modules, internal_imports, room_of
 
+TOOLS = PACKAGE.parent / "tools"
 SLOW = {"torch", "tensordict", "pydantic", "yaml", "rich", "numpy", "robosuite", "robomimic", "h5py"}
 
 
@@ -64,8 +65,17 @@ def test_there_is_no_module_called_utils() -> None:
     assert not [name for name in SOURCES if name.rsplit(".", maxsplit=1)[-1] in ("utils", "helpers", "common")]
 
 
+def test_a_tool_of_several_files_is_a_folder_that_is_started_by_its_name() -> None:
+    """`python -m tools.stress`; what several of them share is `tools/bench/common`, which nobody starts."""
+    folders = {path.parent.relative_to(TOOLS) for path in TOOLS.rglob("*.py")} - {Path()}
+    started = {folder for folder in folders if (TOOLS / folder / "__main__.py").exists()}
+    assert {str(folder) for folder in folders - started} == {"bench", "bench/common", "handbook"}
+    assert all((TOOLS / folder / "__init__.py").exists() for folder in folders)
+
+
 def test_files_are_short() -> None:
-    lengths = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items()}
+    tools = {f"tools {path.relative_to(TOOLS)}": path for path in TOOLS.rglob("*.py")}
+    lengths = {name: len(path.read_text().splitlines()) for name, path in (SOURCES | tools).items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 

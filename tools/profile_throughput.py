@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from asyncflow.cli import run
-from asyncflow.signals import interrupt_on_signals
+from asyncflow.cli import main
 
 if __name__ == "__main__":
-    interrupt_on_signals()
-    sys.exit(run(["profile", *sys.argv[1:]]))
+    sys.argv.insert(1, "profile")
+    main()
