@@ -15,7 +15,7 @@ from typing import Any
 from asyncflow.errors import ConfigError
 
 KEY = "env_kwargs.controller_configs"
-ARM_TYPES = ("OSC_POSE", "OSC_POSITION", "JOINT_POSITION", "JOINT_VELOCITY", "JOINT_TORQUE", "IK_POSE")
+ARM_TYPES = ("OSC_POSE", "OSC_POSITION", "JOINT_POSITION", "JOINT_TORQUE", "IK_POSE")  # 1.5 raises for JOINT_VELOCITY
 _ARMS = ("right", "left")
 _OSC_SIZES = {"OSC_POSE": 6, "OSC_POSITION": 3}
 _SCALES = ("input_max", "input_min", "output_max", "output_min")
@@ -118,7 +118,10 @@ def _check_arm(arm: Any) -> None:
     """Refuse an arm's controller that robosuite would not build, or whose first step would raise."""
     if not isinstance(arm, dict) or arm.get("type") not in ARM_TYPES:
         kind = arm.get("type") if isinstance(arm, dict) else arm
-        raise ConfigError(f"{KEY}: type = {kind!r} is no controller of an arm; allowed: {', '.join(ARM_TYPES)}")
+        raise ConfigError(
+            f"{KEY}: type = {kind!r} is no controller of an arm that robosuite 1.5 builds; allowed: "
+            f"{', '.join(ARM_TYPES)}"
+        )
     kind = arm["type"]
     _check_values(arm)
     if kind == "IK_POSE" and not arm.get("control_delta", True):

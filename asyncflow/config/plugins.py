@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from asyncflow.config.contracts import broken, check_callable
-from asyncflow.errors import ConfigError
+from asyncflow.errors import AsyncflowError, ConfigError
 
 Built = TypeVar("Built")
 
@@ -70,7 +70,7 @@ def build_plugin(group: str, name: str, arguments: tuple[Any, ...], kind: type[B
         kind: What it must return.
 
     Raises:
-        ConfigError: It cannot be imported.
+        ConfigError: It cannot be imported, or raises an error of its own.
         ContractError: It cannot be called so, or returns something else.
     """
     build, folder = load_plugin(group, name), os.getcwd()
@@ -78,6 +78,10 @@ def build_plugin(group: str, name: str, arguments: tuple[Any, ...], kind: type[B
     check_callable(build, label, arguments)
     try:
         built = build(*arguments)
+    except (AsyncflowError, OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a package's own code raises
+        raise ConfigError(f"{label}: raised {type(error).__name__}: {_one_line(error)}") from error
     finally:
         os.chdir(folder)
     if not isinstance(built, kind):

@@ -224,6 +224,9 @@ def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
 
     A model without asyncflow's `obs_normalizer` scales its inputs itself, and its actions are in the simulator's
     units; it is left as it is.
+
+    Raises:
+        ConfigError: A range is not finite in float32.
     """
     if not is_scaled(policy):
         return
@@ -234,7 +237,13 @@ def fit_normalizers(policy: VelocityPolicy, demos: Demonstrations) -> None:
         if isinstance(normalizer, Normalizer):
             own = [demos.obs[key] for key, field in demos.spec.obs.items() if field.kind == kind]
             values = torch.cat([part.flatten(0, -2) for part in chain(*own)])
-            normalizer.set_range(values.amin(0), values.amax(0))
+            low, high = values.amin(0), values.amax(0)
+            if not bool((high - low).isfinite().all()):
+                raise ConfigError(
+                    f"--dataset: observations ({kind}) from {low.min():.3g} to {high.max():.3g}: "
+                    "that range is beyond float32"
+                )
+            normalizer.set_range(low, high)
     scale_actions(policy, demos.spec.action_limits, torch.cat(demos.actions))
 
 

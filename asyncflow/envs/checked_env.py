@@ -21,6 +21,7 @@ from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvSpec, Fault, VecEnv
 from asyncflow.envs.contract import check_spec
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ContractError
+from asyncflow.terminal import tell_once
 
 _FLAGS = ("terminated", "truncated", "broken")
 _COUNTS = ("executed", "episode_length")
@@ -94,8 +95,11 @@ class CheckedVecEnv(VecEnv):
         self.env.interrupt()
 
     def close(self) -> None:
-        """Stop the simulators."""
-        self.env.close()
+        """Stop the simulators; an error of theirs at the end is told, and ends nothing."""
+        try:
+            self.env.close()
+        except Exception as error:  # whatever a package's own code raises
+            tell_once(f"{self._name}.close", f"{self._name}.close raised {type(error).__name__}: {error}")
 
     def _check_notices(self, notices: Any) -> tuple[str, ...]:
         if not isinstance(notices, tuple | list) or not all(isinstance(notice, str) for notice in notices):

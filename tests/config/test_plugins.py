@@ -48,6 +48,17 @@ def build_nothing(*arguments):
 
 def build_from_nothing():
     return None
+
+def build_raising(*arguments):
+    raise KeyError("no robot at this address")
+
+class Sticky(ToyVecEnv):
+    def close(self):
+        raise RuntimeError("the door is stuck")
+
+def build_sticky(config, chunk_length, num_envs, seed):
+    return Sticky(num_envs, chunk_length, config.horizon)
+
 def build_unnamed(config, chunk_length, num_envs, seed):
     env = ToyVecEnv(num_envs, chunk_length, config.horizon)
     env.spec = replace(env.spec, task="")
@@ -63,6 +74,8 @@ nothing = added_package:build_nothing
 Hasty = added_package:build_hasty
 Nothing = added_package:build_nothing
 FromNothing = added_package:build_from_nothing
+Raising = added_package:build_raising
+Sticky = added_package:build_sticky
 MyTask = added_package:build_env
 Unnamed = added_package:build_unnamed
 """
@@ -129,6 +142,17 @@ def test_the_process_stays_in_its_folder_whatever_building_does(tmp_path, monkey
 def test_an_entry_point_that_builds_no_environment_is_named(task, named):
     with pytest.raises(ContractError, match=rf"entry point {task} of asyncflow.envs \(added_package:.*{named}"):
         make_vec_env(EnvConfig(task=task), 2, 3, 0)
+
+
+def test_what_an_entry_point_raises_itself_is_told_in_one_line():
+    with pytest.raises(ConfigError, match=r"entry point Raising .*: raised KeyError: .*no robot") as caught:
+        make_vec_env(EnvConfig(task="Raising"), 2, 3, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_environments_that_raise_when_they_are_closed_end_nothing(capsys):
+    make_vec_env(EnvConfig(task="Sticky"), 2, 3, 0).close()
+    assert "Sticky.close raised RuntimeError: the door is stuck" in capsys.readouterr().err
 
 
 def test_an_entry_point_that_builds_no_policy_is_named():

@@ -160,6 +160,17 @@ def test_file_describes_the_datasets_environment(dataset, tmp_path):
     assert (spec.shapes("vector"), spec.action_dim, spec.horizon) == ({"state": (19,)}, 7, 120)
 
 
+def test_observations_whose_range_is_beyond_float32_are_refused_as_such(dataset, tmp_path):
+    with h5py.File(dataset, "r+") as file:
+        file["data/demo_0/obs/object"][0, 0] = 3e38
+        file["data/demo_1/obs/object"][0, 0] = -3e38
+    with pytest.raises(
+        ConfigError, match=r"observations \(vector\) from -3e\+38 to 3e\+38: that range is beyond float32"
+    ):
+        run(dataset, tmp_path / "policy.safetensors")
+    assert not (tmp_path / "policy.safetensors").exists()
+
+
 def test_gaussian_policy_is_refused(dataset, tmp_path):
     with pytest.raises(ConfigError, match=r"policy\.kind = gaussian"):
         pretrain(dataset, tmp_path / "out", Config(policy=CONFIG.model_copy(update={"kind": "gaussian"})), OPTIONS)

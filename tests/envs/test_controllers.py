@@ -76,6 +76,7 @@ def test_one_description_serves_both_arms_of_a_robot_and_a_list_gives_each_its_o
     ("config", "said"),
     [
         (OSC | {"type": "OSC_POSES"}, "type = 'OSC_POSES' .*allowed: OSC_POSE, OSC_POSITION"),
+        (OSC | {"type": "JOINT_VELOCITY"}, "no controller of an arm that robosuite 1.5 builds; allowed: OSC_POSE"),
         (OSC | {"position_limits": [[0, 0, 0], [1, 1, 1]]}, "position_limits = .* must be null"),
         (OSC | {"output_max": [0.05, 0.05, 0.05]}, r"output_max = \[0.05, 0.05, 0.05\].*a list of 6"),
         (OSC | {"kp": "150"}, "kp = '150': expected a number"),

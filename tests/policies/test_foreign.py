@@ -81,6 +81,14 @@ class Wrong(ActorCritic):
         return super().forward(obs)[:, :1]
 
 
+class Lazy(nn.Module):
+    """A layer of it learns its size from what it sees first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LazyLinear(4)
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -97,6 +105,11 @@ def build(name, freeze=False, **vla):
         spec_of((4,), 2, {"top": (3, 28, 28)}),
         seed=0,
     )
+
+
+def test_a_model_with_a_layer_without_a_size_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"elsewhere.Lazy: its parameter layer.weight has no size yet"):
+        build("elsewhere.Lazy")
 
 
 def observe():

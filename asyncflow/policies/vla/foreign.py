@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from asyncflow.config.contracts import broken, name_of
 from asyncflow.config.plugins import import_class
@@ -74,6 +75,12 @@ def load_model(config: VLAConfig) -> nn.Module:
         ) from error
     if not isinstance(model, nn.Module):  # `from_pretrained` may return anything
         raise ConfigError(f"policy.vla.model_class = {config.model_class}: not a torch.nn.Module")
+    lazy = [name for name, parameter in model.named_parameters() if isinstance(parameter, UninitializedParameter)]
+    if lazy:
+        raise ConfigError(
+            f"policy.vla.model_class = {config.model_class}: its parameter {lazy[0]} has no size yet (such as one of "
+            "nn.LazyLinear); let the class call the layer once when it is built, or give the size"
+        )
     if config.model_path is not None and not hasattr(cls, "from_pretrained"):
         try:
             model.load_state_dict(_read_weights(Path(config.model_path)))
