@@ -42,7 +42,6 @@ _CONFIG_KEYS = {
     "out": "logging.out",
     "logger": "logging.logger",
     "trace": "logging.trace",
-    "spread": "trainer.emulated_spread",
 }
 
 app = typer.Typer(
@@ -121,7 +120,8 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
     inference_latency_s=_flag("Emulated: seconds that a rollout takes longer in the policy.", float, 0.0),
     env_latency_s=_flag("Emulated: seconds that a rollout takes longer in the simulators.", float, 0.0),
     update_latency_s=_flag("Emulated: seconds that an update takes longer.", float, 0.0),
-    spread=_flag("How they vary from rollout to rollout.", metavar="constant|uniform|exponential|lognormal"),
+    spread=_flag("How they vary from rollout to rollout.", str, "constant", "constant|uniform|exponential|lognormal"),
+    variation=_flag("Their standard deviation over their mean; that of an exponential spread is always 1.", float, 0.5),
     sweep=_flag("Vary the update's latency: training takes 0.1 to 4 times as long as collecting.", bool, False),
     num_repeats=_flag("Times standard, vla, vla, standard; 3 if not given, of a sweep 1.", int),
     num_updates=_flag("Measured updates of a run; some seconds of them if not given.", int),
@@ -130,7 +130,7 @@ def train(overrides: Overrides = None, config: Preset = None, **flags: Any) -> i
 def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) -> int:
     """Measure both buffer types in turns: throughput, its ceilings, and what limits it."""
     out, is_sweep, num_repeats = flags.pop("out"), flags.pop("sweep"), flags.pop("num_repeats")
-    names = ("inference_latency_s", "env_latency_s", "update_latency_s", "num_updates")
+    names = ("inference_latency_s", "env_latency_s", "update_latency_s", "spread", "variation", "num_updates")
     options = {name: flags.pop(name) for name in names} | {"is_sweep": is_sweep}
     resolved = _load(config, overrides, flags)
     from asyncflow.metrics.console import ConsoleReporter

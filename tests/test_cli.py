@@ -95,7 +95,7 @@ def test_a_mistake_is_refused_in_one_line(run_here: RunCli, arguments: list[str]
     "flag",
     [
         "demos --action-noise", "demos --grasp-offset", "pretrain --learning-rate", "profile --env-latency-s",
-        "profile --inference-latency-s", "profile --update-latency-s",
+        "profile --inference-latency-s", "profile --update-latency-s", "profile --variation",
     ],
 )  # fmt: skip
 def test_a_flag_takes_no_number_that_is_not_finite(run_here: RunCli, flag: str, number: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from asyncflow.signals import ENDING_SIGNALS, interrupt_on_signals, signals_held, stop_on_signals
 
 TOY = ["train", "--task", "Toy", "--logger", "none", "trainer.eval_interval=0"]
-ENDLESS = ["policy.emulated_latency_s=0.01", "trainer.total_updates=100000"]
+ENDLESS = ["trainer.total_updates=100000"]
 TWO_WORKERS = ["env.num_envs=2", "env.num_workers=2", "buffer.buffer_size=8", "algorithm.num_minibatches=2"]
 HELD_RUN = str(Path(__file__).parent / "support" / "held_run.py")
 PATIENCE_S = 120.0  # what is waited for comes in a second; a busy machine may take longer
@@ -232,8 +232,8 @@ def test_a_signal_while_workers_are_started_leaves_none(hold_run, place, count):
 @pytest.mark.slow
 def test_an_update_that_takes_too_long_is_abandoned_and_the_boundary_before_it_is_saved(hold_run, tmp_path):
     """At full scale what `test_trainer` shows of an update abandoned after a stop; it waits out the time of grace."""
-    slow_update = ["algorithm.emulated_latency_s=1.0", "algorithm.update_epochs=8", "algorithm.num_minibatches=8"]
-    process = hold_run("asyncflow.run.trainer:Trainer._check_update", *slow_update, count=2)  # second minibatch of 64
+    slow_update = ["algorithm.update_epochs=100000", "algorithm.num_minibatches=8"]
+    process = hold_run("asyncflow.run.trainer:Trainer._check_update", *slow_update, count=2)
     end = interrupt(process)
     assert end.is_clean, end
     assert saved_state(tmp_path / "run")["updates"] == 0
@@ -270,8 +270,7 @@ def test_a_signal_in_a_profile_leaves_nothing(hold, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("environment", ["fake", pytest.param("own", marks=pytest.mark.slow)])
 def test_the_second_signal_leaves_at_once_whatever_the_policy_does(hold_run, environment):
-    endless_policy = [*TWO_WORKERS, f"policy.emulated_latency_s={10 * PATIENCE_S}"]
-    process = hold_run("asyncflow.rollout.latency:EmulatedLatency.wait", *endless_policy, environment=environment)
+    process = hold_run("held_run:decide_for_ever", *TWO_WORKERS, environment=environment, count=1)
     os.killpg(process.pid, signal.SIGINT)
     wait_for_line(process, "stopping")
     end = interrupt(process)

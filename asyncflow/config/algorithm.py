@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from asyncflow.config.plugins import ADVANTAGES, plugin_names
-from asyncflow.config.policy import MAX_SECONDS, Section
+from asyncflow.config.policy import Section
 
 ADVANTAGE_NAMES = ("gae", "monte_carlo", "n_step")
 
@@ -55,7 +55,6 @@ class AlgorithmConfig(Section):
     max_nonfinite_steps: int = Field(
         20, ge=0, description="Minibatches skipped in a run because a number was not finite; one more ends it."
     )
-    emulated_latency_s: float = Field(0.0, ge=0, le=MAX_SECONDS, description="Seconds added to every minibatch.")
 
     @field_validator("advantage")
     @classmethod

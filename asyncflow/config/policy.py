@@ -258,12 +258,6 @@ class PolicyConfig(Section):
     compile: CompileMode = Field(
         "none", description="Inference while collecting: as it is, by torch.compile, or as a CUDA graph."
     )
-    emulated_latency_s: float = Field(
-        0.0,
-        ge=0,
-        le=MAX_SECONDS,
-        description="Seconds added to a decision call of all environments; fewer take their share.",
-    )
     freeze_backbone: bool = Field(
         False, description="vla: train without the backbone; the ring keeps its features instead of observations."
     )

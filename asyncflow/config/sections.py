@@ -48,6 +48,14 @@ __all__ = [
     "values_by_key",
 ]
 
+# Keys of version 0.1.0: their defaults, and what takes their place.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "env.emulated_latency_s": (0.0, "`asyncflow profile --env-latency-s` has them"),
+    "policy.emulated_latency_s": (0.0, "`asyncflow profile --inference-latency-s` has them"),
+    "algorithm.emulated_latency_s": (0.0, "`asyncflow profile --update-latency-s` has them"),
+    "trainer.emulated_spread": ("constant", "`asyncflow profile --spread` has them"),
+    "trainer.emulated_variation": (0.5, "`asyncflow profile --variation` has them"),
+}
 BufferType = Literal["vla", "standard"]
 MAX_SHOWN = 200  # characters of a value in a refusal
 MIN_PIXELS, MAX_PIXELS = 16, 1024  # less than an image encoder can take; more than a simulator's frame buffer
@@ -93,9 +101,6 @@ class EnvConfig(Section):
         description="Box in the world whose points are kept, metres: low x, y, z, then high x, y, z.",
     )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
-    emulated_latency_s: float = Field(
-        0.0, ge=0, le=MAX_SECONDS, description="Seconds added to a chunk of all environments; fewer take their share."
-    )
     step_timeout_s: float = Field(
         120.0, gt=0, le=MAX_SECONDS, description="A worker silent for longer is killed and replaced."
     )
@@ -159,25 +164,11 @@ class TrainerConfig(Section):
     )
     eval_interval: int = Field(10, ge=0, description="Updates between evaluations; 0: none.")
     eval_episodes: int = Field(50, ge=1, description="Episodes of an evaluation.")
-    emulated_spread: Literal["constant", "uniform", "exponential", "lognormal"] = Field(
-        "constant", description="How emulated latencies vary from rollout to rollout."
-    )
-    emulated_variation: float = Field(
-        0.5,
-        ge=0,
-        le=100,
-        description="Their standard deviation over their mean; an exponential distribution's is always 1.",
-    )
 
     @model_validator(mode="after")
     def _check_end(self) -> TrainerConfig:
         if self.total_updates is None and self.total_env_steps is None:
             raise ValueError("trainer.total_updates and trainer.total_env_steps are both null; set one of them")
-        if self.emulated_spread == "uniform" and self.emulated_variation > 3**-0.5:
-            raise ValueError(
-                f"trainer.emulated_variation = {self.emulated_variation} must be at most 0.57 for a uniform spread: "
-                "a latency cannot be negative"
-            )
         return self
 
 
@@ -261,10 +252,25 @@ def validate(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: As `load_config`.
     """
+    values, told = take_removed(values)
+    if told:
+        raise ConfigError(told[0])
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def take_removed(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return nested values without keys of version 0.1.0 that are gone, and a line about each that had been changed."""
+    kept, told = dict(values), []
+    for key, (default, now) in REMOVED.items():
+        section, _, name = key.partition(".")
+        if isinstance(kept.get(section), dict) and name in kept[section]:
+            if kept[section][name] != default:
+                told.append(f"{key} = {_show(kept[section][name])}: a run has no emulated stages any more; {now}")
+            kept[section] = {other: value for other, value in kept[section].items() if other != name}
+    return kept, told
 
 
 def describe_keys() -> Iterator[tuple[str, Any, str]]:

@@ -230,9 +230,9 @@ class Fault:
 
 
 class ChunkSpan(NamedTuple):
-    """When one worker simulated its part of a chunk, in `time.perf_counter` seconds, which all processes share."""
+    """When and in which lane of a trace a part of a chunk was simulated, in seconds of `time.perf_counter`."""
 
-    worker: int
+    lane: str
     start_s: float
     end_s: float
 

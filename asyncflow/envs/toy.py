@@ -110,7 +110,7 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
         kept = actions.to(torch.float32, copy=True)
         start_s = time.perf_counter()
         result = self._execute(kept, torch.tensor(env_ids))
-        span = ChunkSpan(0, start_s, time.perf_counter())
+        span = ChunkSpan("worker 0", start_s, time.perf_counter())
         self._results[env_ids] = replace(result, spans=(span,)), kept
 
     def step_wait(self, env_ids: range) -> ChunkResult:

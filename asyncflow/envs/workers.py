@@ -302,7 +302,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         for worker in self._workers:
             mine = [env for env in worker.env_ids if env in env_ids and env not in self._lost]
             if mine:
-                yield ChunkSpan(worker.index, float(started_s[mine].min()), float(ended_s[mine].max()))
+                yield ChunkSpan(f"worker {worker.index}", float(started_s[mine].min()), float(ended_s[mine].max()))
 
     def _take_faults(self, broken: Iterable[int]) -> tuple[Fault, ...]:
         given_up = [self._board.nonfinite_fault(env, self._journal.episodes[env]) for env in broken]

@@ -28,7 +28,8 @@ def read_policy_config(header: dict[str, Any]) -> PolicyConfig:
     """
     if not isinstance(header.get("policy"), dict):
         raise ValueError("policy must be a mapping")
-    return validate({"policy": header["policy"]}).policy
+    policy = {key: value for key, value in header["policy"].items() if key != "emulated_latency_s"}  # until 0.1.0
+    return validate({"policy": policy}).policy
 
 
 class _StoredSpec(BaseModel):

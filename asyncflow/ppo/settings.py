@@ -40,7 +40,6 @@ class PPOSettings(TypedDict, total=False):
     behavior_weight: Literal["truncate", "mask"]
     behavior_weight_max: float
     max_nonfinite_steps: int
-    emulated_latency_s: float
 
 
 def apply_settings(config: AlgorithmConfig | None, settings: Mapping[str, Any]) -> AlgorithmConfig:

@@ -20,6 +20,7 @@ from asyncflow.config.presets import apply_overrides
 from asyncflow.config.sections import Config, validate
 from asyncflow.metrics.tracing import Tracer, read_spans
 from asyncflow.profile.read import Leg, Memory, Mode, Window, read_leg
+from asyncflow.profile.slow import NOTHING, Emulation
 from asyncflow.run import launch
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.recorded import RecordedRun
@@ -75,14 +76,19 @@ class Watcher:
         """Nothing to do."""
 
 
-def run_leg(config: Config, mode: Mode, window: Window) -> Leg:
+def run_leg(config: Config, mode: Mode, window: Window, emulation: Emulation = NOTHING) -> Leg:
     """Run one leg in a folder that is removed, and return what it showed; its end is not measured."""
     with contextlib.ExitStack() as stack:
         with signals_held():
             parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="asyncflow_profile_"))
         folder, watcher = Path(parent) / "leg", Watcher(window.last)
         reset_peak_memory()
-        launch.train(leg_config(config, mode, window, folder), watcher, watcher.watch)
+
+        def on_built(run: RecordedRun) -> None:
+            emulation.put_on(run.trainer)
+            watcher.watch(run)
+
+        launch.train(leg_config(config, mode, window, folder), watcher, on_built)
         assert watcher.memory is not None  # it was measured at the window's end
         return read_leg(mode, window, read_spans(folder / "trace.json"), watcher.rows, watcher.memory)
 

@@ -16,7 +16,7 @@ from asyncflow.config.sections import MAX_SECONDS, Config
 from asyncflow.config.tasks import TOYS
 from asyncflow.errors import ConfigError
 from asyncflow.files import make_new_folder
-from asyncflow.profile.leg import change, measure_span_cost, num_warmup, run_leg, vla_lag
+from asyncflow.profile.leg import measure_span_cost, num_warmup, run_leg, vla_lag
 from asyncflow.profile.model import (
     Ceilings,
     Interval,
@@ -30,6 +30,7 @@ from asyncflow.profile.model import (
     spread,
 )
 from asyncflow.profile.read import Leg, Mode, Window, stage_times
+from asyncflow.profile.slow import Emulation, Spread
 from asyncflow.run.build import check_start
 
 WRITTEN = ("profile.json", "profile.csv", "profile.png", "trace.json")
@@ -48,6 +49,8 @@ class ProfileOptions:
         inference_latency_s: Emulated seconds that a rollout takes longer in the policy.
         env_latency_s: The same in the simulators.
         update_latency_s: The same in the update.
+        spread: How these seconds vary from rollout to rollout.
+        variation: Their standard deviation over their mean.
         num_repeats: Times standard, vla, vla, standard.
         num_updates: Measured updates of a leg; None for some seconds of them.
         is_sweep: Whether the ratio of training to collecting is varied.
@@ -56,6 +59,8 @@ class ProfileOptions:
     inference_latency_s: float = 0.0
     env_latency_s: float = 0.0
     update_latency_s: float = 0.0
+    spread: Spread = "constant"
+    variation: float = 0.5
     num_repeats: int = 3
     num_updates: int | None = None
     is_sweep: bool = False
@@ -66,7 +71,7 @@ class ProfileOptions:
         Raises:
             ConfigError: A number is out of its range.
         """
-        for name in ("inference_latency_s", "env_latency_s", "update_latency_s"):
+        for name in ("inference_latency_s", "env_latency_s", "update_latency_s"):  # before they are divided
             if not 0 <= getattr(self, name) <= MAX_SECONDS:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 to {MAX_SECONDS:g}")
         for flag, number in (("--num-repeats", self.num_repeats), ("--num-updates", self.num_updates)):
@@ -189,14 +194,14 @@ class SweepPoint:
 
 def measure_profile(config: Config, options: ProfileOptions, say: Say) -> Profile:
     """Run all legs of a profile; `say` is given a line about each."""
-    config = emulate(config, options)
-    window = _choose_window(config, options, say)
+    emulation = emulate(config, options)
+    window = _choose_window(config, options, emulation, say)
     num_legs = options.num_repeats * len(_order(config))
     blocks, span_s = [], measure_span_cost()
     for repeat in range(options.num_repeats):
         legs = []
         for mode in _order(config):
-            leg = run_leg(config, mode, window)
+            leg = run_leg(config, mode, window, emulation)
             legs.append(leg)
             number = repeat * len(_order(config)) + len(legs)
             say(f"leg {number}/{num_legs}: {mode}, {window.num_updates} updates, {1 / leg.decision_s:.1f} decisions/s")
@@ -228,18 +233,15 @@ def _time_stages(config: Config, options: ProfileOptions) -> StageTimes:
     return stage_times([leg], [leg])
 
 
-def emulate(config: Config, options: ProfileOptions) -> Config:
-    """Return the configuration with an option's seconds of a rollout spread over its calls and minibatches."""
+def emulate(config: Config, options: ProfileOptions) -> Emulation:
+    """Return what spreads an option's seconds of a rollout over its calls and minibatches."""
     minibatches = config.algorithm.update_epochs * config.algorithm.num_minibatches
-    return change(
-        config,
-        {
-            "policy.emulated_latency_s": config.policy.emulated_latency_s
-            + options.inference_latency_s / config.num_steps,
-            "env.emulated_latency_s": config.env.emulated_latency_s + options.env_latency_s / config.num_steps,
-            "algorithm.emulated_latency_s": config.algorithm.emulated_latency_s
-            + options.update_latency_s / minibatches,
-        },
+    return Emulation(
+        inference_s=options.inference_latency_s / config.num_steps,
+        env_s=options.env_latency_s / config.num_steps,
+        update_s=options.update_latency_s / minibatches,
+        spread=options.spread,
+        variation=options.variation,
     )
 
 
@@ -250,12 +252,12 @@ def _order(config: Config) -> list[Mode]:
     return ["standard", "vla", "vla", "standard"]
 
 
-def _choose_window(config: Config, options: ProfileOptions, say: Say) -> Window:
+def _choose_window(config: Config, options: ProfileOptions, emulation: Emulation, say: Say) -> Window:
     """Return which updates are measured; without a number, as many as take some seconds by a first leg."""
     warmup = num_warmup(config)
     if options.num_updates is not None:
         return Window(warmup, options.num_updates)
-    period_s = mean(run_leg(config, "standard", Window(warmup, 2)).samples["period"])
+    period_s = mean(run_leg(config, "standard", Window(warmup, 2), emulation).samples["period"])
     num_updates = max(MIN_UPDATES, min(MAX_UPDATES, round(LEG_S / period_s)))
     legs_s = (warmup + num_updates) * period_s * options.num_repeats * len(_order(config))
     say(f"{warmup} updates of warm-up and {num_updates} measured ones a leg, about {legs_s / 60:.1f} min or less")
@@ -269,7 +271,8 @@ def prepare(config: Config, options: ProfileOptions, out: str | None) -> Path:
         ConfigError: The configuration or an option cannot be, the folder holds a profile or cannot be created.
     """
     options.check()
-    check_start(emulate(config, options))
+    emulate(config, options).check()
+    check_start(config)
     folder = Path(out or f"runs/profile_{config.env.task}_{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         if out is None:

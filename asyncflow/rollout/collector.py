@@ -18,7 +18,13 @@ from asyncflow.rollout.writer import RolloutWriter
 
 
 class Collector(ABC):
-    """Source of the trainer's rollouts. The trainer never asks which kind it has."""
+    """Source of the trainer's rollouts. The trainer never asks which kind it has.
+
+    Attributes:
+        writer: What collects them.
+    """
+
+    writer: RolloutWriter
 
     @abstractmethod
     def start(self) -> None:
@@ -66,7 +72,7 @@ class InlineCollector(Collector):
     """Collects a rollout when it is asked for one, in the caller's thread: synchronous mode (`standard`)."""
 
     def __init__(self, writer: RolloutWriter, channel: Channel) -> None:
-        self._writer, self._buffer, self._clock = writer, channel.buffer, channel.clock
+        self.writer, self._buffer, self._clock = writer, channel.buffer, channel.clock
 
     def start(self) -> None:
         """Nothing is collected ahead."""
@@ -75,7 +81,7 @@ class InlineCollector(Collector):
         """Collect one; waits for the simulators only."""
         try:
             with self._clock.busy("collector"):
-                self._writer.collect_rollout()
+                self.writer.collect_rollout()
         except (BufferClosed, PublisherClosed, EnvInterrupted) as error:
             raise BufferClosed("collecting was stopped") from error
         except ConfigError:
@@ -89,7 +95,7 @@ class InlineCollector(Collector):
 
     def interrupt(self) -> None:
         """End a wait for simulators."""
-        self._writer.interrupt()
+        self.writer.interrupt()
 
     def wait(self) -> None:
         """Nothing runs between two calls of `next_rollout`."""
@@ -97,7 +103,7 @@ class InlineCollector(Collector):
     def pause(self) -> None:
         """Wait for the chunks that an interrupted `next_rollout` left under way."""
         self._buffer.close()
-        self._writer.drain()
+        self.writer.drain()
 
     def close(self) -> None:
         """Let a `next_rollout` under way end at its next decision."""
@@ -109,7 +115,7 @@ class ThreadedCollector(Collector):
 
     def __init__(self, writer: RolloutWriter, channel: Channel, num_rollouts: int | None = None) -> None:
         """Make the thread, which ends by itself after `num_rollouts`."""
-        self._writer = writer
+        self.writer = writer
         self._buffer, self._publisher, self._clock = channel.buffer, channel.publisher, channel.clock
         self._num_rollouts = num_rollouts
         self._error: BaseException | None = None
@@ -137,7 +143,7 @@ class ThreadedCollector(Collector):
 
     def interrupt(self) -> None:
         """End a wait for simulators."""
-        self._writer.interrupt()
+        self.writer.interrupt()
 
     def wait(self) -> None:
         """Wait for the thread, which leaves after its last rollout."""
@@ -149,13 +155,13 @@ class ThreadedCollector(Collector):
         self._publisher.close()
         if self._thread.ident is not None:
             self._thread.join()
-        self._writer.drain()
+        self.writer.drain()
 
     def close(self) -> None:
         """Wake the thread, and wait until the decision under way is finished and the thread has left."""
         self._buffer.close()
         self._publisher.close()
-        self._writer.interrupt()
+        self.writer.interrupt()
         if self._thread.ident is not None:
             self._thread.join()
 
@@ -165,7 +171,7 @@ class ThreadedCollector(Collector):
         try:
             with collector_stream(self._buffer.device), self._clock.busy("collector"):
                 while num_collected != self._num_rollouts:
-                    self._writer.collect_rollout()
+                    self.writer.collect_rollout()
                     num_collected += 1
         except (BufferClosed, PublisherClosed, EnvInterrupted):
             self._buffer.close()  # again: a signal handler's notification may have found nobody waiting yet

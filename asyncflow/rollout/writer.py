@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +29,6 @@ from asyncflow.policies.base import Policy
 from asyncflow.rollout.channel import Channel
 from asyncflow.rollout.episodes import Episode
 from asyncflow.rollout.inference import make_sampler
-from asyncflow.rollout.latency import NO_LATENCY, EmulatedLatency, EmulatedSimulators
 from asyncflow.rollout.plan import outcome_fields
 from asyncflow.rollout.ring import RolloutInfo, RolloutSlot
 from asyncflow.rollout.staging import Staging
@@ -50,8 +48,6 @@ class CollectorSettings:
         is_success_continued: Whether the last reward of a success goes on.
         num_env_groups: G.
         max_policy_lag: L; None acts with the newest version instead of exactly `max(0, n - L)`.
-        inference_latency: Emulated, of a decision of all environments.
-        env_latency: Emulated, of a chunk of all environments.
         compile: How the acting copy infers.
     """
 
@@ -60,8 +56,6 @@ class CollectorSettings:
     is_success_continued: bool = False
     num_env_groups: int = 1
     max_policy_lag: int | None = 0
-    inference_latency: EmulatedLatency = NO_LATENCY
-    env_latency: EmulatedLatency = NO_LATENCY
     compile: CompileMode = "none"
 
 
@@ -72,7 +66,6 @@ class _Group:
     Attributes:
         number: Which group it is.
         env_ids: Its environments.
-        share: Their part of all environments.
         staging: Its pinned buffers.
         obs: [n] what they were last observed in, on the device.
         is_encoded: Whether `obs` is as the ring keeps it.
@@ -80,14 +73,18 @@ class _Group:
 
     number: int
     env_ids: range
-    share: float
     staging: Staging
     obs: TensorDictBase
     is_encoded: bool = False
 
 
 class RolloutWriter:
-    """Collects one rollout after another into the buffer; used by one thread."""
+    """Collects one rollout after another into the buffer; used by one thread.
+
+    Attributes:
+        env: Where it acts; what wraps it may be put in its place before the first rollout.
+        sample: How the acting copy of the policy decides; likewise.
+    """
 
     def __init__(
         self,
@@ -109,19 +106,18 @@ class RolloutWriter:
         Raises:
             ConfigError: The policy cannot be compiled or captured.
         """
-        self._env, self._settings = env, settings
+        self.env, self._settings = env, settings
         self._buffer, self._publisher, self._clock = channel.buffer, channel.publisher, channel.clock
         self._policy = make_acting_copy(policy)
         self._journal = journal
         self._weights = list(changing_tensors(self._policy).values())
         self._groups = [self._make_group(g) for g in range(settings.num_env_groups)]
         self._is_reset = False
-        self._sample = make_sampler(self._policy, settings.compile, *self._example_inputs())
+        self.sample = make_sampler(self._policy, settings.compile, *self._example_inputs())
         self._under_way: list[range] = []  # groups whose chunk was started and not waited for
         self._built = record_event(self._buffer.device)
         self._tracer = channel.tracer
         self._watch = Stopwatch(channel.tracer.recorder("collector"))
-        self._simulators = EmulatedSimulators(settings.env_latency)
         self._episodes: list[Episode] = []
         self._faults: list[Fault] = []
         self._states = torch.zeros(0)  # [N, ..., D] what every environment was last observed in, on the CPU
@@ -146,12 +142,12 @@ class RolloutWriter:
 
     def interrupt(self) -> None:
         """End a wait for simulators, now and later. Any thread or a signal handler; never waits."""
-        self._env.interrupt()
+        self.env.interrupt()
 
     def _make_group(self, number: int) -> _Group:
-        env_ids = range(number, self._env.num_envs, self._settings.num_env_groups)
+        env_ids = range(number, self.env.num_envs, self._settings.num_env_groups)
         example = self._buffer.plan.obs[: len(env_ids)].to(self._buffer.device)
-        return _Group(number, env_ids, len(env_ids) / self._env.num_envs, Staging(self._buffer.device), example)
+        return _Group(number, env_ids, Staging(self._buffer.device), example)
 
     def drain(self) -> None:
         """Wait for chunks that were started and not waited for; whoever ends the environments is not in the way.
@@ -160,7 +156,7 @@ class RolloutWriter:
         """
         while self._under_way:
             with contextlib.suppress(EnvError):
-                self._env.step_wait(self._under_way.pop())
+                self.env.step_wait(self._under_way.pop())
 
     def _example_inputs(self) -> tuple[TensorDictBase, Tensor]:
         """Return encoded observations and noise of one group, as every decision has them."""
@@ -173,7 +169,7 @@ class RolloutWriter:
             raise EnvError(f"rollout {slot.index}: not one decision is valid; {reason}")
         faults, self._faults = tuple(self._faults), []
         episodes, self._episodes = tuple(self._episodes), []
-        journal = self._env.journal()
+        journal = self.env.journal()
         journal.note_states(self._states)
         slot.finish(RolloutInfo(version, episodes, self._watch.take(), faults, journal))
 
@@ -201,7 +197,7 @@ class RolloutWriter:
 
     def _reset(self) -> None:
         """Begin the first episodes, or go on with the journal's."""
-        first = self._env.reset(self._settings.seed, self._journal)
+        first = self.env.reset(self._settings.seed, self._journal)
         self._states = first["state"].clone()
         self._check_replay()
         for group in self._groups:
@@ -225,8 +221,7 @@ class RolloutWriter:
             decision = self._infer(obs, group, slot.index * self._buffer.plan.num_steps + t)
             executed = decision["actions"][:, : self._policy.n_action_steps]
             actions = group.staging.fetch(give_up_non_finite(executed, decision))  # sync: the simulators need them
-            self._settings.inference_latency.wait(slot.index, group.share)  # beyond the device's work
-        start_chunk(self._env, actions, group.env_ids)
+        start_chunk(self.env, actions, group.env_ids)
         self._under_way.append(group.env_ids)
         if not bool(actions.isfinite().all()):
             decision = without_non_finite(decision)
@@ -245,18 +240,14 @@ class RolloutWriter:
     def _infer(self, obs: TensorDictBase, group: _Group, decision_index: int) -> TensorDict:
         noise = policy_noise(self._settings.seed, group.env_ids, decision_index, self._policy.noise_size)
         noise = group.staging.send("noise", {"noise": noise})["noise"]
-        return self._sample(obs, noise)
+        return self.sample(obs, noise)
 
     def _wait_for_chunk(self, slot: RolloutSlot, t: int, group: _Group) -> ChunkResult:
-        """Wait for a group's chunk, its emulated latency included, and trace who simulated it when."""
+        """Wait for a group's chunk, and trace who simulated it when."""
         with self._watch.measure("env_step_s"):
             self._under_way.remove(group.env_ids)  # before: a wait that fails is not repeated
-            result = self._env.step_wait(group.env_ids)
-            spans = [(f"worker {span.worker}", span.start_s, span.end_s) for span in result.spans]
-            if self._settings.env_latency.mean_s:
-                ended_s = max((span.end_s for span in result.spans), default=time.perf_counter())
-                spans.append(("emulated", *self._simulators.wait(ended_s, slot.index, group.share)))
-        for lane, start_s, end_s in spans:
+            result = self.env.step_wait(group.env_ids)
+        for lane, start_s, end_s in result.spans:
             self._tracer.add(lane, "chunk", start_s, end_s, rollout=slot.index, step=t, group=group.number)
         return result
 

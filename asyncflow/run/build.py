@@ -25,7 +25,6 @@ from asyncflow.policies import find_policy_code
 from asyncflow.policies.policy_file import PolicyFile, check_saving
 from asyncflow.ppo.advantages import make_estimator
 from asyncflow.ppo.ppo import PPO
-from asyncflow.rollout.latency import EmulatedLatency
 from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.folder import name_run_folder
 from asyncflow.run.footprint import check_environments, check_rollouts
@@ -126,7 +125,6 @@ def build_trainer(config: Config, resumed: Checkpoint | None = None) -> Trainer:
         check_saving(policy, config.policy, env.simulator_spec)
         ppo = PPO(policy, config.algorithm, seed=config.trainer.seed, total_updates=config.trainer.total_updates)
         trainer = Trainer(policy, map_names(env, mapping), ppo, **loop_arguments(config))
-        _emulate(trainer, config)
         if resumed is not None:
             trainer.restore(resumed)
         on_failure.pop_all()
@@ -142,13 +140,3 @@ def build_eval_env(config: Config, trainer: Trainer) -> VecEnv | None:
     settled = config.model_copy(update={"env": origin.config})
     env = build_env(settled, "evaluation", min(config.env.num_envs, config.trainer.eval_episodes))
     return MappedVecEnv(env, trainer.env.mapping) if isinstance(trainer.env, MappedVecEnv) else env
-
-
-def _emulate(trainer: Trainer, config: Config) -> None:
-    """Let stages take longer than they do."""
-    inference, env, update = (
-        EmulatedLatency.from_config(config.trainer, purpose, section.emulated_latency_s)
-        for purpose, section in (("inference", config.policy), ("env", config.env), ("update", config.algorithm))
-    )
-    settings = replace(trainer.collecting.collector_settings, inference_latency=inference, env_latency=env)
-    trainer.collecting.collector_settings, trainer.update_latency = settings, update

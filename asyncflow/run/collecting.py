@@ -134,6 +134,13 @@ class Collecting:
         return self._collector
 
     @property
+    def writer(self) -> RolloutWriter:
+        """What collects, since `set_up`."""
+        if self._writer is None:
+            raise ConfigError("nothing was collected yet: the collector is built when training begins")
+        return self._writer
+
+    @property
     def is_open(self) -> bool:
         """Whether rollouts can be asked for."""
         return self._is_collecting

@@ -22,7 +22,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from asyncflow.config.presets import PATH_KEYS, anchor, apply_overrides, read_sections, trust_named_class
-from asyncflow.config.sections import Config, validate, values_by_key
+from asyncflow.config.sections import Config, take_removed, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import lock_file, make_new_folder, write_atomically
 from asyncflow.terminal import command
@@ -32,8 +32,7 @@ CHANGEABLE = (
     "trainer.total_updates", "trainer.total_env_steps", "trainer.save_interval", "trainer.keep_last",
     "trainer.eval_interval", "trainer.eval_episodes", "trainer.device", "logging.logger",
     "env.num_workers", "env.step_timeout_s", "env.max_restarts", "env.restart_window_s",
-    "algorithm.max_nonfinite_steps", "policy.compile", "policy.emulated_latency_s", "algorithm.emulated_latency_s",
-    "env.emulated_latency_s", "trainer.emulated_spread", "trainer.emulated_variation", "logging.trace",
+    "algorithm.max_nonfinite_steps", "policy.compile", "logging.trace",
 )  # fmt: skip
 _WRITTEN = ("metrics.jsonl", "versions.json", "trace.json")  # by a new run, besides config.yaml and checkpoints
 # What a run opens to write, so that a link there would lead a stranger's folder to the user's own files.
@@ -128,7 +127,7 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
     if not path.is_file():
         raise CheckpointError(f"--resume {folder}: holds no run (no config.yaml); give the folder that a run wrote")
     try:
-        values = read_sections(path)
+        values, _ = take_removed(read_sections(path))  # `tell_removed` tells
     except ValueError as error:
         raise CheckpointError(f"--resume {folder}: config.yaml is damaged: {error}") from None
     run = validate(values)
@@ -138,6 +137,14 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
     resumed = validate(apply_overrides(values, overrides))
     _refuse_changes(run, values_by_key(resumed))  # a whole section was given, or a part of a value
     return resumed
+
+
+def tell_removed(folder: Path) -> list[str]:
+    """Return a line about every key that an older version took, that the run had changed, and that it goes on without.
+
+    Call it before the run's configuration is written anew.
+    """
+    return take_removed(read_sections(folder / "config.yaml"))[1]
 
 
 def _refuse_changes(run: Config, overrides: dict[str, Any]) -> None:

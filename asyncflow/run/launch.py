@@ -26,7 +26,7 @@ from asyncflow.run.checkpoint import (
     list_checkpoints,
     point_at,
 )
-from asyncflow.run.folder import changed_versions, create_run_folder, lock_run_folder, write_config
+from asyncflow.run.folder import changed_versions, create_run_folder, lock_run_folder, tell_removed, write_config
 from asyncflow.run.parts import tell_environment
 from asyncflow.run.progress import Limits, Progress
 from asyncflow.run.recorded import RecordedRun
@@ -87,10 +87,13 @@ def resume(
             checkpoint = _find_start(folder, reporter)
             _check_unfinished(config, checkpoint)
             find_policy_code(with_export(config.policy, checkpoint.path) if checkpoint else config.policy)
+            removed = tell_removed(folder)
             write_config(folder, config)
         except OSError as error:
             raise CheckpointError(f"--resume {folder}: {error.filename}: {error.strerror}") from None
         if (told := tell_environment(config, checkpoint)) is not None:
+            reporter.notice(told)
+        for told in removed:
             reporter.notice(told)
         for change in changed_versions(folder):
             reporter.notice(f"since this run began, {change}: it may differ from an uncut one")

@@ -30,7 +30,6 @@ from asyncflow.ppo.promises import check_first_ratio
 from asyncflow.rollout.channel import Channel
 from asyncflow.rollout.collector import Collector
 from asyncflow.rollout.episodes import episode_metrics
-from asyncflow.rollout.latency import NO_LATENCY, EmulatedLatency
 from asyncflow.rollout.ring import BufferClosed, Rollout
 from asyncflow.run.checkpoint import Checkpoint, PolicyToSave, write_checkpoint
 from asyncflow.run.collecting import Collecting, LoopSettings
@@ -125,7 +124,6 @@ class Trainer:
         if reporter is not None:
             self.notice = reporter.notice
         self.is_stopping = False
-        self.update_latency: EmulatedLatency = NO_LATENCY
         self.collecting = Collecting(env, policy, self.ppo.config, self.settings)
         self._limits = Limits()
         self._watch = Stopwatch(self.collecting.tracer.recorder("trainer"))
@@ -345,7 +343,6 @@ class Trainer:
         self.collecting.check()
         if time.perf_counter() > self._stop_deadline:
             raise UpdateAbandoned("a stop was requested")
-        self.update_latency.wait(self.progress.updates)
 
     # What others read.
 

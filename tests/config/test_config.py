@@ -103,9 +103,8 @@ def test_an_unknown_key_is_named_with_the_nearest(key: str, nearest: str) -> Non
         ("algorithm.decoupled", 1, "boolean"),
         ("trainer.seed", -1, "greater than or equal to 0"),
         ("trainer.num_threads", 10**6, "less than or equal to 1024"),
-        ("trainer.emulated_variation", 1e200, "less than or equal to 100"),
         ("env.step_timeout_s", 1e9, "less than or equal to 1000000"),
-        ("env.emulated_latency_s", 1e10, "less than or equal to 1000000"),
+        ("env.restart_window_s", 1e10, "less than or equal to 1000000"),
         ("policy.num_inference_steps", 10**6, "less than or equal to 1000"),
     ],
 )
@@ -259,3 +258,23 @@ def test_an_override_that_is_no_plain_yaml_is_one_line_and_runs_nothing(
         parse_overrides([f"policy.vla.model_config={value}"])
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+OLD_DEFAULTS = {
+    "env": {"emulated_latency_s": 0.0},
+    "policy": {"emulated_latency_s": 0.0},
+    "algorithm": {"emulated_latency_s": 0.0},
+    "trainer": {"emulated_spread": "constant", "emulated_variation": 0.5},
+}
+
+
+def test_keys_that_went_are_dropped_at_their_defaults() -> None:
+    assert validate(OLD_DEFAULTS) == Config()
+    assert OLD_DEFAULTS["policy"] == {"emulated_latency_s": 0.0}  # what was given stays as it was
+
+
+@pytest.mark.parametrize(("key", "value"), [("env.emulated_latency_s", 0.1), ("trainer.emulated_spread", "uniform")])
+def test_keys_that_went_are_refused_with_where_they_went(key: str, value: object) -> None:
+    section, name = key.split(".")
+    with pytest.raises(ConfigError, match=f"{key} = {value!r}: a run has no emulated stages any more; `asyncflow"):
+        validate({section: {name: value}})

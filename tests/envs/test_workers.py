@@ -329,14 +329,14 @@ def test_a_stopped_worker_dies_with_its_killed_parent():
 def test_each_worker_tells_when_it_simulated_its_part(vec_env):
     before = time.perf_counter()
     spans = step(vec_env, torch.zeros(N, H, ACTION_DIM)).spans
-    assert [span.worker for span in spans] == [0, 1]
+    assert [span.lane for span in spans] == ["worker 0", "worker 1"]
     assert all(before < span.start_s < span.end_s < time.perf_counter() for span in spans)
 
 
 def test_a_group_tells_of_its_own_chunk_only(vec_env):
     first, second = step_in_groups(vec_env, torch.zeros(N, H, ACTION_DIM), [range(0, 1), range(1, 5)])
-    assert [span.worker for span in first.spans] == [0]
-    assert [span.worker for span in second.spans] == [0, 1]
+    assert [span.lane for span in first.spans] == ["worker 0"]
+    assert [span.lane for span in second.spans] == ["worker 0", "worker 1"]
     assert first.spans[0].end_s <= second.spans[0].start_s  # one worker simulates one chunk after the other
 
 

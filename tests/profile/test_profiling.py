@@ -11,6 +11,7 @@ from asyncflow.config.presets import load_config
 from asyncflow.errors import ConfigError
 from asyncflow.profile import measure as profiling
 from asyncflow.profile.measure import RATIOS, Block, Profile, ProfileOptions, emulate, measure_profile, prepare, sweep
+from asyncflow.profile.slow import NOTHING
 
 
 def toy(**changes):
@@ -23,11 +24,11 @@ def silent(line):
 
 @pytest.fixture
 def legs(monkeypatch):
-    """Let legs be written by hand; return the modes and configurations that were asked for."""
+    """Let legs be written by hand; return the modes, emulated stages and windows that were asked for."""
     asked = []
 
-    def run_leg(config, mode, window):
-        asked.append((mode, config, window))
+    def run_leg(config, mode, window, emulation=NOTHING):
+        asked.append((mode, emulation, window))
         return replace(read(mode), window=window)
 
     monkeypatch.setattr(profiling, "run_leg", run_leg)
@@ -57,21 +58,28 @@ def test_a_slow_run_is_measured_over_few_updates(legs):
 
 
 def test_emulated_seconds_of_a_rollout_are_spread_over_its_calls():
-    config = emulate(toy(), ProfileOptions(inference_latency_s=0.8, env_latency_s=1.6, update_latency_s=6.4))
+    config = toy()
+    options = ProfileOptions(inference_latency_s=0.8, env_latency_s=1.6, update_latency_s=6.4, spread="uniform")
+    emulation = emulate(config, options)
     assert config.num_steps == 8
-    assert config.policy.emulated_latency_s == pytest.approx(0.1)
-    assert config.env.emulated_latency_s == pytest.approx(0.2)
+    assert emulation.inference_s == pytest.approx(0.1)
+    assert emulation.env_s == pytest.approx(0.2)
     minibatches = config.algorithm.update_epochs * config.algorithm.num_minibatches
-    assert config.algorithm.emulated_latency_s * minibatches == pytest.approx(6.4)
+    assert emulation.update_s * minibatches == pytest.approx(6.4)
+    assert (emulation.spread, emulation.variation) == ("uniform", 0.5)
 
 
 def test_a_sweep_makes_every_ratio_by_the_updates_latency(legs):
     points = list(sweep(toy(), ProfileOptions(num_repeats=1, inference_latency_s=4.0), silent))
     config = points[0].profile.config
     minibatches = config.algorithm.update_epochs * config.algorithm.num_minibatches
-    added = [point.profile.config.algorithm.emulated_latency_s * minibatches for point in points]
+    asked = [emulation.update_s * minibatches for _, emulation, _ in legs]
+    added = asked[1:]  # the first leg, without latencies, tells how long the stages are
+    assert asked[0] == 0
+    assert added[::4] == added[3::4]  # the four legs of a ratio
     assert [point.wanted for point in points] == list(RATIOS)
-    assert added == pytest.approx([max(0.0, ratio * (6.0 + 4.0) - 4.0) for ratio in RATIOS])  # by hand: 6 s and 4 s
+    # By hand: 6 s and 4 s.
+    assert added[::4] == pytest.approx([max(0.0, ratio * (6.0 + 4.0) - 4.0) for ratio in RATIOS])
 
 
 def test_equal_stages_overlap_in_a_real_profile():
@@ -112,8 +120,10 @@ def test_a_folder_with_a_profile_is_refused(tmp_path):
     ("arguments", "named"),
     [
         (["--inference-latency-s", "x"], "'x' is not a number"),
-        (["--spread", "gauss"], "trainer.emulated_spread = 'gauss'"),
-        (["--spread", "uniform", "trainer.emulated_variation=0.9"], "at most 0.57"),
+        (["--spread", "gauss"], "--spread gauss: must be one of constant, uniform, exponential, lognormal"),
+        (["--spread", "uniform", "--variation", "0.9"], "--variation 0.9: must be 0 to 0.58 for a uniform spread"),
+        (["--variation", "-1"], "--variation -1.0: must be 0 to 1e+02 for a constant spread"),
+        (["trainer.emulated_spread=uniform"], "`asyncflow profile --spread` has them"),
         (["--task", "Tyo"], "did you mean Toy"),
     ],
 )

@@ -5,7 +5,6 @@ import math
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -17,8 +16,7 @@ from asyncflow.envs.toy import ToyVecEnv, render
 from asyncflow.errors import CollectorError
 from asyncflow.metrics.tracing import read_spans
 from asyncflow.policies import GaussianPolicy
-from asyncflow.rollout import latency, staging
-from asyncflow.rollout.latency import EmulatedLatency
+from asyncflow.rollout import staging
 from asyncflow.rollout.plan import outcome_fields
 from asyncflow.rollout.staging import Staging
 from asyncflow.rollout.writer import give_up_non_finite
@@ -47,7 +45,7 @@ def make_seen_toy():
 def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups, make_env, is_encoded):
     """As on a GPU, but that buffers are overwritten as soon as they were copied: nobody may keep one."""
     if is_encoded:
-        monkeypatch.setattr(GaussianPolicy, "encode_obs", lambda _, obs: obs.select("state").apply(torch.neg))
+        monkeypatch.setattr(GaussianPolicy, "encode_obs", lambda _, obs: obs.apply(torch.neg))
 
     def upload(buffer, device):
         sent = buffer.clone()
@@ -57,7 +55,7 @@ def test_what_is_staged_fills_the_ring_as_what_is_not(monkeypatch, groups, make_
     rings = []
     for device in ("cpu", "cuda"):
         _, channel, collector = build(make_env(), num_slots=2, groups=groups, lag=1)
-        for group in collector._writer._groups:
+        for group in collector.writer._groups:
             group.staging = Staging(torch.device(device))
         with monkeypatch.context() as patch:
             patch.setattr(staging, "_pin", torch.empty_like)
@@ -222,7 +220,7 @@ def test_what_is_not_finite_never_reaches_the_ring(bad):
     seen = []
     step_async = env.step_async
     env.step_async = lambda actions, env_ids: (seen.append(actions), step_async(actions, env_ids))
-    collector._writer._policy.sample_actions = spoil.__get__(collector._writer._policy)
+    collector.writer._policy.sample_actions = spoil.__get__(collector.writer._policy)
     rollout = collector.next_rollout()
     assert seen[0][2].isnan().all()  # which makes the environment give up the episode
     assert all(x.isfinite().all() for x in channel.buffer.memory["data"].values())
@@ -264,21 +262,7 @@ class SpannedEnv(CountingEnv):
 
     def step_wait(self, env_ids):
         now = time.perf_counter()
-        return replace(super().step_wait(env_ids), spans=(ChunkSpan(3, now, now),))
-
-
-def test_emulated_simulators_work_on_one_group_while_the_policy_infers_for_another(monkeypatch, tmp_path):
-    _, channel, collector = build(CountingEnv(), groups=2, env_latency=EmulatedLatency(2.0))
-    slept = []
-    monkeypatch.setattr(latency.time, "sleep", slept.append)
-    channel.tracer.open(tmp_path / "trace.json")
-    collector.next_rollout()
-    channel.tracer.close()
-    chunks = [span for span in read_spans(tmp_path / "trace.json") if span.lane == "emulated"]
-    assert len(slept) == len(chunks) == 2 * NUM_STEPS
-    for before, after in pairwise(chunks):
-        assert after.start_s >= before.end_s - 1e-5  # they share the simulators, to the file's microseconds
-        assert after.duration_s == pytest.approx(1.0, abs=1e-5)  # half of the environments
+        return replace(super().step_wait(env_ids), spans=(ChunkSpan("worker 3", now, now),))
 
 
 def test_pictures_stand_beside_the_states_they_were_rendered_from():

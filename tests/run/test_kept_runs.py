@@ -62,7 +62,7 @@ def test_a_training_step_is_larger_than_the_tolerance(name):
     assert max(float((end[key] - begin[key]).abs().max()) for key in begin) > 1e-3
 
 
-def test_emulated_latencies_of_0_1_0_do_not_keep_a_run_from_going_on(run_dir, name):
+def test_emulated_latencies_of_0_1_0_do_not_keep_a_run_from_going_on(run_dir, name, capsys):
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     for section in ("env", "policy", "algorithm"):
         assert "emulated_latency_s" in config[section]
@@ -71,6 +71,9 @@ def test_emulated_latencies_of_0_1_0_do_not_keep_a_run_from_going_on(run_dir, na
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     assert resume(run_dir) == 0
     assert max(distances(run_dir, name).values()) < 1e-5
+    said = " ".join(capsys.readouterr().out.split())
+    assert "env.emulated_latency_s = 0.001: a run has no emulated stages any more" in said
+    assert "emulated_latency_s" not in (run_dir / "config.yaml").read_text()
 
 
 def test_a_kept_policy_decides_as_it_did(name):

@@ -102,7 +102,7 @@ def test_bounded_lag_stays_within_its_bound(tmp_path):
 
 def test_overwriting_trains_only_whole_rollouts_and_the_books_balance(tmp_path):
     changes = TOY | {"buffer.lag_mode": "bounded", "buffer.on_full": "overwrite", "trainer.buffer_type": "vla"}
-    _, batches, rows = run(tmp_path, "toy", changes | {"algorithm.emulated_latency_s": 0.002})
+    _, batches, rows = run(tmp_path, "toy", changes | {"algorithm.update_epochs": 30})
     assert rows[-1]["buffer/trained"] == rows[-1]["decisions"] == 6 * 32
     assert all(batch["valid"].all() for batch in batches)
 

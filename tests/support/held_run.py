@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import time
 
 from fake_simulator import HarmlessSimulator, StuckSimulator
 
@@ -35,6 +36,11 @@ def hold_at(place, count):
     setattr(owner, name, hold)
 
 
+def decide_for_ever():
+    """What the collector calls instead of its policy, where PLACE is this function."""
+    time.sleep(1e6)
+
+
 def simulate_with(make_simulator):
     """Let every run simulate in worker processes, without robosuite."""
     from inline_worker import simulators, workers  # noqa: PLC0415  not in the workers
@@ -50,6 +56,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` may have had the tests themselves ignore
     place, count, environment, *sys.argv[1:] = sys.argv[1:]
     hold_at(place, int(count))
+    if place == "held_run:decide_for_ever":
+        import held_run  # the module whose function is held, not this one
+
+        from asyncflow.rollout.writer import RolloutWriter
+
+        RolloutWriter._infer = lambda *_: held_run.decide_for_ever()
     if environment != "own":
         simulate_with({"fake": HarmlessSimulator, "stuck": StuckSimulator}[environment])
     from asyncflow.cli import main

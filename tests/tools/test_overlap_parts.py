@@ -8,6 +8,7 @@ import pytest
 from written_profile import make_profile, speedup
 
 from asyncflow.metrics import tracing
+from asyncflow.profile.slow import Emulation
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +95,14 @@ def test_the_training_emulates_what_the_profile_emulates(settings, records, tool
     write_balance(settings, records, place)
     profile = tools("bench.overlap.profiles").balanced_arguments(settings.FULL, place, "Lift")
     assert profile == ["--task", "Lift", "--inference-latency-s", "1.5", "--update-latency-s", "3.2"]
-    keys = tools("bench.overlap.training").emulation(settings.FULL, place)
+    flag, stages = tools("bench.overlap.training").emulation(settings.FULL, place)
+    assert flag == "--emulate"
     config = settings.FULL.load("Lift")
     minibatches = config.algorithm.update_epochs * config.algorithm.num_minibatches
-    values = [float(key.partition("=")[2]) for key in keys]
-    assert values == pytest.approx([1.5 / config.num_steps, 3.2 / minibatches], abs=1e-6)
+    seconds = Emulation(**json.loads(stages))
+    assert seconds.inference_s == pytest.approx(1.5 / config.num_steps, abs=1e-6)
+    assert seconds.update_s == pytest.approx(3.2 / minibatches, abs=1e-6)
+    assert seconds.env_s == 0
 
 
 def test_the_training_is_one_that_bench_learning_knows(settings, records, tools, place, monkeypatch):
@@ -108,7 +112,8 @@ def test_the_training_is_one_that_bench_learning_knows(settings, records, tools,
     options = tools("bench.learning.run").parse_arguments()
     assert (options.phase, options.conditions, options.seeds) == ("eval", ["standard", "vla"], [0, 1, 2])
     assert (options.save_interval, options.curve_episodes, options.final_episodes) == (1, 100, 200)
-    assert len(options.override) == 2
+    assert options.override == list(settings.FULL.lift_overrides)
+    assert set(json.loads(options.emulate)) == {"inference_s", "update_s"}
 
 
 def test_ends_of_curves_are_evaluated_again_in_tables_of_their_own(settings, records, tools, place, monkeypatch):

@@ -20,10 +20,12 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import AsyncflowError
+from asyncflow.profile.slow import Emulation
 from asyncflow.rollout.ring import Rollout
 from asyncflow.run import build, parts
 from asyncflow.run.trainer import Trainer
 from asyncflow.signals import interrupt_on_signals
+from tools.emulated import put_on_every_run
 from tools.stress.simulator import FaultPlan, FaultySimulator
 
 
@@ -72,6 +74,8 @@ def main() -> int:
     DisturbedVecEnv.plan = WatchingTrainer.plan = plan
     mock.patch.object(parts, "make_vec_env", partial(_make_vec_env, plan)).start()  # for as long as the process lives
     mock.patch.object(build, "Trainer", WatchingTrainer).start()
+    if plan.inference_s:
+        put_on_every_run(Emulation(inference_s=plan.inference_s))
     interrupt_on_signals()
     return cli.run(sys.argv[2:])
 

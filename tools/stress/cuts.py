@@ -19,9 +19,10 @@ _RUN = (
     "--task", "Toy", "--logger", "none", "env.num_envs=4", "buffer.buffer_size=32", "buffer.max_policy_lag=1",
     "policy.kind=flow", "policy.log_prob=joint_mean", "policy.noise_method=flow_sde", "policy.hidden_sizes=[32]",
     "policy.critic_hidden_sizes=[32]", "algorithm.update_epochs=2", "algorithm.lr_schedule=linear",
-    "policy.emulated_latency_s=0.012", "trainer.save_interval=2", "trainer.eval_interval=6", "trainer.eval_episodes=4",
+    "trainer.save_interval=2", "trainer.eval_interval=6", "trainer.eval_episodes=4",
     "trainer.device=cpu", f"trainer.total_updates={NUM_UPDATES}",
 )  # fmt: skip
+_INFERENCE_S = 0.012  # so that a cut meets every stage
 _FINISHED = "the run is finished"
 _NOTHING_YET = ("nothing to go on from", "holds no run")
 _STOPPED = {130, -signal.SIGINT, -signal.SIGTERM}  # the negative ones before Python has come to the handler
@@ -87,9 +88,9 @@ class Lane:
     def launch(self) -> Command:
         """Go on with the run, or begin it where there is none."""
         if (self.folder / "config.yaml").exists():
-            return Command("train", "--resume", str(self.folder))
+            return Command("train", "--resume", str(self.folder), inference_s=_INFERENCE_S)
         shutil.rmtree(self.folder, ignore_errors=True)
-        return Command("train", *_RUN, "--out", str(self.folder))
+        return Command("train", *_RUN, "--out", str(self.folder), inference_s=_INFERENCE_S)
 
     def cut(self, command: Command, cut: Cut) -> bool:
         """Cut a command, and see to the run if it ended before; tell which of them."""
@@ -138,7 +139,7 @@ class Lane:
 def run_uncut(folder: Path) -> float:
     """Train the run that all others must equal; return the seconds up to its first update."""
     start = time.monotonic()
-    command = Command("train", *_RUN, "--out", str(folder))
+    command = Command("train", *_RUN, "--out", str(folder), inference_s=_INFERENCE_S)
     command.wait_for(lambda each: each.num_updates >= 1, timeout_s=120)
     start_s = time.monotonic() - start
     command.finish()

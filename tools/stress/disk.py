@@ -23,10 +23,11 @@ NUM_UPDATES, SAVE_INTERVAL = 40, 3
 _SIZE_MIB = 4
 _RUN = (
     "--task", "Toy", "--logger", "none", "env.num_envs=4", "buffer.buffer_size=32", "policy.hidden_sizes=[32]",
-    "policy.critic_hidden_sizes=[32]", "policy.emulated_latency_s=0.02", "algorithm.update_epochs=2",
+    "policy.critic_hidden_sizes=[32]", "algorithm.update_epochs=2",
     "trainer.eval_interval=0", f"trainer.save_interval={SAVE_INTERVAL}", "trainer.keep_last=2", "trainer.device=cpu",
     f"trainer.total_updates={NUM_UPDATES}",
 )  # fmt: skip
+_INFERENCE_S = 0.02  # so that a rollout takes a while
 _REPORT = "could not be written"
 
 
@@ -109,7 +110,9 @@ def fill_disk(folder: Path) -> list[Row]:
     """Fill the disk for a while, and in another run until its end, which is resumed."""
     folder.mkdir(parents=True)
     uncut, checks = folder / "uncut", Checks()
-    checks.expect(Command("train", *_RUN, "--out", str(uncut)).finish() == 0, "the uncut run failed")
+    checks.expect(
+        Command("train", *_RUN, "--out", str(uncut), inference_s=_INFERENCE_S).finish() == 0, "the uncut run failed"
+    )
     return [_fill_for_a_while(folder, uncut), _fill_to_the_end(folder, uncut, checks)]
 
 
@@ -117,7 +120,7 @@ def _fill_for_a_while(folder: Path, uncut: Path) -> Row:
     checks = Checks()
     with closing(make_disk(folder / "for_a_while")) as disk:
         run = disk.folder / "run"
-        command = Command("train", *_RUN, "--out", str(run))
+        command = Command("train", *_RUN, "--out", str(run), inference_s=_INFERENCE_S)
         before = _fill_after(disk, command, run, checks)
         checks.expect(_wait_for_reports(command, 2), "a checkpoint that could not be written was not reported")
         checks.expect(_is_loadable(run, before), f"{before} is not loadable on the full disk")
@@ -133,7 +136,7 @@ def _fill_for_a_while(folder: Path, uncut: Path) -> Row:
 def _fill_to_the_end(folder: Path, uncut: Path, checks: Checks) -> Row:
     with closing(make_disk(folder / "to_the_end")) as disk:
         run = disk.folder / "run"
-        command = Command("train", *_RUN, "--out", str(run))
+        command = Command("train", *_RUN, "--out", str(run), inference_s=_INFERENCE_S)
         before = _fill_after(disk, command, run, checks)
         code = command.finish()
         checks.expect(code == 1, f"exit code {code} at the end on a full disk, not 1")
@@ -141,7 +144,7 @@ def _fill_to_the_end(folder: Path, uncut: Path, checks: Checks) -> Row:
         checks.expect(_is_loadable(run, before), f"{before} is not loadable on the full disk")
         if isinstance(disk, ImageDisk):  # the limit ended with its process
             disk.free(command)
-        _check_end(Command("train", "--resume", str(run)), run, uncut, checks)
+        _check_end(Command("train", "--resume", str(run), inference_s=_INFERENCE_S), run, uncut, checks)
     lost = f"the updates after {before}, computed again"
     held = "exit code 1 and the newest checkpoint's name; resumed to the end when there was room: equal to an uncut run"
     return Row(f"disk full until the run's end: {disk.name}", 1, lost, held, tuple(checks.failures))

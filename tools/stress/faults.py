@@ -170,8 +170,8 @@ def stop_workers(folder: Path, times: int, seed: int) -> Row:
 
 
 def _signal_workers(folder: Path, name: str, signals: Signals, what: str, seed: int) -> Row:
-    arguments = ("policy.emulated_latency_s=0.01", *signals.overrides)
-    trial = Trial(folder, name, signals.num_updates, arguments=arguments, seed=seed)
+    plan = {"inference_s": 0.01}
+    trial = Trial(folder, name, signals.num_updates, plan, signals.overrides, seed)
     if trial.train(signals):
         trial.check_end({signals.fault: signals.times})
     return _row(what, signals.times, [trial], "the run ends; as many replaced as hit; finite; books; no process left")
@@ -247,10 +247,9 @@ def _newest(run: Path) -> int:
 def mix(folder: Path, times: int, seed: int) -> Row:
     """Everything at once, with bounded lag and a ring that overwrites."""
     signals = Signals(signal.SIGKILL, times, "died")
-    plan = {"poison": 0.005, "raising": 0.0005, "delay_s": 0.02, "update_delay_s": 0.4}
+    plan = {"poison": 0.005, "raising": 0.0005, "delay_s": 0.02, "update_delay_s": 0.4, "inference_s": 0.01}
     arguments = (
         "buffer.lag_mode=bounded", "buffer.on_full=overwrite", "buffer.max_policy_lag=2", "collector.num_env_groups=2",
-        "policy.emulated_latency_s=0.01",
     )  # fmt: skip
     trial = Trial(folder, "mixed", signals.num_updates, plan, arguments, seed)
     if trial.train(signals):

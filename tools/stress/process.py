@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from asyncflow.metrics.glossary import is_timing
+from asyncflow.profile.slow import Emulation
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from tools.bench.common.report import REPOSITORY
+from tools.emulated import program as program_of
 from tools.stress.report import Checks
 
 _PATH = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])  # commands run anywhere
@@ -29,14 +31,17 @@ _BOOKS = ("trained", "in_flight", "dropped", "invalid")
 class Command:
     """An `asyncflow` command in a session of its own. Its output is collected by a thread, which wakes `wait_for`."""
 
-    def __init__(self, *arguments: str, plan: dict[str, Any] | None = None) -> None:
+    def __init__(self, *arguments: str, plan: dict[str, Any] | None = None, inference_s: float = 0.0) -> None:
         """Start it.
 
         Args:
             *arguments: Of the command line.
             plan: Run it with these faults (`stress.child`); None runs it as a user does.
+            inference_s: Without a plan: seconds that every decision takes longer.
         """
-        program = ["-m", "asyncflow"] if plan is None else ["-m", "tools.stress.child", json.dumps(plan)]
+        program = program_of(Emulation(inference_s=inference_s)) if inference_s else ["-m", "asyncflow"]
+        if plan is not None:
+            program = ["-m", "tools.stress.child", json.dumps(plan)]
         self._process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             stdout=subprocess.PIPE,

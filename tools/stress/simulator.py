@@ -27,6 +27,7 @@ class FaultPlan:
         raising: Probability, per env step, of an exception.
         delay_s: Longest pause in one of ten env steps and of the collector's waits.
         update_delay_s: Longest pause before an update.
+        inference_s: Seconds that every decision takes longer.
         crash_at: The collector raises at its wait of this number, counted from 1; 0 for never.
     """
 
@@ -36,6 +37,7 @@ class FaultPlan:
     raising: float = 0.0
     delay_s: float = 0.0
     update_delay_s: float = 0.0
+    inference_s: float = 0.0
     crash_at: int = 0
 
     def note(self, text: str) -> None:

@@ -140,7 +140,8 @@ def train_one(run: Run, options: argparse.Namespace, commit: str) -> None:
     set_aside(run.folder)  # what an interrupted call left
     run.root.mkdir(parents=True, exist_ok=True)
     arguments, log = run.train_arguments(options), run.root / f"{run.name}.log"
-    command = [sys.executable, "-m", "asyncflow", "train", "--out", str(run.folder), *arguments]
+    program = ["-m", "tools.emulated", options.emulate] if options.emulate else ["-m", "asyncflow"]
+    command = [sys.executable, *program, "train", "--out", str(run.folder), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         done = subprocess.run(command, env=environment, stdout=output, stderr=output, check=False)
@@ -293,6 +294,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--task-config", default="lift", help="preset or YAML file")
+    parser.add_argument("--emulate", metavar="JSON", help="stages that take longer, as `tools.emulated` takes them")
     parser.add_argument("--override", nargs="*", default=[], metavar="KEY=VALUE", help="for every condition")
     parser.add_argument("--save-interval", type=int, default=4, help="updates between points of a curve")
     parser.add_argument("--final-episodes", type=int, default=200, help="episodes for the last checkpoint")

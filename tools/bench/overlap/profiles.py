@@ -22,8 +22,9 @@ TASKS = ("Toy", "Lift")
 def time_alone(settings: Settings, task: str) -> tuple[float, float]:
     """Return Tc and Tt of a synchronous run, in seconds: the emulated inference included, no emulated update."""
     options = ProfileOptions(inference_latency_s=settings.inference_s(task))
-    config = emulate(settings.load(task), options)
-    leg = run_leg(config, "standard", Window(num_warmup(config), settings.balance_updates))
+    config = settings.load(task)
+    window = Window(num_warmup(config), settings.balance_updates)
+    leg = run_leg(config, "standard", window, emulate(config, options))
     stages = stage_times([leg], [leg])
     return stages.collect_s, stages.update_s
 

@@ -6,6 +6,7 @@ of `tools.bench.learning`, which trains and evaluates.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import subprocess
@@ -32,12 +33,12 @@ Finder = Callable[[Sequence[float], float, Sequence[int] | None], int | None]
 
 
 def emulation(settings: Settings, place: Place) -> list[str]:
-    """Return the keys that emulate what the profile of Lift emulates."""
+    """Return the arguments that emulate what the profile of Lift emulates."""
     update_s = figures_of(place, "balance")["Lift"]["update_latency_s"]
     options = ProfileOptions(inference_latency_s=settings.lift_inference_s, update_latency_s=update_s)
-    config = emulate(settings.load("Lift"), options)
-    latencies = {"policy": config.policy.emulated_latency_s, "algorithm": config.algorithm.emulated_latency_s}
-    return [f"{section}.emulated_latency_s={latency:.6f}" for section, latency in latencies.items()]
+    stages = emulate(settings.load("Lift"), options)
+    seconds = {"inference_s": round(stages.inference_s, 6), "update_s": round(stages.update_s, 6)}
+    return ["--emulate", json.dumps(seconds)]
 
 
 def learning_arguments(settings: Settings, place: Place, phase: str, is_fine: bool = False) -> list[str]:
@@ -56,8 +57,8 @@ def learning_arguments(settings: Settings, place: Place, phase: str, is_fine: bo
         curve, final = settings.fine_curve_episodes, settings.fine_final_episodes
     folders = ["--out", str(place.out / CURVES), "--data", str(place.data / folder)]
     episodes = ["--curve-episodes", str(curve), "--final-episodes", str(final), "--from-update", str(start)]
-    keys = [*emulation(settings, place), *settings.lift_overrides]
-    return [*folders, *what, "--save-interval", "1", *episodes, "--override", *keys]
+    stages = emulation(settings, place)
+    return [*folders, *what, "--save-interval", "1", *episodes, *stages, "--override", *settings.lift_overrides]
 
 
 def run_learning(settings: Settings, place: Place, phase: str, is_fine: bool = False) -> dict[str, Any]:
