@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asyncflow.envs.base import ChunkResult, EnvSpec, Simulator, VecEnv
+    from asyncflow.envs.base import ChunkResult, EnvSpec, Simulator, StepResult, VecEnv
     from asyncflow.envs.journal import EpisodeJournal
+    from asyncflow.envs.simulators import GymVecEnv, SimulatorVecEnv
     from asyncflow.errors import (
         AsyncflowError,
         CheckpointError,
@@ -43,9 +44,10 @@ if TYPE_CHECKING:
     from asyncflow.run.trainer import StopTraining, Trainer
 
 _HOMES = {
-    "envs.base": ("ChunkResult", "EnvSpec", "VecEnv"),
+    "envs.base": ("ChunkResult", "EnvSpec", "StepResult", "VecEnv"),
     "envs.chunks": ("Simulator",),
     "envs.journal": ("EpisodeJournal",),
+    "envs.simulators": ("GymVecEnv", "SimulatorVecEnv"),
     "errors": (
         "AsyncflowError",
         "CheckpointError",
@@ -82,10 +84,13 @@ __all__ = [
     "EnvSpec",
     "EpisodeJournal",
     "EvalResult",
+    "GymVecEnv",
     "Policy",
     "Reporter",
     "RolloutBuffer",
     "Simulator",
+    "SimulatorVecEnv",
+    "StepResult",
     "StopTraining",
     "Trainer",
     "TrainingError",

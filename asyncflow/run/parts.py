@@ -97,7 +97,7 @@ def scale_untrained(policy: Policy, seen: EnvSpec, config: PolicyConfig) -> None
     """Scale the actions of a policy that no file scales; `seen` is in the model's names."""
     scale_actions(policy, seen.action_limits)
     is_unlimited = not all(bool(limit.isfinite().all()) for limit in seen.action_limits)
-    if is_unlimited and "policy.mapping.action" not in config.mapping.parts and is_scaled(policy):
+    if is_unlimited and seen.env_meta and "policy.mapping.action" not in config.mapping.parts and is_scaled(policy):
         raise ConfigError(
             f"policy.checkpoint = {config.checkpoint}: the environment's controller takes absolute targets, whose "
             "range only demonstrations tell; give a policy that `asyncflow pretrain` made of them"
