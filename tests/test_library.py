@@ -76,13 +76,12 @@ def test_a_program_is_checked_by_types(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("import asyncflow as af\n\naf.Trainer(af.load_policy('x'), 'Lift')\naf.Traner\n")
     options = ["--strict", "--no-incremental", "--config-file=", "--follow-imports=silent"]
-    checked = run_python("-m", "mypy", *options, "examples/library.py", str(wrong))
+    checked = run_python("-m", "mypy", *options, "examples/library.py", "examples/my_env.py", str(wrong))
     *lines, end = checked.stdout.splitlines()
-    assert [line.partition(": ")[2] for line in lines] == [
-        'error: Argument 2 to "Trainer" has incompatible type "str"; expected "VecEnv"  [arg-type]',
-        'error: Module has no attribute "Traner"  [attr-defined]',
-    ]
-    assert "in 1 file (checked 2 source files)" in end
+    first, second = (line.partition(": ")[2] for line in lines)
+    assert first == 'error: Argument 2 to "Trainer" has incompatible type "str"; expected "VecEnv"  [arg-type]'
+    assert second.startswith('error: Module has no attribute "Traner"')  # and what may have been meant
+    assert "in 1 file (checked 3 source files)" in end
 
 
 def test_the_example_trains_saves_and_goes_on(monkeypatch, capsys):
