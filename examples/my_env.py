@@ -63,7 +63,7 @@ class CartEnv(gymnasium.Env[Array, Array]):
 class CartSimulator(af.Simulator):
     """The cart as asyncflow has simulators: what is solved is over. asyncflow cuts episodes at `spec.horizon`."""
 
-    spec = af.EnvSpec(obs_shapes={"state": (2,)}, action_dim=1, horizon=60)
+    spec = af.EnvSpec({"state": (2,)}, action_dim=1, horizon=60)
 
     def __init__(self, seed: int) -> None:
         self.cart = Cart()  # `seed` is for what an environment keeps for good, such as the size of an object
