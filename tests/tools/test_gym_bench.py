@@ -43,8 +43,8 @@ def test_a_mean_below_the_peers_worst_seed_misses() -> None:
 def test_the_page_shows_every_learner_each_seed_and_what_was_missed() -> None:
     records = [record(learner, seed, [-100.0 * (1 + seed)]) for learner in (SB3, STANDARD) for seed in range(2)]
     page = write_page([*records, record(ASYNC, 0, [-900.0], commit="def")])
-    assert "| Pendulum-v1 | 40,960 | stable-baselines3 | -150 | -785 to 485 | -100, -200 |" in page
-    assert "| Pendulum-v1 | 40,960 | asyncflow vla | -900 | -inf to inf | -900 |" in page
+    assert "| Pendulum-v1 | 32,768 | stable-baselines3 | -150 | -785 to 485 | -100, -200 |" in page
+    assert "| Pendulum-v1 | 32,768 | asyncflow vla | -900 | -inf to inf | -900 |" in page
     assert "**no**" in page
     assert "- Commit: `abc`, `def`" in page
     assert "- Peer: stable-baselines3 2.9" in page
@@ -61,12 +61,12 @@ def test_everyone_plays_the_same_episodes() -> None:
 
 
 def test_budgets_are_whole_rollouts() -> None:
-    assert all(task.env_steps % (8 * 256) == 0 for task in TASKS.values())
+    assert all(task.env_steps % (32 * 64) == 0 for task in TASKS.values())
 
 
 def test_both_get_the_settings_of_the_comparison(tmp_path) -> None:
     config = configure(TASKS["pendulum"], "vla", 3, tmp_path)
-    assert config.num_steps == 256
+    assert config.num_steps == 64
     assert config.buffer.buffer_size // config.algorithm.num_minibatches == TASKS["pendulum"].batch_size
     assert config.trainer.total_updates * config.buffer.buffer_size == TASKS["pendulum"].env_steps
     assert (config.policy.kind, config.policy.n_action_steps, config.trainer.seed) == ("gaussian", 1, 3)

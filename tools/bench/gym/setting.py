@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HIDDEN = [64, 64]
-NUM_ENVS, NUM_STEPS = 8, 256  # 2,048 decisions a rollout
+NUM_ENVS, NUM_STEPS = 32, 64  # 2,048 decisions a rollout
 NUM_EPOCHS = 10
 CLIP, LAMBDA, MAX_GRAD_NORM, VF_COEF, STD = 0.2, 0.95, 0.5, 0.5, 1.0
 FIRST_EVALUATION_SEED = 1_000_000
@@ -44,8 +44,8 @@ class TaskSetting:
 
 
 TASKS = {
-    "pendulum": TaskSetting("Pendulum-v1", 40_960, 0.9, 1e-3, 128, 30),
-    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 40_960, 0.99, 3e-4, 64, 10),
+    "pendulum": TaskSetting("Pendulum-v1", 32_768, 0.9, 1e-3, 128, 30),
+    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 32_768, 0.99, 3e-4, 64, 10),
 }
 
 Decide = Callable[[NDArray[np.float32]], NDArray[np.float32]]
