@@ -109,9 +109,8 @@ class GymSimulator(Simulator):
     def _try(self, seed: int) -> str | None:
         """Take a step; return the key of `info` that tells success, None where there is none."""
         self.reset(seed)
-        limits = self._action.low, self._action.high
-        middle = np.where(np.isfinite(limits[0]) & np.isfinite(limits[1]), np.add(*limits) / 2, 0.0)
-        *_, info = self._check_answer("step", self.env.step(middle.astype(self._action.dtype)), 5)
+        action = np.clip(0.0, self._action.low, self._action.high).astype(self._action.dtype)
+        *_, info = self._check_answer("step", self.env.step(action), 5)
         return next((key for key in SUCCESS_KEYS if key in info), None)
 
     def _time_limit(self) -> int:

@@ -36,7 +36,7 @@ class EvalResult:
     Attributes:
         num_episodes: Episodes run to their end.
         num_successes: Episodes that solved the task.
-        success_rate: Their quotient.
+        success_rate: Their quotient; NaN where nothing is a success, as its interval.
         success_low: Lower end of its 95 % Wilson interval.
         success_high: Upper end.
         episode_length: Mean env steps of an episode.
@@ -186,11 +186,11 @@ def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
 
 
 def _summarise(tally: _Tally, num_episodes: int, wall_s: float, has_success: bool) -> EvalResult:
-    low, high = wilson_interval(tally.num_successes, num_episodes)
+    low, high = wilson_interval(tally.num_successes, num_episodes) if has_success else (math.nan, math.nan)
     return EvalResult(
         num_episodes=num_episodes,
         num_successes=tally.num_successes,
-        success_rate=tally.num_successes / num_episodes,
+        success_rate=tally.num_successes / num_episodes if has_success else math.nan,
         success_low=low,
         success_high=high,
         episode_length=tally.total_length / num_episodes,

@@ -10,12 +10,14 @@ import torch
 from inline_worker import work_inline
 from silent import assert_equal, go_on, outcome, record, start
 
+import asyncflow as af
 from asyncflow.config.presets import load_config
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import StepResult
 from asyncflow.envs.gym import GymSettings, GymSimulator, find_env
 from asyncflow.envs.simulators import GymVecEnv, SimulatorVecEnv
 from asyncflow.errors import ConfigError, EnvError
+from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.folder import name_run_folder
 from asyncflow.seeding import derive_seed
 
@@ -265,6 +267,23 @@ def test_a_cut_and_resumed_run_equals_the_uncut_one_on_the_pendulum(tmp_path):
     go_on(tmp_path / "cut")
     assert_equal(outcome(tmp_path / "uncut"), outcome(tmp_path / "cut"))
     assert (tmp_path / "cut" / "checkpoints" / "best").exists()  # by its return
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_checkpoint_names_its_task_and_is_evaluated_there(tmp_path):
+    start(tmp_path / "run", "gym", PENDULUM | {"trainer.total_updates": 1, "trainer.eval_interval": 0})
+    result = evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", {"env.num_envs": 2}), 3)
+    assert (result.num_episodes, result.episode_length, result.has_success) == (3, 20.0, False)
+    assert result.episode_return < 0
+
+
+def test_actions_without_limits_are_decided_in_the_environments_units():
+    class Free(Clock):
+        action_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+
+    policy = af.make_policy("gaussian", simulate(Free).spec, log_prob="joint_sum")
+    assert policy.action_normalizer.scale.tolist() == [1.0] * 4
+    assert policy.action_normalizer.offset.tolist() == [0.0] * 4
 
 
 def test_a_module_in_a_task_of_a_file_is_not_imported():

@@ -139,6 +139,7 @@ def test_without_successes_the_return_is_the_score_and_no_rate_is_logged():
     vec_env.step_wait = lambda ids: replace(step_wait(ids), episode_return=torch.full((len(ids),), -2.0))
     result = evaluate(RecordingPolicy(), vec_env, 6, seed=0)
     assert result.score == result.episode_return < -2
+    assert all(map(math.isnan, (result.success_rate, result.success_low, result.success_high)))
     assert set(result.as_metrics()) == {"eval/episode_length", "eval/episode_return"}
 
 
