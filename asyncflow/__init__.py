@@ -44,8 +44,7 @@ if TYPE_CHECKING:
     from asyncflow.run.trainer import StopTraining, Trainer
 
 _HOMES = {
-    "envs.base": ("ChunkResult", "EnvSpec", "StepResult", "VecEnv"),
-    "envs.chunks": ("Simulator",),
+    "envs.base": ("ChunkResult", "EnvSpec", "Simulator", "StepResult", "VecEnv"),
     "envs.journal": ("EpisodeJournal",),
     "envs.simulators": ("GymVecEnv", "SimulatorVecEnv"),
     "errors": (
