@@ -2,7 +2,8 @@
 
 One process and one simulator a task. Both ways play the same random actions from the same starts, in small blocks that
 take turns, so that what else the machine does meets both; the states they end in must be equal bit for bit. What is
-finished is not measured again while its JSON is among the page's data. A missed target exits with 1.
+finished is not measured again while its JSON is among the page's data; `--out FOLDER` keeps page and data of its own,
+for a look at another machine. A missed target exits with 1.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Every claim is a ratio or a count within one run, so that the speed of the machi
 (A B B A), so that its drift cancels too. Overlap is measured by `tools.bench.overlap`, growth by `tools.soak`.
 
 A finished part leaves a JSON among the page's data, and is skipped by the next call; remove the file to measure it
-anew. A missed target exits with 1.
+anew. `--out FOLDER` keeps page and data of its own, for a look at another machine. A missed target exits with 1.
 """
 
 from __future__ import annotations

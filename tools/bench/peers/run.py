@@ -6,7 +6,8 @@
 
 The peers live in `.venv-peers`, which the first call makes and a second leaves as it is. Every claim is a ratio within
 one run; what is compared takes turns. A finished part leaves a JSON among the page's data, and is skipped by the next
-call; remove the file to measure it anew. A missed target exits with 1.
+call; remove the file to measure it anew. `--out FOLDER` keeps page and data of its own, for a look at another machine.
+A missed target exits with 1.
 """
 
 from __future__ import annotations
