@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from asyncflow.metrics.console import ConsoleReporter
     from asyncflow.policies.base import Policy
     from asyncflow.ppo.advantages import AdvantageEstimator
+    from asyncflow.ppo.auxiliary import AuxiliaryLoss, BehaviorCloning, ReferenceKL
     from asyncflow.ppo.gae import Transitions
     from asyncflow.ppo.ppo import PPO
     from asyncflow.rollout.buffer import RolloutBuffer
@@ -60,6 +61,7 @@ _HOMES = {
     "metrics.console": ("ConsoleReporter",),
     "policies.base": ("Policy",),
     "ppo.advantages": ("AdvantageEstimator",),
+    "ppo.auxiliary": ("AuxiliaryLoss", "BehaviorCloning", "ReferenceKL"),
     "ppo.gae": ("Transitions",),
     "ppo.ppo": ("PPO",),
     "rollout.buffer": ("RolloutBuffer",),
@@ -73,6 +75,8 @@ __all__ = [
     "PPO",
     "AdvantageEstimator",
     "AsyncflowError",
+    "AuxiliaryLoss",
+    "BehaviorCloning",
     "CheckpointError",
     "ChunkResult",
     "CollectorError",
@@ -85,6 +89,7 @@ __all__ = [
     "EvalResult",
     "GymVecEnv",
     "Policy",
+    "ReferenceKL",
     "Reporter",
     "RolloutBuffer",
     "Simulator",

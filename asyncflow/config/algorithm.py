@@ -7,12 +7,40 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from asyncflow.config.plugins import ADVANTAGES, plugin_names
-from asyncflow.config.policy import Section
+from asyncflow.config.policy import PathText, Section
 
 ADVANTAGE_NAMES = ("gae", "monte_carlo", "n_step")
+
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class AuxiliaryConfig(Section):
+    """One more term of the loss, `algorithm.auxiliary[i]`."""
+
+    kind: Literal["bc", "reference_kl"] = Field(
+        description="bc: imitate demonstrations or the run's own successes; reference_kl: stay near the first policy."
+    )
+    weight: float = Field(ge=0, description="Factor of the term.")
+    weight_final: float = Field(0.0, ge=0, description="Factor at the schedule's end.")
+    schedule: Schedule = Field("constant", description="How the factor goes from weight to weight_final.")
+    schedule_updates: int | None = Field(
+        None, ge=1, description="Updates that the schedule takes; null: those of the whole run."
+    )
+    dataset: PathText | None = Field(
+        None, description="bc: robomimic dataset to imitate; null: the run's own successful episodes."
+    )
+    batch_size: int = Field(256, ge=1, description="bc: decisions that each minibatch imitates.")
+    capacity: int = Field(10_000, ge=1, description="bc: decisions of successful episodes that are kept, the newest.")
+
+    @model_validator(mode="after")
+    def _check_dataset(self) -> AuxiliaryConfig:
+        if self.kind != "bc" and self.dataset is not None:
+            raise ValueError(f"algorithm.auxiliary: kind = {self.kind} takes no dataset ({self.dataset}); bc does")
+        return self
 
 
 class AlgorithmConfig(Section):
@@ -27,16 +55,30 @@ class AlgorithmConfig(Section):
         "gae", description="Advantage estimator: gae, monte_carlo, n_step, or one that an installed package registered."
     )
     n_step: int = Field(8, ge=1, description="n_step: decisions before the bootstrap.")
+    reward_scaling: bool = Field(
+        False, description="Divide rewards by the running standard deviation of their discounted sum."
+    )
     normalize_advantages: bool = Field(True, description="Normalise advantages over the valid decisions of a rollout.")
     update_epochs: int = Field(8, ge=1, le=1000, description="Passes over a rollout per update.")
     num_minibatches: int = Field(4, ge=1, description="Minibatches per pass.")
     learning_rate: float = Field(1e-4, gt=0, description="Adam step size of the actor.")
     critic_learning_rate: float = Field(1e-3, gt=0, description="Adam step size of the critic.")
-    lr_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="linear: to zero over total_updates; a larger limit on resuming raises it again."
+    lr_schedule: Schedule = Field(
+        "constant",
+        description="linear, cosine: to zero over total_updates; a larger limit on resuming raises it again.",
     )
+    lr_warmup_updates: int = Field(0, ge=0, description="First updates, in which the step sizes rise linearly.")
     critic_warmup_updates: int = Field(1, ge=0, description="First updates, in which only the critic is trained.")
     clip_coef: float = Field(0.01, gt=0, description="PPO's clip of the ratio.")
+    clip_coef_base: float | None = Field(
+        None,
+        gt=0,
+        description="Clip of the first denoising step, from which it grows to clip_coef at the last; null: all alike.",
+    )
+    clip_coef_rate: float = Field(3.0, gt=0, description="How late that clip grows: exponent of its growth.")
+    denoising_discount: float = Field(
+        1.0, gt=0, le=1, description="Factor of the advantage for every denoising step that still follows."
+    )
     dual_clip: float | None = Field(3.0, gt=1, description="Bound of the ratio for negative advantages; null: none.")
     clip_value_loss: bool = Field(
         False,
@@ -52,6 +94,16 @@ class AlgorithmConfig(Section):
         "truncate", description="What happens to behavior weights above behavior_weight_max."
     )
     behavior_weight_max: float = Field(2.0, gt=0, description="Limit of exp(proximal - behavior).")
+    auxiliary: list[AuxiliaryConfig] = Field(
+        [], description="More terms of the loss, each a mapping: kind (bc, reference_kl), weight, schedule, ..."
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay per update of averaged weights, with which evaluations act and checkpoints decide; null: no "
+        "average.",
+    )
     max_nonfinite_steps: int = Field(
         20, ge=0, description="Minibatches skipped in a run because a number was not finite; one more ends it."
     )
@@ -65,3 +117,17 @@ class AlgorithmConfig(Section):
                 f"algorithm.advantage = {name!a}: expected {', '.join(known)} (entry points of {ADVANTAGES} are added)"
             )
         return name
+
+    @property
+    def has_denoising_schedule(self) -> bool:
+        """Whether denoising steps are clipped or weighted differently, which needs a log-prob of each."""
+        return self.clip_coef_base is not None or self.denoising_discount < 1
+
+    @model_validator(mode="after")
+    def _check_clip(self) -> AlgorithmConfig:
+        if self.clip_coef_base is not None and self.clip_coef_base > self.clip_coef:
+            raise ValueError(
+                f"algorithm.clip_coef_base = {self.clip_coef_base} must be at most algorithm.clip_coef = "
+                f"{self.clip_coef}"
+            )
+        return self

@@ -66,6 +66,11 @@ def anchor_paths(values: dict[str, Any]) -> dict[str, Any]:
             section = section.get(parent) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(section.get(leaf), str):
             section[leaf] = anchor(section[leaf])
+    algorithm = anchored.get("algorithm")
+    terms = algorithm.get("auxiliary") if isinstance(algorithm, dict) else None
+    for term in terms if isinstance(terms, list) else []:
+        if isinstance(term, dict):
+            term |= {key: anchor(value) for key, value in term.items() if key == "dataset"}
     return anchored
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from asyncflow.config.algorithm import ADVANTAGE_NAMES, AlgorithmConfig
+from asyncflow.config.algorithm import ADVANTAGE_NAMES, AlgorithmConfig, AuxiliaryConfig, Schedule
 from asyncflow.config.observations import KINDS
 from asyncflow.config.policy import (
     MAX_SECONDS,
@@ -32,6 +32,7 @@ __all__ = [
     "MAX_SECONDS",
     "POLICY_KINDS",
     "AlgorithmConfig",
+    "AuxiliaryConfig",
     "BufferConfig",
     "BufferType",
     "CollectorConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "EnvConfig",
     "LoggingConfig",
     "PolicyConfig",
+    "Schedule",
     "Section",
     "TrainerConfig",
     "VLAConfig",
@@ -234,11 +236,30 @@ class Config(Section):
             )
         if self.buffer.on_full == "overwrite" and self.buffer.lag_mode == "fixed":
             raise ValueError("buffer.on_full = overwrite needs buffer.lag_mode = bounded: fixed lag loses no rollout")
-        if self.algorithm.lr_schedule == "linear" and self.trainer.total_updates is None:
-            raise ValueError("algorithm.lr_schedule = linear needs trainer.total_updates, over which it falls to zero")
+        _check_algorithm(self)
         if self.buffer.on_full == "overwrite" and self.trainer.buffer_type == "standard":
             raise ValueError("buffer.on_full = overwrite needs --buffer-type vla: a synchronous run never waits")
         return self
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm, total = config.algorithm, config.trainer.total_updates
+    scheduled = {"algorithm.lr_schedule": algorithm.lr_schedule}
+    for index, each in enumerate(algorithm.auxiliary):
+        if each.schedule_updates is None:
+            scheduled[f"algorithm.auxiliary[{index}].schedule"] = each.schedule
+    for key, schedule in scheduled.items():
+        if schedule != "constant" and total is None:
+            raise ValueError(f"{key} = {schedule} needs trainer.total_updates, over which it falls")
+    if algorithm.lr_schedule != "constant" and total is not None and algorithm.lr_warmup_updates >= total:
+        raise ValueError(
+            f"algorithm.lr_warmup_updates = {algorithm.lr_warmup_updates} must be below trainer.total_updates = {total}"
+        )
+    if algorithm.has_denoising_schedule and config.policy.log_prob not in ("per_step", "single_step"):
+        raise ValueError(
+            "algorithm.clip_coef_base and algorithm.denoising_discount need policy.log_prob = per_step or single_step, "
+            f"not {config.policy.log_prob}: they treat every denoising step differently"
+        )
 
 
 def _require_multiple(key: str, value: int, divisor_key: str, divisor: int) -> None:

@@ -8,7 +8,7 @@ predicted actions (horizon), A action size, D state size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tensordict import TensorDict
@@ -37,20 +37,29 @@ class Examples:
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def observe(self, rows: Tensor, generator: torch.Generator, max_shift: int) -> TensorDict:
+    def to(self, device: torch.device) -> Examples:
+        """Return the examples on a device."""
+        obs = {key: x.to(device) for key, x in self.obs.items()}
+        return replace(self, obs=obs, frames=self.frames.to(device), chunks=self.chunks.to(device))
+
+    def pick(self, rows: Tensor) -> tuple[TensorDict, Tensor]:
+        """Return observations [B], images as they are, and the chunks that followed, [B, P, A], of examples `rows`."""
+        return self.observe(rows, None, 0), self.chunks[rows]
+
+    def observe(self, rows: Tensor, generator: torch.Generator | None, max_shift: int) -> TensorDict:
         """Return the observations [B] of examples `rows` [B], as an environment would give them.
 
         Args:
             rows: Which examples.
             generator: Shifts the images, and draws nothing where there are none.
-            max_shift: Pixels by which images are shifted at most, down or up and right or left.
+            max_shift: Pixels by which images are shifted at most, down or up and right or left; 0 leaves them.
         """
         frames, size = self.frames[rows], [len(rows)]
         if frames.shape[1] == 1:  # without a history there is no dimension for it
             frames = frames.squeeze(1)
         obs, kinds = TensorDict({}, batch_size=size), {field.kind for field in self.fields.values()}
         offsets = None
-        if IMAGES in kinds:
+        if IMAGES in kinds and max_shift:
             offsets = torch.randint(-max_shift, max_shift + 1, (len(rows), 2), generator=generator)
         for key, field in self.fields.items():
             values = self.obs[key][frames]

@@ -247,7 +247,7 @@ def format_metric(name: str, value: float) -> str:
     """Return a metric's value as it is shown, by its glossary unit; `-` where it is not finite."""
     if not math.isfinite(value):
         return "-"
-    unit = GLOSSARY[name].unit
+    unit = GLOSSARY[name].unit if name in GLOSSARY else "1"  # an auxiliary loss of the user's own
     if unit == "fraction":
         return f"{100 * value:.1f}%"
     if unit == "bytes":

@@ -7,6 +7,7 @@ TensorBoard, JSON lines and `docs/metrics.md` cannot drift apart.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -44,6 +45,12 @@ GLOSSARY: dict[str, Metric] = {
     "rollout/episode_length": Metric("env steps", "Mean length of those episodes.", _EPISODE),
     "train/policy_loss": Metric("1", "Clipped policy objective, negated; mean over minibatches."),
     "train/value_loss": Metric("1", "Half the mean squared error of the value function; mean over minibatches."),
+    "train/bc_loss": Metric(
+        "1", "Imitation loss of algorithm.auxiliary, without its weight; 0 without a success yet.", "with bc"
+    ),
+    "train/reference_kl_loss": Metric(
+        "nats", "KL divergence of a decision from the policy to the first one, without its weight.", "with reference_kl"
+    ),
     "train/entropy": Metric("nats", "Entropy of the decisions' distribution."),
     "train/approx_kl": Metric(
         "nats", "KL from the policy that acted to the trained one, in the units of log_prob; mean over minibatches."
@@ -187,8 +194,13 @@ class MetricLogger:
         return [problem for file in self._files for problem in file.close()]
 
 
+def is_known(name: str) -> bool:
+    """Tell whether a name is in the glossary, or that of an auxiliary loss of the user's own: `train/<name>_loss`."""
+    return name in GLOSSARY or re.fullmatch(r"train/\w+_loss", name) is not None
+
+
 def _check_names(row: Mapping[str, float]) -> None:
-    unknown = sorted(set(row) - set(GLOSSARY))
+    unknown = sorted(name for name in row if not is_known(name))
     if unknown:
         raise ValueError(
             f"metrics {', '.join(unknown)} are not in asyncflow.metrics.glossary.GLOSSARY; describe them there"

@@ -16,6 +16,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from asyncflow.errors import ConfigError
 from asyncflow.policies.networks.layers import Normalizer
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Policy(nn.Module, ABC):
         noise_size: Standard normal numbers that one decision consumes.
         log_prob_terms: Factor from `log_probs`, summed over its denoising steps if it has them, to the joint
             log-prob of the decision: K * H * A where `log_probs` is a mean, 1 where it is a sum.
+        num_denoising_steps: J, of which `per_step` log-probs are; 1 where a decision is one Gaussian.
+        has_gaussian_steps: Whether `default_forward` can return the Gaussians of which a decision is made.
+        returns_gaussians: Whether it does; set by who needs them, as each entry of an answer takes time.
         ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training.
         made_from: The keys of `policy` that build it again; None for a policy of a user's own.
         made_for: The environments that the file describes of which it was loaded, in the simulator's names.
@@ -56,6 +60,9 @@ class Policy(nn.Module, ABC):
     action_dim: int
     noise_size: int
     log_prob_terms: float
+    num_denoising_steps: int = 1
+    has_gaussian_steps: bool = False
+    returns_gaussians: bool = False
     ratio_tolerance: float = 0.5
     made_from: PolicyConfig | None = None
     made_for: EnvSpec | None = None
@@ -91,8 +98,24 @@ class Policy(nn.Module, ABC):
             batch: [N] `obs` and everything that `sample_actions(mode="train")` returned.
 
         Returns:
-            [N] `log_probs` in the stored shape, `values [N]`, `entropy [N]` in nats.
+            [N] `log_probs` in the stored shape, `values [N]`, `entropy [N]` in nats. With `returns_gaussians` also
+            `means` and `stds`, both [N, J, H, A], of the Gaussians that the log-probs are those of.
         """
+
+    def imitation_loss(self, obs: TensorDictBase, actions: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss that pulls decisions towards demonstrated ones, [], with a gradient.
+
+        Args:
+            obs: [N] observations.
+            actions: [N, P, A] demonstrated chunks, in the simulator's units.
+            generator: On the policy's device; whatever is random is drawn from it.
+
+        Raises:
+            ConfigError: The policy has none.
+        """
+        raise ConfigError(
+            f"auxiliary loss bc: {type(self).__name__} has no imitation_loss; asyncflow's flow, gaussian and vla have"
+        )
 
     @abstractmethod
     def get_value(self, obs: TensorDictBase) -> Tensor:

@@ -45,10 +45,19 @@ class Transition(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """`log_probs` as stored (`[N]` or `[N, J]`) and `entropy [N]`."""
+    """Evaluated chains.
+
+    Attributes:
+        log_probs: As stored, [N] or [N, J].
+        entropy: [N].
+        means: [N, J, H, num_executed] of the stochastic steps' Gaussians, in normalised units.
+        stds: Likewise.
+    """
 
     log_probs: Tensor
     entropy: Tensor
+    means: Tensor
+    stds: Tensor
 
 
 def step_grid(num_steps: int) -> StepGrid:
@@ -224,7 +233,10 @@ class FlowSampler(nn.Module):
             v = velocity(x, slice(0, self.num_stochastic)).float()
         else:
             v = velocity(x.squeeze(1), inds).float().unsqueeze(1)
-        return Evaluation(self._log_probs(next_x, x_gain * x + v_gain * v, std), self._entropy(std, len(chains)))
+        mean = x_gain * x + v_gain * v
+        means = select_dims(mean[:, :, : self.config.n_action_steps], self.executed_dims)
+        stds = select_dims(std, self.executed_dims).expand(means.shape)
+        return Evaluation(self._log_probs(next_x, mean, std), self._entropy(std, len(chains)), means, stds)
 
     def _split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the initial noise `[N, P, M]` and that of the steps `[N, K, P, M]`."""

@@ -27,6 +27,7 @@ class GaussianPolicy(Policy):
     """Independent Gaussians around an MLP's mean, in normalised action units."""
 
     executed_dims: Tensor | None
+    has_gaussian_steps = True
 
     def __init__(self, config: PolicyConfig, spec: EnvSpec) -> None:
         """Build actor and critic; arguments as those of `make_policy`.
@@ -79,7 +80,16 @@ class GaussianPolicy(Policy):
             "values": self._value(context),
             "entropy": entropy.expand(mean.shape[0]),
         }
+        if self.returns_gaussians:
+            means = select_dims(mean[:, : self.n_action_steps], self.executed_dims).unsqueeze(1)
+            evaluation |= {"means": means, "stds": select_dims(std, self.executed_dims).expand(means.shape)}
         return TensorDict(evaluation, batch_size=mean.shape[:1])
+
+    def imitation_loss(self, obs: TensorDictBase, actions: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the negative log-likelihood of demonstrated chunks, per number, in nats; nothing is drawn."""
+        raw, mean = self.action_normalizer.normalize(actions), self._mean(self._context(obs))
+        terms = log_prob_terms(*(select_dims(part, self.executed_dims) for part in (raw, mean, self._std())))
+        return -terms.mean()
 
     def get_value(self, obs: TensorDictBase) -> Tensor:
         """Return V(obs), [N] float32."""

@@ -32,8 +32,10 @@ class VelocityPolicy(Policy):
             ConfigError: An impossible combination of noise keys.
         """
         super().__init__()
+        self.has_gaussian_steps = True
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
         self.sampler = FlowSampler(config, action_dim, padded_dim)
+        self.num_denoising_steps = self.sampler.num_stochastic
         self.noise_size, self.log_prob_terms = self.sampler.noise_size, self.sampler.log_prob_terms
         self.action_normalizer = Normalizer((action_dim,))
 
@@ -69,8 +71,10 @@ class VelocityPolicy(Policy):
     def default_forward(self, batch: TensorDictBase) -> TensorDict:
         """Evaluate stored decisions; see `Policy.default_forward`."""
         context = self.make_context(batch["obs"])
-        log_probs, entropy = self.sampler.evaluate(self.velocity_field(context), batch)
+        log_probs, entropy, means, stds = self.sampler.evaluate(self.velocity_field(context), batch)
         evaluation = {"log_probs": log_probs, "values": self.value(context), "entropy": entropy}
+        if self.returns_gaussians:
+            evaluation |= {"means": means, "stds": stds}
         return TensorDict(evaluation, batch_size=batch.batch_size)
 
     def get_value(self, obs: TensorDictBase) -> Tensor:
@@ -93,6 +97,12 @@ class VelocityPolicy(Policy):
         weight = time[:, None, None]
         predicted = self.velocity_at(self.make_context(obs), (1 - weight) * target + weight * noise, time)
         return nn.functional.mse_loss(predicted.float(), noise - target)
+
+    def imitation_loss(self, obs: TensorDictBase, actions: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the flow matching loss with noise and times from `generator`."""
+        shape, device = (len(actions), *self.sampler.chunk_shape), actions.device
+        noise = torch.randn(shape, generator=generator, device=device)
+        return self.flow_matching_loss(obs, actions, noise, torch.rand(shape[:1], generator=generator, device=device))
 
     def anneal(self, update: int) -> None:
         """Set the noise level for the number of finished updates, in place."""

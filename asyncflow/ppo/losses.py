@@ -13,7 +13,7 @@ Shapes: B decisions of a minibatch, K denoising steps.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -33,31 +33,43 @@ class PolicyStatistics(NamedTuple):
 
 def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
     """Return the mean of `x`, [B] or [B, K], over valid decisions; zero if there are none."""
-    mask = _like(valid, x)
-    num_terms = mask.sum() * (x.numel() // mask.numel())
-    return torch.where(mask, x, 0.0).sum() / num_terms.clamp(min=1)
+    per_decision = x if x.dim() == valid.dim() else x.mean(-1)
+    return torch.where(valid, per_decision, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def mean_shares(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the share of every decision in a mean over the valid ones, [B]; zero where it is not."""
+    return valid.to(dtype) / valid.sum().clamp(min=1)
 
 
 def _like(per_decision: Tensor, x: Tensor) -> Tensor:
     return per_decision.unsqueeze(-1) if x.dim() > per_decision.dim() else per_decision
 
 
-def surrogate_loss(log_probs: Tensor, batch: TensorDictBase, clip_coef: float, dual_clip: float | None) -> Tensor:
+def surrogate_loss(
+    log_probs: Tensor, batch: TensorDictBase, clip_coef: float | Tensor, dual_clip: float | None
+) -> Tensor:
     """Return the decoupled, dual-clipped surrogate of PPO, negated, [].
 
     Args:
         log_probs: [B] or [B, K], today's weights.
-        batch: [B] `advantages`; `weights`, which correct for staleness; `valid`; and `proximal`, log-probs of the
-            weights at the update's start, like `log_probs`.
-        clip_coef: Half-width of the ratio's interval around 1.
+        batch: [B] `advantages`, which may also be [B, K]; `weights`, which correct for staleness; `valid`; and
+            `proximal`, log-probs of the weights at the update's start, like `log_probs`.
+        clip_coef: Half-width of the ratio's interval around 1; a tensor like `log_probs` gives each its own.
         dual_clip: Bound of the ratio for negative advantages; None for none.
     """
-    advantages, weights = _like(batch["advantages"], log_probs), _like(batch["weights"], log_probs)
-    ratio = log_ratio(log_probs, batch["proximal"], batch["valid"]).exp()
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantages)
+    valid, advantages = batch["valid"], _like(batch["advantages"], log_probs)
+    # w A, divided by the number of terms: the mean over valid ones is then a sum. Nothing here needs a gradient.
+    shares = _like(mean_shares(valid, advantages.dtype) * batch["weights"], log_probs)
+    gain = torch.where(_like(valid, log_probs), shares * advantages, 0.0)
+    if log_probs.dim() > 1:
+        gain = gain / log_probs.shape[-1]
+    clip: Any = clip_coef  # of which clamp takes both kinds, but not a union of them
+    ratio = log_ratio(log_probs, batch["proximal"], valid).exp()
+    objective = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
     if dual_clip is not None:
-        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
-    return masked_mean(-weights * objective, batch["valid"])
+        objective = torch.maximum(objective, torch.where(advantages < 0, dual_clip * gain, -torch.inf))
+    return -objective.sum()
 
 
 def log_ratio(log_probs: Tensor, reference: Tensor, valid: Tensor) -> Tensor:
@@ -74,15 +86,17 @@ def value_loss(values: Tensor, batch: TensorDictBase, clip_coef: float | None) -
         clip_coef: Take the worse of the error and of that after a change of at most this; None for the error alone.
     """
     valid, returns = batch["valid"], batch["returns"]
-    error = torch.where(valid, values - returns, 0.0).square()
-    if clip_coef is not None:
-        clipped = batch["values"] + (values - batch["values"]).clamp(-clip_coef, clip_coef)
-        error = torch.maximum(error, torch.where(valid, clipped - returns, 0.0).square())
-    return 0.5 * masked_mean(error, valid)
+    error = torch.where(valid, values - returns, 0.0)
+    if clip_coef is None:
+        loss: Tensor = 0.5 * torch.dot(error, error) / valid.sum().clamp(min=1)
+        return loss
+    clipped = batch["values"] + (values - batch["values"]).clamp(-clip_coef, clip_coef)
+    limited = torch.where(valid, clipped - returns, 0.0)
+    return 0.5 * masked_mean(torch.maximum(error.square(), limited.square()), valid)
 
 
 def policy_statistics(
-    log_probs: Tensor, batch: TensorDictBase, clip_coef: float, dual_clip: float | None
+    log_probs: Tensor, batch: TensorDictBase, clip_coef: float | Tensor, dual_clip: float | None
 ) -> PolicyStatistics:
     """Return what is logged of `surrogate_loss`, of several minibatches at once.
 

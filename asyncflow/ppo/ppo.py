@@ -8,9 +8,9 @@ Shapes: T decisions, N environments, B decisions of a minibatch (`num_minibatche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,48 +20,29 @@ from asyncflow.config.sections import AlgorithmConfig
 from asyncflow.errors import TrainingError
 from asyncflow.policies.base import Policy
 from asyncflow.ppo.advantages import AdvantageEstimator, check_estimate, make_estimator
+from asyncflow.ppo.auxiliary import AuxiliaryLoss, build_auxiliary, check_names
+from asyncflow.ppo.average import WeightAverage
+from asyncflow.ppo.denoising import treat_steps_differently
 from asyncflow.ppo.gae import Transitions
 from asyncflow.ppo.losses import (
     behavior_weights,
     can_be_squared,
-    explained_variance,
-    kl_estimate,
     masked_mean,
     normalize,
-    policy_statistics,
     sum_steps,
     surrogate_loss,
     value_loss,
 )
 from asyncflow.ppo.optimizer import GuardedAdam
+from asyncflow.ppo.report import COLUMNS, LOGGED, Step, summarise, tabulate
+from asyncflow.ppo.reward_scale import RewardScale
+from asyncflow.ppo.schedules import learning_rate_factor
 from asyncflow.ppo.settings import PPOSettings, apply_settings
 from asyncflow.rollout.ring import Rollout
-from asyncflow.seeding import permutation
+from asyncflow.seeding import derive_seed, permutation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class Step(NamedTuple):
-    """Statistics of one minibatch, on the device and without gradient.
-
-    Attributes:
-        policy_loss: [].
-        value_loss: [].
-        entropy: [].
-        norms: Gradient norms of actor and critic, [2].
-        log_probs: [B] or [B, K].
-        is_usable: Whether a step was taken, [].
-        is_finite: Whether loss and gradients were finite, [].
-    """
-
-    policy_loss: Tensor
-    value_loss: Tensor
-    entropy: Tensor
-    norms: Tensor
-    log_probs: Tensor
-    is_usable: Tensor
-    is_finite: Tensor
 
 
 class PPO:
@@ -72,17 +53,19 @@ class PPO:
         seed: Of the minibatches' order; None, which counts as 0, until a trainer sets it.
         total_updates: Length of the run, over which a step size may fall; None until a trainer sets it.
         is_described: Whether `config` alone builds it again.
+        auxiliary: More terms of the loss.
         optimizer: Adam, with a step size each for actor and critic.
         num_nonfinite_steps: Minibatches of the run that were skipped because a number was not finite.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a user may say in place of a configuration
         self,
         policy: Policy,
         config: AlgorithmConfig | None = None,
         *,
         seed: int | None = None,
         total_updates: int | None = None,
+        auxiliary: Sequence[AuxiliaryLoss] = (),
         advantage: AdvantageEstimator | str | None = None,
         **settings: Unpack[PPOSettings],
     ) -> None:
@@ -93,6 +76,7 @@ class PPO:
             config: The settings; None for the defaults.
             seed: Of the minibatches' order; None: the trainer's, or 0 without one.
             total_updates: Length of the run, over which a step size may fall; None: the trainer's.
+            auxiliary: More terms of the loss, in place of those that `config` lists.
             advantage: An estimator, or a name as for `algorithm.advantage`; None: that of `config`.
             settings: Fields of `AlgorithmConfig` that replace those of `config`, such as `clip_coef=0.02`.
 
@@ -105,8 +89,13 @@ class PPO:
         self.config = config = apply_settings(config, settings)
         self.seed, self.total_updates = seed, total_updates
         self.num_nonfinite_steps = 0
-        self.is_described = isinstance(advantage, str | None)
         self._estimator = make_estimator(config) if isinstance(advantage, str | None) else advantage
+        self.auxiliary = check_names(auxiliary or [build_auxiliary(each, policy) for each in config.auxiliary])
+        is_listed = [each.made_from for each in self.auxiliary] == config.auxiliary
+        self.is_described = is_listed and isinstance(advantage, str | None)
+        self._reward_scale = RewardScale() if config.reward_scaling else None
+        self._weights = [each.weight for each in self.auxiliary]  # of the update under way
+        self._average = None if config.ema_decay is None else WeightAverage(policy, config.ema_decay)
         self._actor = [p for p in policy.actor_parameters() if p.requires_grad]
         self._critic = [p for p in policy.critic_parameters() if p.requires_grad]
         groups = [
@@ -119,17 +108,43 @@ class PPO:
     def state_tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state by name, not copied; with the policy's weights, all that training goes on from.
 
-        A parameter that was never trained, such as the actor's during the critic's warm-up, has no state.
+        A parameter that was never trained, such as the actor's during the critic's warm-up, has no state. Names of
+        what is not the optimizer's say whose it is: `auxiliary|bc|actions`.
         """
-        return self.optimizer.state_tensors()
+        own = {f"{owner}|{name}": x for owner, part in self._stateful() for name, x in part.state.items()}
+        return self.optimizer.state_tensors() | own
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state_tensors` of another PPO returned.
 
         Raises:
-            CheckpointError: A tensor is unknown, missing or of another shape; nothing was changed.
+            CheckpointError: A tensor is unknown, missing or of another shape.
         """
-        self.optimizer.load_state_tensors(tensors)
+        self.optimizer.load_state_tensors({name: x for name, x in tensors.items() if "|" not in name})
+        device = next(self.policy.parameters()).device
+        for owner, part in self._stateful():
+            prefix = f"{owner}|"
+            own = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+            part.load_state({name: x.to(device, copy=True) for name, x in own.items()})
+
+    def _stateful(self) -> list[tuple[str, RewardScale | AuxiliaryLoss]]:
+        """Return what has a `state` beside the optimizer's, by name."""
+        found: list[tuple[str, RewardScale | AuxiliaryLoss]] = []
+        if self._reward_scale is not None:
+            found.append(("reward_scale", self._reward_scale))
+        return found + [(f"auxiliary|{each.name}", each) for each in self.auxiliary]
+
+    def begin_average(self) -> None:
+        """Let averaged weights, if there are any, begin with those that the policy has now."""
+        if self._average is not None:
+            self._average.begin()
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Let the policy have, within a block, the weights that evaluations act and checkpoints decide with.
+
+        These are the averaged ones with `algorithm.ema_decay`; else the policy is left as it is.
+        """
+        return nullcontext() if self._average is None else self._average.in_place()
 
     def update(self, rollout: Rollout, version: int, on_minibatch: Callable[[], None]) -> dict[str, float]:
         """Train on a rollout and return the `train/` metrics. Whatever is raised, nothing was changed then.
@@ -146,15 +161,19 @@ class PPO:
             rates = self.learning_rates(version)
             for group, rate in zip(self.optimizer.param_groups, rates.values(), strict=True):
                 group["lr"] = rate
+            self._weights = [each.weight_in(version, self.total_updates) for each in self.auxiliary]
             batch = self._prepare(rollout, version)
             table, num_epochs = self._run_epochs(batch, version, on_minibatch)
-            metrics = self._summarise(table, batch, num_epochs)
+            metrics = summarise(table, batch, [each.name for each in self.auxiliary]) | {"train/num_epochs": num_epochs}
             self._count_skipped(int(metrics["train/nonfinite_skipped"]))
+        if self._average is not None:
+            self._average.follow()
         return metrics | rates
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:
         num_nonfinite_steps = self.num_nonfinite_steps
+        states = [(part, part.state) for _, part in self._stateful()]  # whose tensors nobody changes in place
         buffers = {name: buffer.detach().clone() for name, buffer in self.policy.named_buffers()}
         self.optimizer.remember()
         try:
@@ -163,6 +182,8 @@ class PPO:
             self.optimizer.put_back()
             for name, buffer in buffers.items():  # a running mean, for one, moves with every forward
                 self.policy.get_buffer(name).copy_(buffer)
+            for part, state in states:
+                part.state = state
             self.num_nonfinite_steps = num_nonfinite_steps
             raise
 
@@ -183,12 +204,12 @@ class PPO:
     def _run_epoch(
         self, minibatches: TensorDict, is_warmup: bool, on_minibatch: Callable[[], None]
     ) -> tuple[list[Step], TensorDict]:
-        """Take an epoch's steps. Returned are they and `_LOGGED`, and no reference to the rest of this copy."""
+        """Take an epoch's steps. Returned are they and `LOGGED`, and no reference to the rest of this copy."""
         steps = []
         for minibatch in minibatches.unbind(0):
             on_minibatch()
             steps.append(self._step(minibatch, is_warmup))
-        return steps, minibatches.select(*_LOGGED)
+        return steps, minibatches.select(*LOGGED, strict=False)
 
     def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
         """Return an epoch's minibatches, [num_minibatches, B]: one copy of the rollout in another order."""
@@ -213,14 +234,15 @@ class PPO:
     def _is_kl_exceeded(self, steps: list[Step], minibatches: TensorDict) -> bool:
         if self.config.target_kl is None:
             return False
-        kl = self._tabulate(steps, minibatches)[:, _METRICS.index("prox_kl")].nanmean()  # NaN if all were skipped
+        kl = self._tabulate(steps, minibatches)[:, COLUMNS.index("prox_kl")].nanmean()  # NaN if all were skipped
         return bool(kl > self.config.target_kl)  # sync: once per epoch, only with target_kl
 
     def learning_rates(self, version: int) -> dict[str, float]:
         """Return the step sizes of actor and critic in the update of a version, by their metric names."""
-        config, fraction = self.config, 1.0
-        if config.lr_schedule == "linear" and self.total_updates:
-            fraction = 1 - version / self.total_updates
+        config = self.config
+        fraction = learning_rate_factor(
+            config.lr_schedule, version, self.total_updates, num_warmup=config.lr_warmup_updates
+        )
         rates = {"learning_rate": config.learning_rate, "critic_learning_rate": config.critic_learning_rate}
         return {f"train/{name}": rate * fraction for name, rate in rates.items()}
 
@@ -231,10 +253,14 @@ class PPO:
         with torch.no_grad():
             self._add_advantages(batch, rollout, piece)
             batch["obs"] = rollout.obs[:-1].clone()
+            for each in self.auxiliary:
+                each.begin_update(self.policy, batch, derive_seed(self.seed or 0, f"auxiliary {each.name}", version))
             batch = batch.flatten(0, 1)
             self._add_proximal(batch, rollout.policy_version != version, piece)
             if self.config.normalize_advantages:
                 batch["advantages"] = normalize(batch["advantages"], batch["valid"])
+            if self.config.has_denoising_schedule:
+                treat_steps_differently(batch, self.config, self.policy.num_denoising_steps)
         return batch
 
     def _add_advantages(self, batch: TensorDict, rollout: Rollout, piece: int) -> None:
@@ -258,10 +284,10 @@ class PPO:
         values = self._values(rollout.obs, piece)
         finals = self._values(rollout.final_obs, piece).gather(0, batch["final_index"])
         next_values = torch.where(batch["truncated"], finals, values[1:])
-        boundary = batch["terminated"] | batch["truncated"]
-        return Transitions(
-            batch["rewards"], values[:-1], next_values, batch["discounts"], batch["terminated"], boundary
-        )
+        boundary, rewards, discounts = batch["terminated"] | batch["truncated"], batch["rewards"], batch["discounts"]
+        if self._reward_scale is not None:
+            rewards = self._reward_scale.scale(rewards, discounts, boundary, batch["valid"] & can_be_squared(rewards))
+        return Transitions(rewards, values[:-1], next_values, discounts, batch["terminated"], boundary)
 
     def _values(self, obs: TensorDictBase, piece: int) -> Tensor:
         """Return V of observations [R, N], computed `piece` at a time, [R, N]."""
@@ -290,76 +316,44 @@ class PPO:
         """Take one optimizer step, unless a number is not finite or no decision is valid. Reads nothing back."""
         config, valid = self.config, batch["valid"]
         out = self.policy.default_forward(batch)
-        surrogate = surrogate_loss(out["log_probs"], batch, config.clip_coef, config.dual_clip)
+        surrogate = surrogate_loss(out["log_probs"], batch, self._clip_of(batch), config.dual_clip)
         value = value_loss(out["values"], batch, config.clip_coef if config.clip_value_loss else None)
         entropy = masked_mean(out["entropy"], valid)
+        auxiliary = [each(self.policy, batch, out) for each in self.auxiliary]
         loss = config.vf_coef * value
         if not is_warmup:
-            loss = loss + surrogate - config.ent_coef * entropy
+            loss = loss + surrogate
+            if config.ent_coef:
+                loss = loss - config.ent_coef * entropy
+            for weight, each in zip(self._weights, auxiliary, strict=True):
+                loss = loss + weight * each
         self.optimizer.zero_grad()
         if loss.requires_grad:  # frozen parameters may leave nothing to train
             loss.backward()
         norms = self.optimizer.clip_gradients(config.max_grad_norm)
-        is_finite = (loss.detach() + norms.sum()).isfinite()
+        # Whatever its weight: an entropy that is not finite is that of a broken policy.
+        is_finite = (loss.detach() + norms.sum() + (0.0 if is_warmup else entropy.detach())).isfinite()
         is_usable = is_finite & valid.any()  # zero gradients would still move weights by their momentum
         self.optimizer.step_if(is_usable)
-        losses = (surrogate.detach(), value.detach(), entropy.detach())
-        return Step(*losses, norms, out["log_probs"].detach(), is_usable, is_finite)
+        terms = torch.stack([x.detach().float() for x in (surrogate, value, entropy, *auxiliary)])
+        return Step(terms, norms, out["log_probs"].detach(), is_usable, is_finite)
 
     def _tabulate(self, steps: list[Step], minibatches: TensorDict) -> Tensor:
-        """Return `_METRICS` of M minibatches, NaN if skipped, and whether for a number that was not finite, [M, 10].
+        return tabulate(steps, minibatches, self._clip_of(minibatches), self.config.dual_clip)
 
-        What is only logged is computed here, of all minibatches at once: in each it would cost as much as its loss.
-
-        Args:
-            steps: Of each minibatch.
-            minibatches: [M, B] `_LOGGED`.
-        """
-        done = Step(*(torch.stack(column) for column in zip(*steps, strict=True)))
-        logged = policy_statistics(done.log_probs, minibatches, self.config.clip_coef, self.config.dual_clip)
-        columns = [done.policy_loss, done.value_loss, done.entropy, *logged, *done.norms.unbind(1)]
-        table = torch.where(done.is_usable, torch.stack(columns).float(), torch.nan)
-        is_skipped = ~done.is_finite | (minibatches["is_lost"].any(-1) & ~minibatches["valid"].any(-1))
-        return torch.cat([table, is_skipped.float().unsqueeze(0)]).T
-
-    def _summarise(self, table: Tensor, batch: TensorDict, num_epochs: int) -> dict[str, float]:
-        valid = batch["valid"]
-        behavior_kl = masked_mean(kl_estimate(batch["proximal"] - batch["behavior"]), valid)
-        extra = torch.stack(
-            [
-                behavior_kl,
-                masked_mean(batch["weights"], valid),
-                (batch["weights"] * valid).max(),
-                masked_mean(batch["is_weight_clipped"].float(), valid),
-                explained_variance(batch["values"], batch["returns"], valid),
-                batch["is_lost"].sum().float(),
-            ]
-        )
-        means, num_skipped = table[:, :-1].nanmean(0), table[:, -1:].sum(0)  # over the minibatches that were trained
-        numbers = torch.cat([means, num_skipped, extra]).tolist()  # sync: the update's only fetch
-        metrics = dict(zip((*_METRICS, "nonfinite_skipped", *_OF_THE_BATCH), numbers, strict=True))
-        return {f"train/{name}": number for name, number in (metrics | {"num_epochs": num_epochs}).items()}
+    def _clip_of(self, batch: TensorDict) -> float | Tensor:
+        """Return the clip of the ratio: one number, or one of each log-prob."""
+        return batch["clip_coef"] if self.config.has_denoising_schedule else self.config.clip_coef
 
 
-_METRICS = (
-    "policy_loss",
-    "value_loss",
-    "entropy",
-    "approx_kl",
-    "prox_kl",
-    "clip_fraction",
-    "dual_clip_fraction",
-    "grad_norm",
-    "critic_grad_norm",
+# What neither a loss nor a policy reads, and no epoch shuffles.
+_OUTCOME = (
+    "rewards",
+    "discounts",
+    "executed",
+    "terminated",
+    "truncated",
+    "succeeded",
+    "final_index",
+    "is_weight_clipped",
 )
-_OF_THE_BATCH = (
-    "behavior_kl",
-    "is_weight_mean",
-    "is_weight_max",
-    "is_weight_clipped_fraction",
-    "explained_variance",
-    "nonfinite_decisions",
-)
-_LOGGED = ("valid", "is_lost", "advantages", "proximal", "behavior")
-# `_LOGGED` is what is read after an epoch, `_OUTCOME` what neither a loss nor a policy reads, and no epoch shuffles.
-_OUTCOME = ("rewards", "discounts", "executed", "terminated", "truncated", "final_index", "is_weight_clipped")

@@ -11,25 +11,30 @@ from typing import Any, Literal, TypedDict
 
 from pydantic import ValidationError
 
-from asyncflow.config.sections import AlgorithmConfig, explain
+from asyncflow.config.sections import AlgorithmConfig, Schedule, explain
 from asyncflow.errors import ConfigError
 
 
 class PPOSettings(TypedDict, total=False):
-    """Fields of `AlgorithmConfig` that `PPO(policy, name=value)` takes; `advantage` is an argument of its own."""
+    """Fields of `AlgorithmConfig` that `PPO(policy, name=value)` takes; `advantage` and `auxiliary` are arguments."""
 
     gamma: float
     success_value: Literal["zero", "continue"]
     gae_lambda: float
     n_step: int
+    reward_scaling: bool
     normalize_advantages: bool
     update_epochs: int
     num_minibatches: int
     learning_rate: float
     critic_learning_rate: float
-    lr_schedule: Literal["constant", "linear"]
+    lr_schedule: Schedule
+    lr_warmup_updates: int
     critic_warmup_updates: int
     clip_coef: float
+    clip_coef_base: float | None
+    clip_coef_rate: float
+    denoising_discount: float
     dual_clip: float | None
     clip_value_loss: bool
     vf_coef: float
@@ -39,6 +44,7 @@ class PPOSettings(TypedDict, total=False):
     decoupled: bool
     behavior_weight: Literal["truncate", "mask"]
     behavior_weight_max: float
+    ema_decay: float | None
     max_nonfinite_steps: int
 
 

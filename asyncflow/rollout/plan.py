@@ -93,6 +93,7 @@ def outcome_fields(result: ChunkResult, gamma: float, final_index: Tensor) -> di
         "executed": result.executed,
         "terminated": result.terminated,
         "truncated": result.truncated,
+        "succeeded": result.is_success,
         "valid": ~result.broken,
         "final_index": final_index,
     }

@@ -24,7 +24,7 @@ from asyncflow.envs.source import adopt_environment
 from asyncflow.policies import find_policy_code
 from asyncflow.policies.policy_file import PolicyFile, check_saving
 from asyncflow.ppo.advantages import make_estimator
-from asyncflow.ppo.ppo import PPO
+from asyncflow.run.auxiliary import build_ppo, check_auxiliary
 from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.folder import name_run_folder
 from asyncflow.run.footprint import check_environments, check_rollouts
@@ -42,6 +42,7 @@ def check_start(config: Config) -> Path:
     """
     check_compile(config.policy.compile, resolve_device(config.trainer.device))
     make_estimator(config.algorithm)
+    check_auxiliary(config)
     folder = name_run_folder(config)
     start = read_start(config)
     is_sized = is_described(config.env) and config.env.env_meta is None  # by the table of tasks, or the policy's file
@@ -123,7 +124,7 @@ def build_trainer(config: Config, resumed: Checkpoint | None = None) -> Trainer:
         mapping = NameMapping(config.policy.mapping, env.spec)
         policy = build_policy(config, mapping, device, resumed)
         check_saving(policy, config.policy, env.simulator_spec)
-        ppo = PPO(policy, config.algorithm, seed=config.trainer.seed, total_updates=config.trainer.total_updates)
+        ppo = build_ppo(config, policy, env.spec)
         trainer = Trainer(policy, map_names(env, mapping), ppo, **loop_arguments(config))
         if resumed is not None:
             trainer.restore(resumed)

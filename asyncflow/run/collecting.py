@@ -28,6 +28,7 @@ from asyncflow.rollout.plan import RingPlan, plan_ring
 from asyncflow.rollout.ring import Rollout, RolloutRing
 from asyncflow.rollout.weights import WeightPublisher, changing_tensors
 from asyncflow.rollout.writer import CollectorSettings, RolloutWriter
+from asyncflow.run.auxiliary import kept_bytes
 from asyncflow.run.progress import Progress
 from asyncflow.run.state import Books
 
@@ -91,7 +92,7 @@ class Collecting:
         self._env, self._policy, self._settings = env, policy, settings
         self.clock, self.tracer = OverlapClock(), Tracer()
         self._device = next(policy.parameters()).device
-        self.plan = self._make_plan()
+        self.plan = self._make_plan(algorithm)
         self.collector_settings = CollectorSettings(
             seed=settings.seed,
             gamma=algorithm.gamma,
@@ -109,14 +110,15 @@ class Collecting:
         self._source = ""
         self._is_collecting = self._is_stopped = False
 
-    def _make_plan(self) -> RingPlan:
+    def _make_plan(self, algorithm: AlgorithmConfig) -> RingPlan:
         env, policy, settings = self._env, self._policy, self._settings
         num_slots = settings.lag + 1 if settings.buffer_type == "vla" else 1
         plan = plan_ring(policy, env.spec, env.num_envs, settings.buffer_size // env.num_envs, num_slots)
         snapshots = (settings.lag + 1) * sum(t.nbytes for t in changing_tensors(policy).values())
         trained = NUM_OPTIMIZER_COPIES * sum(p.nbytes for p in policy.parameters() if p.requires_grad)
         rollouts = plan.num_bytes + NUM_ROLLOUT_COPIES * plan.slot_bytes
-        check_memory(rollouts + snapshots + trained, self._device, "buffer.buffer_size or buffer.max_policy_lag")
+        kept = kept_bytes(algorithm, policy, plan)
+        check_memory(rollouts + snapshots + trained + kept, self._device, "buffer.buffer_size or buffer.max_policy_lag")
         return plan
 
     @property
@@ -146,7 +148,7 @@ class Collecting:
         return self._is_collecting
 
     def restore(self, snapshots: Mapping[int, Mapping[str, Tensor]], books: Mapping[str, int], source: str) -> None:
-        """Let `open` go on from a checkpoint; `source` is its name in errors.
+        """Let `open` go on from a checkpoint, and give the policy its newest weights; `source` is its name in errors.
 
         Raises:
             CheckpointError: The weights do not fit the policy.
@@ -154,6 +156,8 @@ class Collecting:
         own = changing_tensors(self._policy)
         for version, tensors in snapshots.items():
             check_tensors(own, tensors, f"{source}: version {version} of the weights")
+        for name, tensor in snapshots[max(snapshots)].items():
+            own[name].copy_(tensor)
         self._restored, self._source = (snapshots, books), source
 
     def set_up(self, progress: Progress) -> None:

@@ -139,13 +139,14 @@ def _find_start(folder: Path, reporter: RunReporter) -> Checkpoint | None:
 
 
 def _tell_risen_step_size(config: Config, checkpoint: Checkpoint, trainer: Trainer, reporter: RunReporter) -> None:
-    """Say that a linear schedule begins again higher: it falls over more updates than it did."""
+    """Say that a falling schedule begins again higher: it falls over more updates than it did."""
     key, updates = "train/learning_rate", trainer.progress.updates
     before, now = checkpoint.state.row.get(key, math.inf), trainer.ppo.learning_rates(updates)[key]
-    if now > before:
+    if now > before and updates >= config.algorithm.lr_warmup_updates:
         reporter.notice(
-            f"algorithm.lr_schedule = linear falls over trainer.total_updates = {config.trainer.total_updates}, more "
-            f"than the run had: the step size rises from {before:.3g} in update {updates} to {now:.3g} in the next"
+            f"algorithm.lr_schedule = {config.algorithm.lr_schedule} falls over trainer.total_updates = "
+            f"{config.trainer.total_updates}, more than the run had: the step size rises from {before:.3g} in update "
+            f"{updates} to {now:.3g} in the next"
         )
 
 

@@ -23,6 +23,7 @@ from asyncflow.policies.base import Policy
 from asyncflow.policies.policy_file import check_tensors
 from asyncflow.ppo.ppo import PPO
 from asyncflow.ppo.promises import check_promises
+from asyncflow.run.auxiliary import build_ppo
 from asyncflow.run.checkpoint import Checkpoint, find_newest, load_checkpoint
 from asyncflow.run.collecting import LoopSettings
 from asyncflow.run.folder import resume_config
@@ -165,10 +166,11 @@ class Saved:
         policy.anneal(self.checkpoint.state.updates)
         return policy
 
-    def build_ppo(self, policy: Policy) -> PPO:
+    def build_ppo(self, policy: Policy, env: VecEnv) -> PPO:
         """Build what updates the policy."""
-        recipe = self.recipe
-        return PPO(policy, recipe.config.algorithm, seed=recipe.ppo_seed, total_updates=recipe.total_updates)
+        ppo = build_ppo(self.recipe.config, policy, env.simulator_spec)
+        ppo.seed, ppo.total_updates = self.recipe.ppo_seed, self.recipe.total_updates
+        return ppo
 
 
 def loop_arguments(config: Config) -> dict[str, Any]:

@@ -164,7 +164,9 @@ class RecordedRun:
     def _evaluate(self) -> EvalResult:
         assert self.eval_env is not None  # evaluations are due
         trainer = self.config.trainer
-        return evaluate(self.trainer.policy, self.eval_env, trainer.eval_episodes, trainer.seed, self._check_evaluation)
+        policy, count, seed = self.trainer.policy, trainer.eval_episodes, trainer.seed
+        with self.trainer.ppo.averaged_weights():
+            return evaluate(policy, self.eval_env, count, seed, self._check_evaluation)
 
     def _check_evaluation(self, _num_finished: int) -> None:
         """Let a failed collector or a requested stop end an evaluation between two decisions."""
@@ -177,7 +179,8 @@ class RecordedRun:
         trainer, progress = self.trainer, self.progress
         try:
             state, groups = trainer.state(self._is_evaluation_owed), trainer.groups()
-            self._newest = save_checkpoint(self.run_dir, trainer.policy_to_save(), state, groups)
+            with trainer.ppo.averaged_weights():
+                self._newest = save_checkpoint(self.run_dir, trainer.policy_to_save(), state, groups)
             if progress.best_update == progress.updates:
                 point_at(self.run_dir, "best", self._newest)
         except OSError as error:

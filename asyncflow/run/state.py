@@ -19,7 +19,7 @@ from torch import Tensor
 from asyncflow.config.sections import explain
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
-from asyncflow.metrics.glossary import GLOSSARY
+from asyncflow.metrics.glossary import is_known
 from asyncflow.policies.policy_file import check_finite
 from asyncflow.rollout.episodes import Episode
 
@@ -80,7 +80,7 @@ class RunState:
 
     @model_validator(mode="after")
     def _check_row(self) -> RunState:
-        if unknown := sorted(self.row.keys() - GLOSSARY.keys()):
+        if unknown := sorted(name for name in self.row if not is_known(name)):
             raise ValueError(f"row: no such metric: {unknown[0]!r}")
         if self.updates and not {"env_steps", "updates"} <= self.row.keys():
             raise ValueError("row: lacks env_steps or updates")

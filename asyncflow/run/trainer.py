@@ -182,7 +182,8 @@ class Trainer:
         recipe.check_folder(folder)
         source = self.policy_to_save()
         check_saving(source.policy, source.config, source.env_spec)
-        write_checkpoint(folder, source, self.state(), self.groups(), {RECIPE: recipe.to_json().encode()})
+        with self.ppo.averaged_weights():
+            write_checkpoint(folder, source, self.state(), self.groups(), {RECIPE: recipe.to_json().encode()})
         return folder
 
     @classmethod
@@ -217,7 +218,7 @@ class Trainer:
                 env = saved.build_env()
                 on_failure.callback(env.close)
             policy = saved.load_into(policy) if policy is not None else saved.build_policy(env)
-            ppo = saved.build_ppo(policy) if ppo is None else ppo
+            ppo = saved.build_ppo(policy, env) if ppo is None else ppo
             trainer = cls(policy, env, ppo, **saved.recipe.arguments, reporter=reporter, callbacks=callbacks)
             trainer.restore(saved.checkpoint)
             on_failure.pop_all()
@@ -382,14 +383,14 @@ class Trainer:
         return PolicyToSave(self.policy, self.policy.made_from, self.env.simulator_spec)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, whose weights the policy has already.
+        """Go on from a checkpoint, whose file of the policy was loaded already.
 
         Raises:
             CheckpointError: It is of another policy, of other environments, or of other settings.
         """
-        state = checkpoint.state
-        journal = checkpoint.journal
+        state, journal = checkpoint.state, checkpoint.journal
         check_journal(journal, self.env, self.policy, checkpoint.path)
+        self.ppo.begin_average()  # the policy's file holds the averaged weights, where there are such
         self.collecting.restore(read_snapshots(checkpoint.groups), asdict(state.books), str(checkpoint.path))
         self.ppo.load_state_tensors(checkpoint.groups.get("optimizer", {}))
         self.ppo.num_nonfinite_steps = state.num_nonfinite_steps

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import AlgorithmConfig, PolicyConfig
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError, ContractError
 from asyncflow.policies import make_policy
 from asyncflow.ppo.gae import Transitions
@@ -42,7 +43,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_ppo(*arguments: Any, **settings: Any) -> PPO:
     config = PolicyConfig(kind="gaussian", horizon=2, n_action_steps=2, hidden_sizes=[8], critic_hidden_sizes=[8])
-    return PPO(make_policy(config, {"state": (3,)}, 2, seed=0), *arguments, **settings)
+    return PPO(make_policy(config, EnvSpec({"state": (3,)}, 2, 10), seed=0), *arguments, **settings)
 
 
 def make_rollout(ppo: PPO) -> Rollout:
@@ -108,7 +109,7 @@ def test_an_entry_point_that_builds_no_estimator_is_found_before_simulators_are_
 
 
 def test_settings_are_the_fields_of_the_configuration() -> None:
-    arguments_of_their_own = {"advantage"}
+    arguments_of_their_own = {"advantage", "auxiliary"}
     assert PPOSettings.__annotations__.keys() == AlgorithmConfig.model_fields.keys() - arguments_of_their_own
     for name, annotation in PPOSettings.__annotations__.items():
         assert annotation.__forward_arg__ == AlgorithmConfig.__annotations__[name]

@@ -24,7 +24,8 @@ from asyncflow.config.sections import Config
 from asyncflow.devices import check_memory
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import Policy
-from asyncflow.ppo.ppo import PPO, Step
+from asyncflow.ppo.ppo import PPO
+from asyncflow.ppo.report import Step
 from asyncflow.profile.leg import change
 from asyncflow.rollout.plan import RingPlan, plan_ring
 from asyncflow.rollout.ring import Rollout, RolloutInfo
