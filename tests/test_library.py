@@ -71,6 +71,7 @@ def test_the_page_has_every_public_name_and_no_other():
     assert named == set(af.__all__)
 
 
+@pytest.mark.slow
 def test_a_program_is_checked_by_types(tmp_path):
     """A user's own script, strictly; mistakes in another are found."""
     wrong = tmp_path / "wrong.py"
