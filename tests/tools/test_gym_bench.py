@@ -1,5 +1,6 @@
 """What the comparison on gymnasium's tasks makes of returns: intervals, verdicts and its page."""
 
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ pytest.importorskip("gymnasium")
 
 from tools.bench.gym.own import configure
 from tools.bench.gym.page import ASYNC, SB3, STANDARD, collect, judge, mean_interval, write_page
+from tools.bench.gym.run import DATA, PAGE
 from tools.bench.gym.setting import TASKS, TaskSetting, play
 
 MACHINE = {"processor": "A processor", "cores": "2", "memory": "24 GiB"}
@@ -49,6 +51,11 @@ def test_the_page_shows_every_learner_each_seed_and_what_was_missed() -> None:
     assert "- Commit: `abc`, `def`" in page
     assert "- Peer: stable-baselines3 2.9" in page
     assert all(len(line) <= 120 or line.startswith("|") for line in page.splitlines())
+
+
+def test_the_page_is_that_of_its_records() -> None:
+    records = [json.loads(path.read_text()) for path in sorted(DATA.glob("*.json"))]
+    assert write_page(records) == PAGE.read_text()
 
 
 def test_everyone_plays_the_same_episodes() -> None:

@@ -88,24 +88,26 @@ def write_page(records: Sequence[dict[str, Any]]) -> str:
         "Beside stable-baselines3 on gymnasium's tasks",
         setting=f"{describe_setting(records[0]['machine'], software)}- Peer: {versions}\n\n```\n{commands}\n```",
         findings=judge(returns),
-        sections=[to_table(head, rows), _describe_setting()],
+        sections=[to_table(head, rows), _describe_setting(returns)],
     ).text()
 
 
-def _describe_setting() -> str:
+def _describe_setting(tasks_measured: Iterable[str]) -> str:
     tasks = "\n".join(
         f"- {task.env_id}: gamma {task.gamma}, step size {task.learning_rate}, minibatches of {task.batch_size}, "
         f"{task.num_episodes} episodes at the end."
-        for task in TASKS.values()
+        for task in map(TASKS.__getitem__, tasks_measured)
     )
     return (
         f"Both train actor and critic of {HIDDEN} units each from scratch, on {NUM_ENVS} environments, {NUM_STEPS}\n"
-        f"env steps of each in a rollout, {NUM_EPOCHS} epochs, clip {CLIP},\n"
-        f"lambda {LAMBDA}, weight of the value loss {VF_COEF}, gradient norm {MAX_GRAD_NORM}, one action a\n"
-        "decision. Neither scales observations or rewards. stable-baselines3 has tanh networks, normalises advantages\n"
-        "in each minibatch and limits one gradient norm of actor and critic; asyncflow has ReLU networks, normalises\n"
-        "advantages in each rollout and limits two norms. `asyncflow standard` collects, then trains; `asyncflow vla`\n"
-        "collects in a thread while it trains, one update behind.\n\n"
+        f"env steps of each in a rollout, {NUM_EPOCHS} epochs, clip {CLIP}, lambda {LAMBDA}, weight of the value\n"
+        f"loss {VF_COEF}, gradient norm {MAX_GRAD_NORM}, one action a decision. Neither scales observations or\n"
+        "rewards, and neither was tuned for these settings. What differs:\n\n"
+        "- stable-baselines3 has tanh networks, normalises advantages in each minibatch, limits one gradient norm of\n"
+        "  actor and critic together, and at first explores with a standard deviation of 1.\n"
+        "- asyncflow has ReLU networks, normalises advantages in each rollout, limits the norms of actor and critic\n"
+        "  apart, and explores with half the range of an action at first: 2 on Pendulum. `standard` collects, then\n"
+        "  trains; `vla` collects in a thread while it trains, one update behind.\n\n"
         f"{tasks}\n\n"
         "At the end of training the policies act without noise in episodes from the same start states. A seed's\n"
         "return is the mean of them. The interval is Student's, over seeds."
