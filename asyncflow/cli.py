@@ -74,7 +74,9 @@ def _options(
 @app.command()
 @_flags(
     task=_flag("Task; `asyncflow tasks` lists them.", metavar="NAME"),
-    buffer_type=_flag("vla: collect while training; standard: collect, then train.", metavar="vla|standard"),
+    buffer_type=_flag(
+        "vla, asynchronous: collect while training; standard, synchronous: collect, then train.", metavar="vla|standard"
+    ),
     device=_flag("Where to train and infer.", metavar="auto|cpu|cuda|cuda:N"),
     seed=_flag("Seed of the whole run.", int),
     num_envs=_flag("Environments collected from.", int),

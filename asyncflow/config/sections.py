@@ -135,7 +135,7 @@ class BufferConfig(Section):
 
     buffer_size: int = Field(960, ge=1, description="Decisions in a rollout, T * N.")
     max_policy_lag: int | None = Field(
-        None, ge=0, le=4, description="Lag limit L in updates; null means 1 for vla and 0 for standard."
+        None, ge=0, le=4, description="Lag limit L in updates; null means 1 in asynchronous mode, 0 in synchronous."
     )
     lag_mode: Literal["fixed", "bounded"] = Field(
         "fixed", description="fixed: rollout n acts with version max(0, n - L); bounded: with the newest published."
@@ -154,7 +154,9 @@ class CollectorConfig(Section):
 class TrainerConfig(Section):
     """The loop: mode, seed, device, length, intervals."""
 
-    buffer_type: BufferType = Field("vla", description="vla: collector thread; standard: collect, then train.")
+    buffer_type: BufferType = Field(
+        "vla", description="vla, asynchronous: a collector thread; standard, synchronous: collect, then train."
+    )
     seed: int = Field(0, ge=0, description="Seed of the whole run.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     num_threads: int = Field(1, ge=1, le=1024, description="CPU threads of one torch operation.")

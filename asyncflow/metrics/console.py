@@ -302,9 +302,11 @@ def _short(name: str) -> str:
 
 
 def _describe_mode(config: Config) -> str:
-    how = {"vla": "collects in a thread while training", "standard": "collects, then trains"}
-    kind = config.trainer.buffer_type
-    return f"{kind}: {how[kind]}, lag at most {config.max_policy_lag} ({config.buffer.lag_mode})"
+    how = {
+        "vla": "asynchronous (vla): collects in a thread while training",
+        "standard": "synchronous (standard): collects, then trains",
+    }
+    return f"{how[config.trainer.buffer_type]}, lag at most {config.max_policy_lag} ({config.buffer.lag_mode})"
 
 
 def _describe_length(config: Config) -> str:

@@ -225,8 +225,9 @@ The axes of memory span what was measured after the shaded minutes; the rise at 
 """
 
 METHOD = """## Method
-The run is a `vla` one with TensorBoard curves and checkpoints, of which the oldest are removed; Lift is evaluated as
-well. "Workers" are all processes of the run but the main one. Samples are read from `/proc` every few seconds; they are
+The run is asynchronous (`--buffer-type vla`), with TensorBoard curves and checkpoints, of which the oldest are removed;
+Lift is evaluated as well.
+"Workers" are all processes of the run but the main one. Samples are read from `/proc` every few seconds; they are
 the tables `soak_*.csv` in [`data/`](data). Samples that follow each other resemble each other, so slopes are
 least-squares lines through the means of {num_blocks} blocks of equal size, and intervals are Student's with
 {num_blocks} - 2 degrees of freedom. The correlation is that of neighbouring blocks about the line: within about 0.45 of

@@ -192,14 +192,16 @@ Intervals are Wilson's, and Newcombe's for differences, over pooled episodes. Th
 measured; how much another training seed would change is seen from the rows or columns of seeds.
 """
 SECONDS = """
-Speed-up: training seconds of `standard` over those of `vla`, for the same number of updates on as many fresh
-decisions; below 1 `vla` is slower. Simulators, policy and training share the cores here, and the policy is small.
+`standard` is the synchronous mode, `vla` the asynchronous one. Speed-up: training seconds of the synchronous run over
+those of the asynchronous one, for the same number of updates on as many fresh decisions. Below 1 the asynchronous run
+is slower. Simulators, policy and training share the cores here, and the policy is small.
 """
 STALENESS = """
 ## What stale data cost
-Lag is the number of updates between the version that acted and the version that is trained. A lag of 0 is `standard`,
-where both objectives are the same; a lag of 1 with the decoupled objective is `vla`; the others are synchronous
-runs with an artificial lag (`buffer.max_policy_lag`), which end as asynchronous ones do. Success in per cent.
+Lag is the number of updates between the version that acted and the version that is trained. A lag of 0 is the
+synchronous run, where both objectives are the same. A lag of 1 with the decoupled objective is the asynchronous run.
+The others are synchronous runs with an artificial lag (`buffer.max_policy_lag`), which end as asynchronous ones do.
+Success in per cent.
 
 {lags}
 """

@@ -80,8 +80,9 @@ def judge(records: Records, curves: Curves) -> list[Finding]:
 
 
 NOTES = """
-Speed-ups are ratios within blocks `standard`, `vla`, `vla`, `standard`, with Student's t on the logarithms of the
-blocks' ratios; estimates decide, unless a target names the interval. [profiling.md](../profiling.md) tells how they are
+`standard` is the synchronous mode and `vla` the asynchronous one. Speed-ups are ratios within blocks `standard`, `vla`,
+`vla`, `standard`, with Student's t on the logarithms of the blocks' ratios. Estimates decide, unless a target names the
+interval. [profiling.md](../profiling.md) tells how they are
 measured and what the ceilings are. For the overhead, two equal runs switch recording on and off between updates, one of
 them where the other does not, so that the same work is compared with and without; what is recorded is written as well.
 """
@@ -141,9 +142,10 @@ LEARNING = """## Lift to {aim}
 Seconds of training until {aim}; in brackets, the update. *Fitted*: until the curve that never falls and is nearest to
 the rates in squares (isotonic regression) is there. *Lasting*: until the first checkpoint from which on every one
 solves as many of its episodes, which a few unlucky episodes put off. *First*: until the first one that does, whatever
-follows, which a few lucky ones bring forward; near the end of a curve, so does the fit. Ratios are `vla` over
-`standard`; where both need k updates and overlap is perfect, the ratio is (k + 1) / 2k, because `vla` collects its
-first rollout as `standard` does. Every update leaves a checkpoint. Evaluations are made afterwards and take no time
+follows, which a few lucky ones bring forward; near the end of a curve, so does the fit. Ratios are asynchronous
+(`vla`) over synchronous (`standard`). Where both need k updates and overlap is perfect, the ratio is (k + 1) / 2k,
+because the asynchronous run collects its first rollout as the synchronous one does.
+Every update leaves a checkpoint. Evaluations are made afterwards and take no time
 that counts: {episodes} episodes a seed and checkpoint, on start states that training never sees, the same ones for
 both modes.
 

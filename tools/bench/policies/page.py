@@ -82,9 +82,10 @@ def describe_profiles(records: Records, has_gpu: bool) -> str:
 PROFILES = """## Both modes
 {table}
 
-In each cell alone (`standard`), then while the others run (`vla`, policy lag 1): Te, a chunk in the simulators; Ti, a
-decision call; Tc, collecting a rollout; Tt, training on it; fresh decisions a second. The speed-up is that of `vla`
-over `standard`, with its interval over blocks; in brackets behind a ceiling, the share of it that was reached.
+In each cell, the first time is that of the stage alone (synchronous mode, `standard`), the second that while the others
+run (asynchronous mode, `vla`, policy lag 1). Te is a chunk in the simulators, Ti a decision call, Tc collecting a
+rollout, Tt training on it; then fresh decisions a second. The speed-up is that of asynchronous over synchronous mode,
+with its interval over blocks. In brackets behind a ceiling stands the share of it that was reached.
 [profiling.md](../profiling.md) tells how they are measured, and what the ceilings are. The profiler's advice:
 """
 
