@@ -149,6 +149,8 @@ def _check_python(arguments: list[str]) -> str | None:
     module = arguments[1]
     if find_spec(module) is None:
         return f"there is no module {module}"
+    if module == "tools.emulated":  # latencies, then a command of asyncflow
+        return _check_asyncflow(arguments[3:])
     if not module.startswith("tools."):
         return None
     path = REPOSITORY / Path(*module.split("."))
