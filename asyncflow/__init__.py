@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from asyncflow.config.sections import BufferType
     from asyncflow.envs.base import ChunkResult, EnvSpec, Simulator, StepResult, VecEnv
     from asyncflow.envs.journal import EpisodeJournal
     from asyncflow.envs.simulators import GymVecEnv, SimulatorVecEnv
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from asyncflow.run.trainer import StopTraining, Trainer
 
 _HOMES = {
+    "config.sections": ("BufferType",),
     "envs.base": ("ChunkResult", "EnvSpec", "Simulator", "StepResult", "VecEnv"),
     "envs.journal": ("EpisodeJournal",),
     "envs.simulators": ("GymVecEnv", "SimulatorVecEnv"),
@@ -77,6 +79,7 @@ __all__ = [
     "AsyncflowError",
     "AuxiliaryLoss",
     "BehaviorCloning",
+    "BufferType",
     "CheckpointError",
     "ChunkResult",
     "CollectorError",
