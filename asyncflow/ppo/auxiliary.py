@@ -259,8 +259,13 @@ def check_names(losses: Sequence[AuxiliaryLoss]) -> list[AuxiliaryLoss]:
     """Return auxiliary losses, whose names must be words of their own: metrics and checkpoints tell them apart by them.
 
     Raises:
-        ConfigError: Two have the same name, or one is no word.
+        ConfigError: One is no `AuxiliaryLoss`, two have the same name, or one is no word.
     """
+    for each in losses:
+        if not isinstance(each, AuxiliaryLoss):
+            raise ConfigError(
+                f"PPO(auxiliary=[...]): expected losses such as ReferenceKL(policy, weight=0.1), got {each!r}"
+            )
     names = [each.name for each in losses]
     for name in names:
         if not name.isidentifier() or names.count(name) > 1:

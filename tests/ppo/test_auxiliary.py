@@ -126,6 +126,11 @@ def test_a_falling_weight_needs_a_length() -> None:
     assert loss.weight_in(1, None) == 0.5
 
 
+def test_what_is_no_auxiliary_loss_is_refused_by_what_it_is():
+    with pytest.raises(ConfigError, match=r"expected losses such as ReferenceKL.*got \{'kind': 'reference_kl'\}"):
+        PPO(build(), auxiliary=[{"kind": "reference_kl"}])  # type: ignore[list-item]
+
+
 def test_two_losses_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="auxiliary losses pull, pull: expected different names"):
         PPO(build(), auxiliary=[Pull(1.0), Pull(2.0)])
