@@ -104,6 +104,10 @@ def make_policy(
     Raises:
         ConfigError: A setting is not known, not allowed, or does not fit the environments.
     """
+    if not isinstance(env, VecEnv | EnvSpec):
+        raise ConfigError(
+            f"make_policy({kind!r}, {env!r}): expected environments, such as make_env(...), or their spec"
+        )
     spec = env.spec if isinstance(env, VecEnv) else env
     if isinstance(env, VecEnv) and env.n_action_steps is not None:
         settings = {"n_action_steps": env.n_action_steps, **settings}

@@ -164,3 +164,10 @@ def test_lift_is_built_as_the_shipped_policy_was_made_and_evaluated():
         assert 0 <= af.evaluate(policy, env, 2).success_rate <= 1
     finally:
         env.close()
+
+
+def test_what_is_no_environment_or_no_policy_is_refused_in_one_line():
+    with pytest.raises(af.ConfigError, match="expected environments, such as make_env"):
+        af.make_policy("gaussian", "Toy")
+    with pytest.raises(af.ConfigError, match="PPO's first argument is a ToyVecEnv; expected a Policy"):
+        af.PPO(af.make_env("Toy", num_envs=2))

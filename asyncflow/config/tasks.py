@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,8 @@ def find_task(name: str) -> Task:
     by_folded = {known.casefold(): known for known in [*BY_ENV_NAME, *task_names()]}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(by_folded[match] for match in near)}?" if near else ";"
+    if re.search(r"-v\d+$", name):  # as gymnasium names versions
+        hint = f"; did you mean gym:{name}?"
     raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
 
 

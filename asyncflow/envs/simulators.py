@@ -115,6 +115,10 @@ class GymVecEnv(SimulatorVecEnv):
                 be used.
         """
         import_gymnasium()
+        if isinstance(make_env, str):
+            make_env = make_env.removeprefix(GYM)
+        elif not callable(make_env):
+            raise ConfigError(f"make_env = {make_env!r}: expected an id, or a function that returns one environment")
         task = f"{GYM}{make_env}" if isinstance(make_env, str) else ""
         make: Callable[[], Any] = (
             partial(make_registered, find_env(make_env)) if isinstance(make_env, str) else make_env

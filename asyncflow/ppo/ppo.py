@@ -17,7 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.config.sections import AlgorithmConfig
-from asyncflow.errors import TrainingError
+from asyncflow.errors import ConfigError, TrainingError
 from asyncflow.policies.base import Policy
 from asyncflow.ppo.advantages import AdvantageEstimator, check_estimate, make_estimator
 from asyncflow.ppo.auxiliary import AuxiliaryLoss, build_auxiliary, check_names
@@ -81,8 +81,10 @@ class PPO:
             settings: Fields of `AlgorithmConfig` that replace those of `config`, such as `clip_coef=0.02`.
 
         Raises:
-            ConfigError: A setting is unknown or not allowed, or an estimator cannot be imported.
+            ConfigError: `policy` is none, a setting is unknown or not allowed, or an estimator cannot be imported.
         """
+        if not isinstance(policy, Policy):
+            raise ConfigError(f"PPO's first argument is a {type(policy).__name__}; expected a Policy: PPO(policy, ...)")
         if isinstance(advantage, str):
             settings = {**settings, "advantage": advantage}  # type: ignore[typeddict-unknown-key]
         self.policy = policy

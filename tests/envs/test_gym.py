@@ -121,6 +121,21 @@ def test_without_gymnasium_one_line_says_what_to_install(monkeypatch):
         GymVecEnv("Pendulum-v1")
 
 
+def test_an_environment_in_place_of_a_function_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match="expected an id, or a function that returns one environment"):
+        GymVecEnv(Clock(), num_envs=1)
+
+
+def test_an_id_of_gymnasium_as_a_task_is_told_its_prefix():
+    with pytest.raises(ConfigError, match="did you mean gym:Pendulum-v1\\?"):
+        af.make_env("Pendulum-v1")
+
+
+def test_the_prefix_of_the_command_line_is_taken_too():
+    with GymVecEnv("gym:Pendulum-v1", num_envs=1, n_action_steps=1) as env:
+        assert env.spec.task == "gym:Pendulum-v1"
+
+
 def test_an_unknown_id_is_refused_before_a_worker_starts():
     with pytest.raises(ConfigError, match=r"^gymnasium has no environment 'Pendulm-v1': .*Did you mean: `Pendulum`"):
         GymVecEnv("Pendulm-v1")
