@@ -79,7 +79,7 @@ class GymSimulator(Simulator):
         self.spec = EnvSpec(
             {"state": (sum(widths),)},
             action_dim=len(low),
-            horizon=settings.horizon or self._time_limit(),
+            horizon=self._time_limit() if settings.horizon is None else settings.horizon,
             obs_keys=self._obs_keys,
             obs_widths=widths,
             action_low=tuple(map(float, low)),

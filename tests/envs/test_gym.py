@@ -108,6 +108,12 @@ def test_what_cannot_be_used_is_refused_by_its_name(make_env, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("horizon", [0, -1])
+def test_a_horizon_without_a_step_is_refused(horizon):
+    with pytest.raises(ConfigError, match=rf"horizon has {horizon}; expected a whole number of at least 1"):
+        make(make_env=lambda: gymnasium.wrappers.TimeLimit(Clock(), 9), horizon=horizon)
+
+
 def test_an_environment_without_a_time_limit_needs_a_horizon():
     with pytest.raises(ConfigError, match=r"^horizon = None: <Clock.* has no time limit; set the env steps"):
         simulate(horizon=None)
