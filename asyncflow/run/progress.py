@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ConfigError
+from asyncflow.metrics.glossary import is_known
 from asyncflow.rollout.episodes import Episode, split_by_start
 from asyncflow.rollout.ring import Rollout
 from asyncflow.run.state import Books, RunState
@@ -75,7 +76,7 @@ class Progress:
             books: The buffer's `settled_books`.
             num_nonfinite_steps: Minibatches that PPO skipped.
             is_evaluation_owed: Whether the evaluation of this update is still due.
-            row: The last row of metrics.
+            row: The last row of metrics; a callback's own numbers in it are not stored.
         """
         return RunState(
             **{name: getattr(self, name) for name in _PLAIN},
@@ -83,7 +84,7 @@ class Progress:
             books=Books(**books),
             num_nonfinite_steps=num_nonfinite_steps,
             is_evaluation_owed=is_evaluation_owed,
-            row=dict(row),
+            row={name: value for name, value in row.items() if is_known(name)},
             episodes=list(self.episodes),
         )
 

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -179,6 +179,8 @@ class Trainer:
         """
         folder = Path(path).expanduser()
         recipe = Recipe.describe(self.policy, self.env, self.ppo, self.settings)
+        if self._has_own_length:  # a resumed trainer's schedules, too, fall over the updates of its next call
+            recipe = replace(recipe, total_updates=None)
         recipe.check_folder(folder)
         source = self.policy_to_save()
         check_saving(source.policy, source.config, source.env_spec)

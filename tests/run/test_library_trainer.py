@@ -255,6 +255,14 @@ def test_a_callback_sees_every_row_and_may_end_training(uncut):
         assert_same(everything(trainer), uncut)
 
 
+def test_a_callbacks_own_numbers_do_not_stop_saving(tmp_path):
+    with make(callbacks=[lambda trainer, row: row.update({"mine/number": 1.0})]) as trainer:
+        assert trainer.train(total_updates=1)["mine/number"] == 1.0
+        trainer.save(tmp_path / "saved")
+    with af.Trainer.resume(tmp_path / "saved") as resumed:
+        assert "mine/number" not in resumed.row
+
+
 def test_a_failing_callback_leaves_a_trainer_that_trains_on(uncut):
     def fail(trainer, row):
         if row["updates"] == 2:
@@ -338,6 +346,17 @@ def test_a_schedule_falls_over_the_updates_of_a_call():
         assert trainer.train(total_updates=4)["train/learning_rate"] == pytest.approx(1e-3 / 8)
         with pytest.raises(af.ConfigError, match=r"lr_schedule = linear needs train\(total_updates"):
             trainer.train(total_env_steps=10)
+
+
+def test_a_resumed_schedule_falls_over_the_updates_of_its_next_call(tmp_path):
+    with make(settings=SETTINGS | {"lr_schedule": "linear"}) as trainer:
+        trainer.train(total_updates=4)
+        trainer.save(tmp_path / "saved")
+        trainer.train(total_updates=4)
+        on = everything(trainer)
+    with af.Trainer.resume(tmp_path / "saved") as resumed:
+        assert resumed.train(total_updates=4)["train/learning_rate"] == pytest.approx(1e-3 / 8)
+        assert_same(everything(resumed), on)
 
 
 @pytest.mark.parametrize(
