@@ -88,11 +88,16 @@ def _check_parameters(policy: Policy) -> None:
     """Refuse a policy that has nothing to train, or what the optimizer cannot train."""
     own = {id(parameter) for parameter in policy.parameters()}
     try:
-        strangers = [parameter for parameter in policy.critic_parameters() if id(parameter) not in own]
+        critic = {id(parameter) for parameter in policy.critic_parameters()}
     except Exception as error:  # such as that of a value_head which is no module
         raise ContractError(f"{name_of(_model(policy))}: has no parameters of a critic: {_one_line(error)}") from error
-    if strangers:
+    if critic - own:
         raise ContractError(f"{name_of(_model(policy))}: critic_parameters yields what is not among its parameters")
+    if critic == own:
+        raise ContractError(
+            f"{name_of(_model(policy))}: critic_parameters yields every parameter; expected those that only the value "
+            "function uses: the others are the actor's, and have its step size"
+        )
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ContractError(f"{name_of(_model(policy))}: has no parameter that requires a gradient; nothing to train")
     for name, parameter in policy.named_parameters():

@@ -58,8 +58,8 @@ class Progress:
     faults: Counter[str] = field(default_factory=Counter)
     best_success: float = -1.0
     best_update: int = 0
-    episodes: list[Episode] = field(default_factory=list)
-    journal: EpisodeJournal | None = None
+    episodes: list[Episode] = field(default_factory=list, repr=False)
+    journal: EpisodeJournal | None = field(default=None, repr=False)  # pages of actions
 
     @classmethod
     def from_state(cls, state: RunState, journal: EpisodeJournal | None) -> Progress:

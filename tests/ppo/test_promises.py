@@ -331,6 +331,13 @@ def test_a_policy_of_another_package_has_something_to_train():
         check_promises(policy, 4, SPEC)
 
 
+def test_a_critic_that_claims_every_parameter_is_refused(monkeypatch):
+    policy = make_policy(PolicyConfig(kind="gaussian", hidden_sizes=[8]), SPEC, 0)
+    monkeypatch.setattr(policy, "critic_parameters", policy.parameters)
+    with pytest.raises(ContractError, match=r"GaussianPolicy: critic_parameters yields every parameter; expected"):
+        check_promises(policy, 4, SPEC)
+
+
 @pytest.mark.parametrize(
     ("field", "change", "said"),
     [
