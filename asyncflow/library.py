@@ -160,6 +160,7 @@ def evaluate(  # noqa: PLR0913  keyword arguments with defaults
 
     The policy decides without exploring. Environments that a trainer uses may be given: it goes on afterwards as if
     that had not been.
+    With `algorithm.ema_decay`, evaluate within `with ppo.averaged_weights():`, or the weights that train decide.
 
     Args:
         policy: What decides; it is left as it is.
