@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from asyncflow import caches, notices
+from asyncflow import caches, terminal
 
 VARIABLES = ("NUMBA_CACHE_DIR", "MPLCONFIGDIR")
 
@@ -20,7 +20,7 @@ def unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(terminal, "_told", set())
     (tmp_path / "home").mkdir()
     (tmp_path / "tmp").mkdir()
     folders = {*caches._numba_folders(), tmp_path / "home"}

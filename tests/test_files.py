@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 import pytest
 
-from asyncflow import files, notices
+from asyncflow import files, terminal
 from asyncflow.errors import ConfigError
 from asyncflow.files import check_output, follow, lock_file, make_new_folder, point_at, temporary_name, write_atomically
 
 
 @pytest.fixture(autouse=True)
 def _nothing_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(terminal, "_told", set())
 
 
 def refuse(number: int) -> Any:

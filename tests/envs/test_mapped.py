@@ -87,7 +87,7 @@ def test_a_journal_holds_the_simulators_actions_and_rebuilds_the_same_episodes(t
     mapped.step_async(torch.full((N, H, 4), 0.1), range(N))
     seen = mapped.step_wait(range(N)).obs
     journal = mapped.journal()
-    again = MappedVecEnv(RecordingToy(), mapped._mapping).reset(5, journal)
+    again = MappedVecEnv(RecordingToy(), mapped.mapping).reset(5, journal)
     assert {chunk.shape for chunks in journal.chunks for chunk in chunks} == {(H, 2)}
     assert torch.equal(again["state"], seen["state"])
     assert torch.equal(again["images", "front"], seen["images", "front"])

@@ -295,7 +295,7 @@ def test_the_log_prob_of_a_flow_is_that_of_the_executed_dimensions_by_hand(width
     chains = sampled["chains"]
     steps = torch.distributions.Normal(chains[:, :-1] - 0.25, 0.25).log_prob(chains[:, 1:])
     torch.testing.assert_close(sampled["log_probs"], steps[:, :, :2, [1, 3]].sum((1, 2, 3)), rtol=1e-5, atol=1e-5)
-    _, entropy = sampler.evaluate(lambda x, _: torch.full_like(x, 0.5), sampled)
+    entropy = sampler.evaluate(lambda x, _: torch.full_like(x, 0.5), sampled).entropy
     torch.testing.assert_close(entropy, torch.full((6,), 4 * (math.log(0.25) + 0.5 * math.log(2 * math.pi * math.e))))
 
 

@@ -233,8 +233,8 @@ def test_points_agree_with_robosuites_own_camera_matrices(lift):
 
     sim, seer = lift.env.env.sim, lift._cameras
     lift.render()  # makes the context the current one
-    for name, camera in zip(("agentview", "robot0_eye_in_hand"), seer._cloud_ids, strict=True):
-        _, depth = seer._render(camera)
+    for name, camera in zip(("agentview", "robot0_eye_in_hand"), seer._ids["points"], strict=True):
+        depth = seer._render(camera).depth
         matrix = get_camera_intrinsic_matrix(sim, name, 128, 128)
         rays = np.stack([*(np.mgrid[:128, :128][::-1] + 0.5), np.ones((128, 128))], -1) @ np.linalg.inv(matrix).T
         local = rays * get_real_depth_map(sim, depth.astype(np.float64))[:, :, None]

@@ -89,7 +89,7 @@ def test_a_policy_without_data_decides_within_the_simulators_limits():
 
 def test_absolute_targets_need_a_policy_that_demonstrations_scaled():
     with pytest.raises(ConfigError, match=r"policy.checkpoint = None: .*absolute targets.*asyncflow pretrain"):
-        scale_of_a_new_policy(action_low=(-math.inf, -1.0), action_high=(math.inf, 1.0))
+        scale_of_a_new_policy(action_low=(-math.inf, -1.0), action_high=(math.inf, 1.0), env_meta={"env_name": "Lift"})
 
 
 def checkpoint_with(folder, kept):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from asyncflow import notices
+from asyncflow import terminal
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import describe_keys, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
@@ -173,7 +173,7 @@ def test_a_file_system_without_locks_refuses_no_run(folder, monkeypatch, capsys)
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(terminal, "_told", set())
     for _ in range(2):
         os.close(lock_run_folder(folder))
     assert capsys.readouterr().err.count("no other process trains there") == 1

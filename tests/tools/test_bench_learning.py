@@ -33,6 +33,7 @@ def options(tmp_path):
         final_episodes=200,
         curve_episodes=50,
         from_update=0,
+        emulate=None,
     )
 
 

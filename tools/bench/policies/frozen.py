@@ -182,6 +182,7 @@ def _outcome(config: Config, size: tuple[int, int], device: torch.device) -> dic
         "executed": torch.full(size, executed, device=device),
         "terminated": false,
         "truncated": false.clone(),
+        "succeeded": false.clone(),
         "valid": ~false,
         "final_index": torch.zeros(size, dtype=torch.int64, device=device),
     }
