@@ -232,7 +232,7 @@ def test_a_signal_while_workers_are_started_leaves_none(hold_run, place, count):
 @pytest.mark.slow
 def test_an_update_that_takes_too_long_is_abandoned_and_the_boundary_before_it_is_saved(hold_run, tmp_path):
     """At full scale what `test_trainer` shows of an update abandoned after a stop; it waits out the time of grace."""
-    slow_update = ["algorithm.update_epochs=100000", "algorithm.num_minibatches=8"]
+    slow_update = ["algorithm.update_epochs=1000", "algorithm.num_minibatches=8"]
     process = hold_run("asyncflow.run.trainer:Trainer._check_update", *slow_update, count=2)
     end = interrupt(process)
     assert end.is_clean, end
