@@ -126,7 +126,7 @@ def measure_updates(config: Config, spec: EnvSpec, variant: str, num_updates: in
     trainable = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     check_memory((NUM_OPTIMIZER_COPIES + 1) * trainable, device, "policy.vla.size")
     rollout = make_rollout(policy, spec, config, variant == KEPT)
-    ppo = CountedPPO(policy, config.algorithm)
+    ppo = CountedPPO(policy, config.algorithm, total_updates=config.trainer.total_updates)
     version = rollout.policy_version + LAG
 
     def update() -> float:
