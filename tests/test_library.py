@@ -71,6 +71,17 @@ def test_the_page_has_every_public_name_and_no_other():
     assert named == set(af.__all__)
 
 
+def test_the_pages_loop_of_ones_own_trains():
+    page = (REPOSITORY / "docs" / "library.md").read_text()
+    (code,) = re.findall(r"## A loop of your own\n.*?```python\n(.*?)```", page, flags=re.DOTALL)
+    torch.manual_seed(0)
+    names = {"af": af}
+    exec(code, names)
+    untrained = af.make_policy("gaussian", names["env"])
+    assert len(names["rows"]) == 16 * names["buffer"].capacity
+    assert not torch.equal(names["policy"].log_std, untrained.log_std)
+
+
 @pytest.mark.slow
 def test_a_program_is_checked_by_types(tmp_path):
     """A user's own script, strictly; mistakes in another are found."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asyncflow.envs.base import EnvSpec
 
 Mode = Literal["train", "eval"]
+REDUCED_PRECISION_NATS = 0.5  # a `ratio_tolerance` where TF32, or what a model computes in by itself, rounds
 
 
 def clipped_inputs(policy: nn.Module, obs: TensorDictBase) -> Tensor | None:
@@ -50,7 +51,8 @@ class Policy(nn.Module, ABC):
         num_denoising_steps: J, of which `per_step` log-probs are; 1 where a decision is one Gaussian.
         has_gaussian_steps: Whether `default_forward` can return the Gaussians of which a decision is made.
         returns_gaussians: Whether it does; set by who needs them, as each entry of an answer takes time.
-        ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training.
+        ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training. The
+            default is for float32; a class that computes in reduced precision, TF32 included, sets a larger one.
         made_from: The keys of `policy` that build it again; None for a policy of a user's own.
         made_for: The environments that the file describes of which it was loaded, in the simulator's names.
     """
@@ -63,7 +65,7 @@ class Policy(nn.Module, ABC):
     num_denoising_steps: int = 1
     has_gaussian_steps: bool = False
     returns_gaussians: bool = False
-    ratio_tolerance: float = 0.5
+    ratio_tolerance: float = 0.01
     made_from: PolicyConfig | None = None
     made_for: EnvSpec | None = None
 

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
+from asyncflow.policies.base import REDUCED_PRECISION_NATS
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.networks.encoders import add_encoders, encode
 from asyncflow.policies.networks.layers import NUM_TIME_FEATURES, mlp, time_features
@@ -53,6 +55,8 @@ class FlowPolicy(VelocityPolicy):
         """
         super().__init__(config, spec.action_dim)
         context_dim = add_encoders(self, config, spec)
+        if spec.shapes(IMAGES):
+            self.ratio_tolerance = REDUCED_PRECISION_NATS  # cuDNN's convolutions compute in TF32
         self.velocity = VelocityNetwork(context_dim, config.horizon * spec.action_dim, config.hidden_sizes)
         self.critic = mlp([context_dim, *config.critic_hidden_sizes, 1], output_gain=0.01)
         self.register_buffer("step_features", time_features(self.sampler.time), persistent=False)

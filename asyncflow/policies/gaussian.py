@@ -14,10 +14,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Mode, Policy
+from asyncflow.policies.base import REDUCED_PRECISION_NATS, Mode, Policy
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
 from asyncflow.policies.networks.encoders import add_encoders, encode
 from asyncflow.policies.networks.layers import Normalizer, mlp
@@ -47,6 +48,8 @@ class GaussianPolicy(Policy):
         self.log_prob_terms = float(config.n_action_steps * num_executed) if self._is_mean else 1.0
         self._min_std = config.min_std
         context_dim = add_encoders(self, config, spec)
+        if spec.shapes(IMAGES):
+            self.ratio_tolerance = REDUCED_PRECISION_NATS  # cuDNN's convolutions compute in TF32
         self.action_normalizer = Normalizer((action_dim,))
         # A small gain starts every state at the middle of the action range.
         self.actor = mlp([context_dim, *config.hidden_sizes, self.noise_size], output_gain=0.01)

@@ -169,7 +169,7 @@ def read_policy_file(path: Path, *, is_any_class: bool = False) -> PolicyFile:
 
     Args:
         path: The file.
-        is_any_class: Whether its tensors may be those of a user's own class, which only he can build.
+        is_any_class: Whether its tensors may be those of a user's own class, which asyncflow cannot build.
 
     Raises:
         CheckpointError: It is missing, truncated, not safetensors, or not written by asyncflow, or a weight is not

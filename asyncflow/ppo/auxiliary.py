@@ -116,7 +116,16 @@ class BehaviorCloning(AuxiliaryLoss):
         capacity: int = 10_000,
         name: str = "bc",
     ) -> None:
-        """Imitate demonstrations; without them the run's own successes, of which the newest `capacity` are kept."""
+        """Imitate demonstrations; without them the run's own successes, of which the newest `capacity` are kept.
+
+        Raises:
+            ConfigError: `demonstrations` cannot be picked from.
+        """
+        if demonstrations is not None and not hasattr(demonstrations, "pick"):
+            raise ConfigError(
+                f"BehaviorCloning({type(demonstrations).__name__}): expected demonstrations with pick(rows), or "
+                "nothing for the run's own successes"
+            )
         self.name, self.weight = name, weight
         self.demonstrations = demonstrations
         self.batch_size, self.capacity = batch_size, capacity

@@ -31,6 +31,7 @@ from asyncflow.seeding import derive_seed, policy_noise
 NUM_TRIED = 2  # decisions
 NUM_REPEATS = 2  # of a call; randomness need not show in two numbers at once
 TOLERANCE_SHARE = 1 / 500  # of `Policy.ratio_tolerance`: by how much equal answers may differ, relative to the largest
+EXACT_SHARE = 1e-3  # by how much they may differ at least, since batches of other sizes round otherwise
 _GRADIENT = "nothing of it would be trained (torch.no_grad, detach, or every parameter frozen)"
 
 
@@ -117,6 +118,11 @@ def _check_saved(policy: Policy, before: Mapping[str, Tensor]) -> None:
             f"{name_of(_model(policy))}: its buffer {lost[0]} changes when it is evaluated and is in no checkpoint; "
             "register it with persistent=True"
         )
+
+
+def _answer_limit(policy: Policy) -> float:
+    """Return by how much equal answers may differ, relative to the largest number."""
+    return max(EXACT_SHARE, policy.ratio_tolerance * TOLERANCE_SHARE)
 
 
 def _model(policy: Policy) -> Any:
@@ -215,7 +221,7 @@ def _difference(first: Any, second: Any) -> float:
 
 def _try_velocity_model(policy: VLAPolicy, obs: TensorDict, has_velocity_alone: bool) -> None:
     """Try `encode_prefix`, `velocity` and `value` of a model with a velocity field."""
-    name, sampler, limit = name_of(policy.model), policy.sampler, policy.ratio_tolerance * TOLERANCE_SHARE
+    name, sampler, limit = name_of(policy.model), policy.sampler, _answer_limit(policy)
     generator = torch.Generator().manual_seed(derive_seed(0, "promises"))
     prefix = _Method(f"{name}.encode_prefix", policy.make_context, limit).ask(obs=obs)
     shape = (NUM_TRIED, sampler.num_stochastic, *sampler.chunk_shape)
@@ -238,7 +244,7 @@ def _try_velocity_model(policy: VLAPolicy, obs: TensorDict, has_velocity_alone: 
 
 def _try_actor_critic(policy: ForeignPolicy, obs: TensorDict) -> None:
     """Try `forward`, `get_value` and `evaluate_actions` of a model that brings its own log-probs."""
-    name, limit = name_of(policy.model), policy.ratio_tolerance * TOLERANCE_SHARE
+    name, limit = name_of(policy.model), _answer_limit(policy)
     device = next(policy.parameters()).device
     noisy = obs.clone().set("noise", policy_noise(0, range(NUM_TRIED), 0, policy.noise_size).to(device))
     actions = _Method(f"{name}.forward", policy.model, limit).ask(obs=noisy)
@@ -256,7 +262,7 @@ def _try_actor_critic(policy: ForeignPolicy, obs: TensorDict) -> None:
 
 def _try_decisions(policy: Policy, obs: TensorDict) -> None:
     """Decide with the acting copy and evaluate with the policy itself: whatever it is, the ratio has to be 1."""
-    name, limit = name_of(_model(policy)), policy.ratio_tolerance * TOLERANCE_SHARE
+    name, limit = name_of(_model(policy)), _answer_limit(policy)
     try:
         acting = make_acting_copy(policy)
     except Exception as error:  # of whatever it holds: a lock, a tensor that was computed
@@ -355,6 +361,6 @@ def _check_ratio(policy: Policy, acted: Tensor, evaluated: Tensor) -> None:
     if nats > policy.ratio_tolerance:
         raise ContractError(
             f"{name_of(_model(policy))}: before any training, decisions have other log-probs in training than when "
-            f"they were taken, by {nats:.2g} nats on average; expected the same (at most {policy.ratio_tolerance:g}): "
-            "PPO's ratio is 1 then"
+            f"they were taken, by {nats:.2g} nats on average (at most its ratio_tolerance = "
+            f"{policy.ratio_tolerance:g}); expected the same: PPO's ratio is 1 then"
         )

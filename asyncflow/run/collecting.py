@@ -297,7 +297,7 @@ _USERS: weakref.WeakKeyDictionary[VecEnv, weakref.ref[Collecting]] = weakref.Wea
 
 
 def free_env(env: VecEnv, user: Collecting | None = None) -> None:
-    """Let whoever collects in `env`, but for `user`, leave it; he rebuilds his episodes when he comes back."""
+    """Let whoever else than `user` collects in `env` leave it; its episodes are rebuilt when it collects again."""
     reference = _USERS.get(env)
     other = None if reference is None else reference()
     if other is not None and other is not user:

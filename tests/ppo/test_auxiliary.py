@@ -131,6 +131,11 @@ def test_what_is_no_auxiliary_loss_is_refused_by_what_it_is():
         PPO(build(), auxiliary=[{"kind": "reference_kl"}])  # type: ignore[list-item]
 
 
+def test_what_cannot_be_imitated_is_refused_by_what_it_is() -> None:
+    with pytest.raises(ConfigError, match=r"BehaviorCloning\(FlowPolicy\): expected demonstrations with pick"):
+        BehaviorCloning(build())  # type: ignore[arg-type]
+
+
 def test_two_losses_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="auxiliary losses pull, pull: expected different names"):
         PPO(build(), auxiliary=[Pull(1.0), Pull(2.0)])

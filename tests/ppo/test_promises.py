@@ -341,7 +341,8 @@ def test_a_critic_that_claims_every_parameter_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("field", "change", "said"),
     [
-        ("log_probs", lambda x: x + 1, r"other log-probs in training than when they were taken, by .* nats on average"),
+        ("log_probs", lambda x: x + 1, r"other log-probs in training than when they were taken, by 8 nats on average"),
+        ("log_probs", lambda x: x + 0.01, r"by 0\.08 nats on average \(at most its ratio_tolerance = 0\.01\)"),
         ("log_probs", torch.Tensor.detach, r"default_forward returned log_probs without a gradient"),
         ("values", torch.Tensor.detach, r"default_forward returned values without a gradient"),
         ("values", lambda x: x[:, None], r"default_forward returned as values"),

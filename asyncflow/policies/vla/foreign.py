@@ -25,7 +25,7 @@ from asyncflow.config.plugins import import_class
 from asyncflow.config.robomimic_file import load_restricted
 from asyncflow.config.sections import PolicyConfig, VLAConfig
 from asyncflow.errors import CheckpointError, ConfigError
-from asyncflow.policies.base import Mode, Policy
+from asyncflow.policies.base import REDUCED_PRECISION_NATS, Mode, Policy
 
 VELOCITY_METHODS = ("encode_prefix", "velocity", "value")
 ACTOR_CRITIC_METHODS = ("forward", "get_value", "evaluate_actions")
@@ -139,6 +139,7 @@ class ForeignPolicy(Policy):
         self.horizon, self.n_action_steps, self.action_dim = config.horizon, config.n_action_steps, action_dim
         self.noise_size = int(getattr(model, "noise_size", config.horizon * action_dim))
         self.log_prob_terms = 1.0
+        self.ratio_tolerance = REDUCED_PRECISION_NATS  # which precision the model computes in is its own affair
         self.model: Any = model
         self.train()
 

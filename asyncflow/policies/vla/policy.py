@@ -24,7 +24,7 @@ from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
-from asyncflow.policies.base import Policy
+from asyncflow.policies.base import REDUCED_PRECISION_NATS, Policy
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.networks.layers import Normalizer
 from asyncflow.policies.networks.lora import add_lora
@@ -63,8 +63,9 @@ class VLAPolicy(VelocityPolicy):
         self._dtype: torch.dtype = getattr(torch, config.vla.dtype)
         self._feature_dtype: torch.dtype = getattr(torch, config.vla.feature_dtype)
         self._is_frozen = config.freeze_backbone
-        if self._dtype != torch.float32:
-            self.ratio_tolerance = 25.0
+        # A model may compute in less than float32 by itself. Under autocast it always does, and a sum of a hundred
+        # log-probs keeps the rounding of each.
+        self.ratio_tolerance = REDUCED_PRECISION_NATS if self._dtype == torch.float32 else 25.0
         if self._is_frozen:
             if not isinstance(getattr(model, "backbone", None), nn.Module):
                 raise ConfigError(f"policy.freeze_backbone = true: {type(model).__name__} has no module `backbone`")
