@@ -29,7 +29,10 @@ Overrides = Annotated[
 ]
 Checkpoint = Annotated[
     str,
-    typer.Argument(parser=expanduser, help="Run folder, checkpoint folder, .safetensors file or shipped weights."),
+    typer.Argument(
+        parser=expanduser,
+        help="A run folder, a checkpoint folder, a .safetensors file, or the shipped weights lift_flow.",
+    ),
 ]
 
 

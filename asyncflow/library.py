@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from asyncflow.config.contracts import check_count
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import Config, PolicyConfig, validate
 from asyncflow.config.tasks import check_cameras
@@ -70,9 +71,8 @@ def make_env(
         check_environments(num_envs, made_for, is_simulated=bool(made_for.env_meta))
     if n_action_steps is None:
         n_action_steps = config.policy.n_action_steps if policy is None else policy.n_action_steps
-    if n_action_steps < 1:
-        raise ConfigError(f"make_env(n_action_steps={n_action_steps}): must be at least 1")
-    chunks = config.policy.model_copy(update={"n_action_steps": n_action_steps})
+    num_actions = check_count("make_env", "n_action_steps", n_action_steps)
+    chunks = config.policy.model_copy(update={"n_action_steps": num_actions})
     seeded = config.trainer.model_copy(update={"seed": seed})
     settled = config.model_copy(update={"env": env_config, "policy": chunks, "trainer": seeded})
     env = build_env(settled, "train", num_envs)
@@ -96,7 +96,8 @@ def make_policy(
 
     Args:
         kind: `gaussian`, `flow`, `vla`, or one that a package registered.
-        env: The environments, or their `spec`. Of the former the chunk length is taken, too.
+        env: The environments, or their `spec`. Of environments the length of a chunk is taken, too; a spec does not
+            have it, and neither do some environments: `n_action_steps` is 4 then, unless it is given.
         seed: Of the first weights.
         device: Where the policy is to be.
         settings: Other keys of `policy`, such as `hidden_sizes=[64, 64]`; see `asyncflow config`.
@@ -174,8 +175,7 @@ def evaluate(  # noqa: PLR0913  keyword arguments with defaults
         ConfigError: Policy and environments do not fit together.
         EnvError: Simulators failed too often, or far more episodes broke than are asked for.
     """
-    if num_episodes < 1:
-        raise ConfigError(f"evaluate(num_episodes={num_episodes}): must be at least 1")
+    num_episodes = check_count("evaluate", "num_episodes", num_episodes)
     seed = derive_seed(seed, "report")
     if isinstance(env, VecEnv):
         free_env(env)

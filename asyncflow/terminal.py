@@ -53,6 +53,9 @@ def complain(message: str) -> int:
 
 def explain_usage(error: Any) -> str:
     """Return what was wrong with a command line, by an error of click's."""
+    missing = getattr(error, "param", None) if type(error).__name__ == "MissingParameter" else None
+    if missing is not None:
+        return f"the {missing.name} is missing: {missing.help[0].lower()}{missing.help[1:]}"
     possibilities = getattr(error, "possibilities", None)
     if "Did you mean" in error.message:
         return str(error.message)

@@ -134,7 +134,7 @@ def test_environments_are_those_of_the_tasks_preset():
         ({"task": "Lfit"}, "Lift"),
         ({"task": "Toy", "horizn": 3}, "unknown key env.horizn; did you mean env.horizon"),
         ({"task": "Toy", "num_envs": 0}, "env.num_envs = 0"),
-        ({"task": "Toy", "n_action_steps": 0}, r"n_action_steps=0\): must be at least 1"),
+        ({"task": "Toy", "n_action_steps": 0}, r"n_action_steps=0\): must be a whole number, at least 1"),
     ],
 )
 def test_a_wrong_argument_of_an_environment_is_named(arguments, said):

@@ -114,7 +114,8 @@ class AlgorithmConfig(Section):
         known = [*ADVANTAGE_NAMES, *plugin_names(ADVANTAGES)] if name not in ADVANTAGE_NAMES else [name]
         if name not in known:
             raise ValueError(
-                f"algorithm.advantage = {name!a}: expected {', '.join(known)} (entry points of {ADVANTAGES} are added)"
+                f"algorithm.advantage = {name!a}: expected {', '.join(known)}; an installed package adds names as "
+                f"entry points of the group {ADVANTAGES}"
             )
         return name
 

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from asyncflow.errors import ContractError
+from asyncflow.errors import ConfigError, ContractError
 
 
 def check_callable(function: Any, name: str, arguments: tuple[Any, ...]) -> None:
@@ -26,6 +26,17 @@ def check_callable(function: Any, name: str, arguments: tuple[Any, ...]) -> None
         signature.bind(*arguments)
     except TypeError as error:
         raise ContractError(f"{name}{signature} cannot be called with {len(arguments)} argument(s): {error}") from None
+
+
+def check_count(function: str, name: str, value: Any) -> int:
+    """Return a number that a function's argument counts something with.
+
+    Raises:
+        ConfigError: It is not whole, or below 1.
+    """
+    if not isinstance(value, numbers.Real) or not float(value).is_integer() or value < 1:
+        raise ConfigError(f"{function}({name}={value!r}): must be a whole number, at least 1")
+    return int(float(value))
 
 
 def broken(what: str, verb: str, came: Any, expected: str) -> ContractError:

@@ -1,6 +1,7 @@
 """One value on the command line: how `key=value` is read, and how a value is written so that it reads back the same.
 
-The schema says what a key holds. A text is taken as it was typed; only lists and mappings are YAML.
+The schema says what a key holds. A text is taken as it was typed; only lists and mappings are YAML. Where a key may
+also be null, the text `null` stands in quotes.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ def read_value(key: str, text: str) -> Any:
         return None
     kind = next((kind for kind in kinds if kind is not NoneType), Any)
     if kind is str or get_origin(kind) is Literal:
-        return text
+        return text[1:-1] if NoneType in kinds and _is_quoted_null(text) else text
     if kind is bool:
         return _BOOLEANS.get(text.strip().lower(), text)
     return _read_number(kind, text) if kind in (int, float) else _read_yaml(kind, text)
+
+
+def _is_quoted_null(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[1:-1].strip().lower() in _NULL
 
 
 def _read_yaml(kind: Any, text: str) -> Any:
@@ -94,4 +99,7 @@ def write_value(value: Any) -> str:
 
 def write_override(key: str, value: Any) -> str:
     """Return `key=value`, quoted as a shell needs it."""
-    return shlex.quote(f"{key}={write_value(value)}")
+    text = write_value(value)
+    if isinstance(value, str) and read_value(key, text) is None:
+        text = f"'{text}'"
+    return shlex.quote(f"{key}={text}")

@@ -297,7 +297,10 @@ class PolicyConfig(Section):
     def _check_kind(self) -> PolicyConfig:
         if self.kind not in POLICY_KINDS and self.kind not in plugin_names(POLICIES):
             known = ", ".join([*POLICY_KINDS, *plugin_names(POLICIES)])
-            raise ValueError(f"policy.kind = {self.kind!r}: not known; allowed: {known}")
+            raise ValueError(
+                f"policy.kind = {self.kind!r}: not known; allowed: {known}; an installed package adds names as "
+                f"entry points of the group {POLICIES}"
+            )
         return self
 
     @model_validator(mode="after")

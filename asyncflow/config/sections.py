@@ -8,7 +8,7 @@ loaded. A key that nothing reads does not belong here.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -347,6 +347,13 @@ def _suggest(key: str) -> str:
     known = [name for name, *_ in describe_keys()] + list(Config.model_fields)
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in known}
     leaf = key.rsplit(".", 1)[-1]
-    near = [by_leaf[leaf]] if leaf in by_leaf else difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1)]
-    return f"; did you mean {near[0]}?" if near else f"; sections: {', '.join(Config.model_fields)}"
+    near = by_leaf.get(leaf) or nearest(key, known) or by_leaf.get(nearest(leaf, by_leaf) or "")
+    return f"; did you mean {near}?" if near else f"; sections: {', '.join(Config.model_fields)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return which name was meant: the shortest one that begins so, or else the most similar, if one is."""
+    names = sorted(known, key=len)
+    begun = [each for each in names if name and each.startswith(name)]
+    near = begun or difflib.get_close_matches(name, names, n=1)
+    return near[0] if near else None

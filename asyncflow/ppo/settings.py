@@ -5,13 +5,12 @@ Their names, defaults and limits are the fields of `AlgorithmConfig`; a test hol
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 from pydantic import ValidationError
 
-from asyncflow.config.sections import AlgorithmConfig, Schedule, explain
+from asyncflow.config.sections import AlgorithmConfig, Schedule, explain, nearest
 from asyncflow.errors import ConfigError
 
 
@@ -57,8 +56,8 @@ def apply_settings(config: AlgorithmConfig | None, settings: Mapping[str, Any]) 
     names = list(AlgorithmConfig.model_fields)
     for name in settings:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            raise ConfigError(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            near = nearest(name, names)
+            raise ConfigError(f"unknown setting {name}" + (f"; did you mean {near}?" if near else ""))
     given = {} if config is None else config.model_dump(exclude_unset=True)
     try:
         return AlgorithmConfig.model_validate({**given, **settings})

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from asyncflow.config.contracts import check_count
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ConfigError
 from asyncflow.metrics.glossary import is_known
@@ -125,17 +126,14 @@ class Progress:
         """Return the limits that lie so many updates or env steps ahead.
 
         Raises:
-            ConfigError: Neither is given, or one is below 1.
+            ConfigError: Neither is given, or one is no whole number or below 1.
         """
         given = {"total_updates": total_updates, "total_env_steps": total_env_steps}
         if all(value is None for value in given.values()):
             raise ConfigError("train() needs total_updates or total_env_steps")
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise ConfigError(f"train({name}={value}): must be at least 1")
+        done = {"total_updates": self.updates, "total_env_steps": self.env_steps}
         return Limits(
-            None if total_updates is None else self.updates + total_updates,
-            None if total_env_steps is None else self.env_steps + total_env_steps,
+            **{name: done[name] + check_count("train", name, n) for name, n in given.items() if n is not None}
         )
 
     def is_at_end(self, limits: Limits) -> bool:

@@ -7,6 +7,7 @@ user's own cannot, and is named.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,29 @@ def read_saved(path: Path) -> Saved:
 def _read_run(folder: Path) -> Recipe:
     config = resume_config(folder, {})
     return Recipe(config, {}, config.trainer.seed, config.trainer.seed, config.trainer.total_updates)
+
+
+def check_kinds(env: Any, ppo: Any, reporter: Any, callbacks: Any) -> None:
+    """Refuse arguments of a trainer that are of another kind than expected.
+
+    Raises:
+        ConfigError: One is; names it.
+    """
+    is_reporter = all(callable(getattr(reporter, name, None)) for name in ("update", "notice"))
+    are_functions = isinstance(callbacks, Sequence) and all(map(callable, callbacks))
+    expected = {
+        "env": (env, isinstance(env, VecEnv), "environments, such as make_env(...)"),
+        "ppo": (ppo, isinstance(ppo, PPO), "PPO(policy, ...)"),
+        "reporter": (
+            reporter,
+            reporter is None or (is_reporter and not isinstance(reporter, type)),
+            "an object with update(row) and notice(text), such as ConsoleReporter()",
+        ),
+        "callbacks": (callbacks, are_functions, "a list of functions of the trainer and its row"),
+    }
+    for name, (value, is_expected, words) in expected.items():
+        if not is_expected:
+            raise ConfigError(f"Trainer({name}={value!r}): expected {words}")
 
 
 def check_agreement(policy: Policy, env: VecEnv, ppo: PPO) -> None:

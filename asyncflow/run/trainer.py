@@ -36,7 +36,7 @@ from asyncflow.run.collecting import Collecting, LoopSettings
 from asyncflow.run.doubts import Doubts
 from asyncflow.run.progress import Limits, Progress
 from asyncflow.run.rates import RateMeter, memory_metrics, rollout_metrics
-from asyncflow.run.recipe import RECIPE, Recipe, check_agreement, check_journal, read_saved
+from asyncflow.run.recipe import RECIPE, Recipe, check_agreement, check_journal, check_kinds, read_saved
 from asyncflow.run.reporter import Reporter, Row
 from asyncflow.run.state import RunState, name_snapshots, read_snapshots
 from asyncflow.signals import ctrl_c_calls
@@ -105,10 +105,12 @@ class Trainer:
             callbacks: Functions that are called with the trainer and the row of metrics after every update.
 
         Raises:
-            ConfigError: Policy, environments and settings do not fit together, or memory does not suffice.
+            ConfigError: Policy, environments and settings do not fit together, memory does not suffice, or an argument
+                is of another kind.
         """
         self.policy, self.env = policy, env
         self.ppo = PPO(policy) if ppo is None else ppo
+        check_kinds(env, self.ppo, reporter, callbacks)
         self.settings = LoopSettings(
             buffer_size, buffer_type, max_policy_lag, lag_mode, on_full, num_env_groups, seed, compile
         )
@@ -120,9 +122,7 @@ class Trainer:
         self.progress = Progress()
         self.row: Row = {}
         self.reporter, self.callbacks = reporter, list(callbacks)
-        self.notice: Callable[[str], None] = logging.getLogger("asyncflow").warning
-        if reporter is not None:
-            self.notice = reporter.notice
+        self.notice: Callable[[str], None] = reporter.notice if reporter else logging.getLogger("asyncflow").warning
         self.is_stopping = False
         self.collecting = Collecting(env, policy, self.ppo.config, self.settings)
         self._limits = Limits()

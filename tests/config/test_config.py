@@ -79,6 +79,8 @@ def test_what_is_no_override_is_quoted(argument: str) -> None:
         ("clip_coef", "algorithm.clip_coef"),
         ("algorithms.clip_coef", "algorithm"),
         ("buffer.max_lag", "buffer.max_policy_lag"),
+        ("algorithm.clip", "algorithm.clip_coef?"),
+        ("clip", "algorithm.clip_coef?"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest(key: str, nearest: str) -> None:

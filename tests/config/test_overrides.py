@@ -28,6 +28,13 @@ def test_a_text_is_taken_as_it_was_typed_and_shown_as_it_can_be_typed(text: str)
     assert load_config(None, parse_overrides([argument])).policy.vla.instruction == text
 
 
+@pytest.mark.parametrize("text", ["null", "None", "~", "", "nullify"])
+@pytest.mark.parametrize("key", ["logging.out", "policy.statistics", "policy.vla.model_path"])
+def test_a_text_of_a_key_that_may_be_null_reads_back_as_that_text(key: str, text: str) -> None:
+    (argument,) = shlex.split(write_override(key, text))
+    assert parse_overrides([argument]) == {key: text}
+
+
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [

@@ -125,6 +125,7 @@ def test_settings_replace_those_of_a_configuration_and_leave_the_others() -> Non
     ("settings", "complaint"),
     [
         ({"clip_coeff": 0.02}, "^unknown setting clip_coeff; did you mean clip_coef[?]$"),
+        ({"clip": 0.02}, "^unknown setting clip; did you mean clip_coef[?]$"),
         ({"clip_coef": -1.0}, "^clip_coef = -1.0: input should be greater than 0$"),
         ({"update_epochs": "8"}, "^update_epochs = '8': input should be a valid integer$"),
     ],

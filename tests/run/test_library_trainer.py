@@ -375,6 +375,25 @@ def test_a_setting_that_cannot_be_is_named(change, said):
         af.Trainer(policy, env, af.PPO(policy), **{"buffer_size": 32, **change})
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ({"callbacks": 3}, r"Trainer\(callbacks=3\): expected a list of functions"),
+        ({"callbacks": print}, r"Trainer\(callbacks=<built-in function print>\): expected a list of functions"),
+        ({"callbacks": [3]}, r"Trainer\(callbacks=\[3\]\): expected a list of functions"),
+        ({"reporter": print}, r"Trainer\(reporter=<built-in function print>\): expected an object with update\(row\)"),
+        ({"reporter": af.ConsoleReporter}, r"Trainer\(reporter=<class .*\): expected an object .* ConsoleReporter\(\)"),
+        ({"env": 3}, r"Trainer\(env=3\): expected environments"),
+        ({"ppo": 3}, r"Trainer\(ppo=3\): expected PPO\(policy, ...\)"),
+    ],
+)
+def test_what_cannot_watch_or_update_is_named_with_its_argument(argument, said):
+    env = ToyVecEnv(4, 2)
+    policy = af.make_policy("gaussian", env, **POLICY)
+    with pytest.raises(af.ConfigError, match=said):
+        af.Trainer(**{"policy": policy, "env": env, "buffer_size": 32, **argument})
+
+
 def test_parts_that_do_not_fit_together_are_refused():
     env = af.make_env("Toy", num_envs=4)
     policy = af.make_policy("gaussian", env.spec, **POLICY)  # four actions of a chunk, by default
@@ -391,7 +410,13 @@ def test_parts_that_do_not_fit_together_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"), [({}, "needs total_updates or"), ({"total_updates": 0}, r"total_updates=0\): must be at least")]
+    ("limits", "said"),
+    [
+        ({}, "needs total_updates or"),
+        ({"total_updates": 0}, r"train\(total_updates=0\): must be a whole number, at least 1"),
+        ({"total_updates": 1.5}, r"train\(total_updates=1.5\): must be a whole number, at least 1"),
+        ({"total_env_steps": "9"}, r"train\(total_env_steps='9'\): must be a whole number, at least 1"),
+    ],
 )
 def test_a_call_needs_a_limit(limits, said):
     with make() as trainer, pytest.raises(af.ConfigError, match=said):
