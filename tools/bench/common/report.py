@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from asyncflow.run.folder import describe_versions
 
 REPOSITORY = Path(__file__).parents[3]
+MODES = {"standard": "synchronous", "vla": "asynchronous"}  # values of `--buffer-type`, as pages name the modes
 REPORTED = "reported"  # the target of a finding that has none
 
 T = TypeVar("T")

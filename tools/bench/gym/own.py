@@ -49,7 +49,7 @@ def configure(task: TaskSetting, mode: str, seed: int, folder: Path) -> Config:
         "env.num_workers": 1,
         "policy.hidden_sizes": HIDDEN,
         "policy.critic_hidden_sizes": HIDDEN,
-        "policy.initial_std": STD,
+        "policy.initial_std": STD / task.half_range,
         "algorithm.gamma": task.gamma,
         "algorithm.gae_lambda": LAMBDA,
         "algorithm.learning_rate": task.learning_rate,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tools.bench.common.pages import Page
-from tools.bench.common.report import Finding, describe_setting, to_table
+from tools.bench.common.report import MODES, Finding, describe_setting, to_table
 from tools.bench.gym.setting import (
     CLIP,
     HIDDEN,
@@ -23,6 +23,7 @@ from tools.bench.gym.setting import (
 
 SB3, STANDARD, ASYNC = "stable-baselines3", "asyncflow standard", "asyncflow vla"
 LEARNERS = (SB3, STANDARD, ASYNC)
+NAMES = {SB3: SB3, STANDARD: f"asyncflow, {MODES['standard']}", ASYNC: f"asyncflow, {MODES['vla']}"}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 
 Returns = dict[str, dict[str, dict[int, float]]]
@@ -46,7 +47,7 @@ def judge(returns: Returns) -> list[Finding]:
             values = list(by_learner.get(learner, {}).values())
             if peer and values:
                 mean = statistics.mean(values)
-                what = f"{TASKS[task].env_id}: {learner}, mean return of {len(values)} seeds"
+                what = f"{TASKS[task].env_id}: {NAMES[learner]}, mean return of {len(values)} seeds"
                 target = f">= {min(peer):.1f}, the lowest of {len(peer)} seeds of {SB3}"
                 found.append(Finding(what, f"{mean:.1f}", target, mean >= min(peer)))
     return found
@@ -74,6 +75,7 @@ def write_page(records: Sequence[dict[str, Any]]) -> str:
     peers: dict[str, str] = next((record["peers"] for record in records if record["learner"] == SB3), {})
     versions = ", ".join(f"{name} {version}" for name, version in peers.items())
     commands = "\n".join(dict.fromkeys(record["command"] for record in records))
+    stds = {(record["task"], record["learner"]): record["std"] for record in records}
     rows = []
     for task, by_learner in returns.items():
         for learner in LEARNERS:
@@ -81,9 +83,9 @@ def write_page(records: Sequence[dict[str, Any]]) -> str:
             if values:
                 low, high = mean_interval(values)
                 seeds = ", ".join(f"{value:.0f}" for value in values)
-                cells = [TASKS[task].env_id, f"{TASKS[task].env_steps:,}", learner, f"{statistics.mean(values):.0f}"]
-                rows.append([*cells, f"{low:.0f} to {high:.0f}", seeds])
-    head = ["task", "env steps", "trained by", "mean return", "95 % over seeds", "each seed"]
+                cells = [TASKS[task].env_id, f"{TASKS[task].env_steps:,}", NAMES[learner], f"{stds[task, learner]:g}"]
+                rows.append([*cells, f"{statistics.mean(values):.0f}", f"{low:.0f} to {high:.0f}", seeds])
+    head = ["task", "env steps", "trained by", "std at first", "mean return", "95 % over seeds", "each seed"]
     return Page(
         "Beside stable-baselines3 on gymnasium's tasks",
         setting=f"{describe_setting(records[0]['machine'], software)}- Peer: {versions}\n\n```\n{commands}\n```",
@@ -102,12 +104,13 @@ def _describe_setting(tasks_measured: Iterable[str]) -> str:
         f"Both train actor and critic of {HIDDEN} units each from scratch, on {NUM_ENVS} environments, {NUM_STEPS}\n"
         f"env steps of each in a rollout, {NUM_EPOCHS} epochs, clip {CLIP}, lambda {LAMBDA}, weight of the value\n"
         f"loss {VF_COEF}, gradient norm {MAX_GRAD_NORM}, one action a decision. Neither scales observations or\n"
-        "rewards, and neither was tuned for these settings. What differs:\n\n"
-        "- stable-baselines3 has tanh networks, normalises advantages in each minibatch, limits one gradient norm of\n"
-        "  actor and critic together, and at first explores with a standard deviation of 1.\n"
-        "- asyncflow has ReLU networks, normalises advantages in each rollout, limits the norms of actor and critic\n"
-        "  apart, and explores with half the range of an action at first: 2 on Pendulum. `standard` collects, then\n"
-        "  trains; `vla` collects in a thread while it trains, one update behind.\n\n"
+        "rewards, and neither was tuned for these settings. The std at first is that of exploration before\n"
+        "training, in the environment's units. What differs:\n\n"
+        "- stable-baselines3 has tanh networks, normalises advantages in each minibatch, and limits one gradient norm\n"
+        "  of actor and critic together.\n"
+        "- asyncflow has ReLU networks, normalises advantages in each rollout, and limits the norms of actor and\n"
+        "  critic apart. Synchronous, it collects, then trains; asynchronous, it collects in a thread while it\n"
+        "  trains, one update behind.\n\n"
         f"{tasks}\n\n"
         "At the end of training the policies act without noise in episodes from the same start states. A seed's\n"
         "return is the mean of them. The interval is Student's, over seeds."

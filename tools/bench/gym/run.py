@@ -4,7 +4,8 @@
     python -m tools.bench.gym --page-only    # writes the page from what is there
 
 stable-baselines3 runs in `.venv-peers`, the environment of `tools.bench.peers`, which is installed where it is missing.
-Seeds that are finished are skipped: each leaves a JSON file. Returns do not depend on how fast the machine is.
+Seeds that are finished are skipped: each leaves a JSON file, which counts while its settings are those of `setting`.
+Returns do not depend on how fast the machine is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from tools.bench.common.report import REPOSITORY, conclude, describe_command, describe_machine, describe_software
 from tools.bench.gym.page import LEARNERS, SB3, collect, judge, write_page
-from tools.bench.gym.setting import TASKS
+from tools.bench.gym.setting import STD, TASKS
 from tools.bench.peers.setup import PYTHON, install
 
 PAGE = REPOSITORY / "docs" / "benchmarks" / "gym.md"
@@ -32,6 +33,13 @@ def record_of(task: str, learner: str, seed: int) -> Path:
     return DATA / f"{task}_{learner.replace(' ', '_')}_seed{seed}.json"
 
 
+def is_finished(task: str, learner: str, seed: int) -> bool:
+    """Return whether a seed was trained with today's settings."""
+    path = record_of(task, learner, seed)
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record.get("setting") == asdict(TASKS[task]) and record.get("std") == STD
+
+
 def newest_commit() -> str:
     """Return the newest commit that changed the package, which is what is measured."""
     words = ["git", "-C", str(REPOSITORY), "log", "-1", "--format=%H", "--", "asyncflow", "configs"]
@@ -40,7 +48,7 @@ def newest_commit() -> str:
 
 def measure(task: str, learner: str, seeds: Sequence[int], out: Path) -> None:
     """Train and judge the seeds of one learner that are missing, in one process of its own environment."""
-    missing = [seed for seed in seeds if not record_of(task, learner, seed).exists()]
+    missing = [seed for seed in seeds if not is_finished(task, learner, seed)]
     if not missing:
         return
     folder = out / f"{task}_{learner.replace(' ', '_')}"
@@ -56,7 +64,8 @@ def measure(task: str, learner: str, seeds: Sequence[int], out: Path) -> None:
     software = describe_software() | {"commit": newest_commit()}
     for seed in missing:
         result = json.loads((folder / f"{seed}.json").read_text())
-        record = {"task": task, "learner": learner, "seed": seed, "setting": asdict(TASKS[task])}
+        record = {"task": task, "learner": learner, "seed": seed}
+        record |= {"setting": asdict(TASKS[task]), "std": STD}
         record |= {"machine": describe_machine(), "software": software, "command": describe_command()}
         record |= {"peers": result.pop("peers", {}), "result": result}
         record_of(task, learner, seed).write_text(json.dumps(record, indent=1) + "\n")

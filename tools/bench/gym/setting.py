@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 HIDDEN = [64, 64]
 NUM_ENVS, NUM_STEPS = 32, 64  # 2,048 decisions a rollout
 NUM_EPOCHS = 10
-CLIP, LAMBDA, MAX_GRAD_NORM, VF_COEF, STD = 0.2, 0.95, 0.5, 0.5, 1.0
+CLIP, LAMBDA, MAX_GRAD_NORM, VF_COEF = 0.2, 0.95, 0.5, 0.5
+STD = 1.0  # of exploration at first, in the environment's units; what stable-baselines3 begins with
 FIRST_EVALUATION_SEED = 1_000_000
 
 
@@ -33,6 +34,7 @@ class TaskSetting:
         learning_rate: Adam's, of actor and critic.
         batch_size: Decisions of a minibatch.
         num_episodes: Of the evaluation at the end.
+        half_range: Half the range of an action, in the environment's units: what asyncflow normalises actions by.
     """
 
     env_id: str
@@ -41,11 +43,12 @@ class TaskSetting:
     learning_rate: float
     batch_size: int
     num_episodes: int
+    half_range: float
 
 
 TASKS = {
-    "pendulum": TaskSetting("Pendulum-v1", 32_768, 0.9, 1e-3, 128, 30),
-    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 32_768, 0.99, 3e-4, 64, 10),
+    "pendulum": TaskSetting("Pendulum-v1", 32_768, 0.9, 1e-3, 128, 30, half_range=2.0),
+    "inverted_pendulum": TaskSetting("InvertedPendulum-v5", 32_768, 0.99, 3e-4, 64, 10, half_range=3.0),
 }
 
 Decide = Callable[[NDArray[np.float32]], NDArray[np.float32]]
