@@ -166,13 +166,15 @@ def evaluate(checkpoint: Checkpoint, **flags: Any) -> int:
     config = _load("lift", None, flags)
     if num_envs is not None:  # no multiple of it is collected, as the configuration of a run would ask
         config = config.model_copy(update={"env": config.env.model_copy(update={"num_envs": num_envs})})
-    from asyncflow.metrics.console import describe_evaluation, progress_bar
+    from asyncflow.metrics.console import describe_evaluation, describe_tasks, progress_bar
 
     with _quiet_imports():
         from asyncflow.run.evaluate_file import evaluate_checkpoint
 
     with progress_bar("episodes", num_episodes) as show:
         result = evaluate_checkpoint(checkpoint, config, num_episodes, show)
+    for line in describe_tasks(result):
+        print(line)
     print(describe_evaluation(result))
     return 0
 
@@ -254,11 +256,13 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
 def tasks() -> int:
     """List the tasks."""
     from asyncflow.config.plugins import ENVS, plugin_names
+    from asyncflow.config.suites import SUITES
     from asyncflow.config.task_table import TASKS
     from asyncflow.config.tasks import TOYS
     from asyncflow.metrics.console import ConsoleReporter
 
     rows = [[name, "-", summary] for name, summary in TOYS.items()]
+    rows += [[name, "-", f"a suite: {', '.join(members)}"] for name, members in SUITES.items()]
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
     rows += [[name, "-", "registered by an installed package"] for name in plugin_names(ENVS)]
     ConsoleReporter().table(["task", "horizon", "what the robot has to do"], rows)
@@ -295,7 +299,7 @@ def _load(preset: str | None, overrides: list[str] | None, flags: dict[str, Any]
     given = {_CONFIG_KEYS[name]: value for name, value in flags.items() if value is not None}
     given |= parse_overrides(overrides or [])
     values = name_task(preset, given)
-    if preset is None and (values is given or values["env.task"] in task_names()):
+    if preset is None and (values is given or "env.tasks" in values or values["env.task"] in task_names()):
         preset = choose_preset(values)
     return load_config(preset, values)
 

@@ -59,6 +59,10 @@ class AlgorithmConfig(Section):
         False, description="Divide rewards by the running standard deviation of their discounted sum."
     )
     normalize_advantages: bool = Field(True, description="Normalise advantages over the valid decisions of a rollout.")
+    advantage_scope: Literal["all", "task"] = Field(
+        "all",
+        description="Over what they are normalised: all decisions, or those of each task (env.tasks) by themselves.",
+    )
     update_epochs: int = Field(8, ge=1, le=1000, description="Passes over a rollout per update.")
     num_minibatches: int = Field(4, ge=1, description="Minibatches per pass.")
     learning_rate: float = Field(1e-4, gt=0, description="Adam step size of the actor.")

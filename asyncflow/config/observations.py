@@ -19,9 +19,10 @@ from asyncflow.errors import ConfigError
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]  # name of a camera -> shape
-VECTOR, IMAGES, POINTS = "vector", "images", "points"
+VECTOR, IMAGES, POINTS, INDEX = "vector", "images", "points", "index"
 STATE = "state"  # the vector that every environment has
-ITEM_BYTES = {"float32": 4, "uint8": 1}
+TASK = "task"  # the index that environments have which are spread over several tasks
+ITEM_BYTES = {"float32": 4, "uint8": 1, "int64": 8}
 
 
 class CameraKeys(Protocol):
@@ -41,9 +42,9 @@ class Field:
     """One part of an observation, without the environment dimension.
 
     Attributes:
-        kind: `vector`, or a key of `KINDS`.
-        shape: Such as `(19,)`; with a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first.
-        dtype: `float32` or `uint8`.
+        kind: `vector`, `index`, or a key of `KINDS`.
+        shape: Such as `(19,)`; with a history of n_obs_steps > 1, `(n_obs_steps, 19)`, oldest first. `()` for an index.
+        dtype: `float32`, `uint8`, or `int64` for an index.
     """
 
     kind: str
@@ -57,11 +58,11 @@ class Field:
 
     def path(self, key: str) -> str | tuple[str, str]:
         """Return where in an observation the field with this key is."""
-        return key if self.kind == VECTOR else (self.kind, name_in(self.kind, key))
+        return (self.kind, name_in(self.kind, key)) if self.kind in KINDS else key
 
     def with_history(self, n_obs_steps: int) -> Field:
-        """Return the field of observations of the last `n_obs_steps` env steps."""
-        return Field(self.kind, (n_obs_steps, *self.shape), self.dtype)
+        """Return the field of observations of the last `n_obs_steps` env steps; an index stays, it never changes."""
+        return self if self.kind == INDEX else Field(self.kind, (n_obs_steps, *self.shape), self.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def field_key(kind: str, name: str) -> str:
 
 
 def name_in(kind: str, key: str) -> str:
-    """Return what a key names within its kind: a camera, or the vector itself."""
-    return key if kind == VECTOR else key.removeprefix(f"{kind}.")
+    """Return what a key names within its kind: a camera, or the vector or index itself."""
+    return key.removeprefix(f"{kind}.") if kind in KINDS else key
 
 
 def make_field(key: str, shape: Shape) -> Field:

@@ -25,6 +25,8 @@ from asyncflow.config.policy import (
     Section,
     VLAConfig,
 )
+from asyncflow.config.suites import expand, label
+from asyncflow.config.task_table import own_name
 from asyncflow.errors import ConfigError
 
 __all__ = [
@@ -67,6 +69,9 @@ class EnvConfig(Section):
     """The task to simulate, and the number of processes."""
 
     task: str = Field("Lift", description="Task name (`asyncflow tasks` lists them); `Toy` needs no simulator.")
+    tasks: list[str] = Field(
+        [], description="Tasks and suites over which environments are spread, in place of task; empty: task alone."
+    )
     env_meta: PathText | dict[str, Any] | None = Field(
         None,
         description="JSON file, robomimic dataset or checkpoint (.pth) whose `env_meta` replaces the task's own, or "
@@ -110,9 +115,42 @@ class EnvConfig(Section):
     restart_window_s: float = Field(600.0, gt=0, le=MAX_SECONDS, description="Seconds over which max_restarts counts.")
 
     @property
+    def task_label(self) -> str:
+        """The task's name, or what several are called together."""
+        return label(self.tasks) if self.tasks else self.task
+
+    def each_task(self) -> list[EnvConfig]:
+        """Return these keys for each task alone."""
+        return [self.model_copy(update={"task": name, "tasks": []}) for name in self.tasks] or [self]
+
+    @property
     def env_meta_file(self) -> str | None:
         """The file that `env_meta` names; None where there is none."""
         return self.env_meta if isinstance(self.env_meta, str) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_suites(cls, values: Any) -> Any:
+        """Put a suite's tasks in its place, and one task alone into `task`, so that `tasks` has several or none."""
+        if not isinstance(values, dict):
+            return values
+        named = values.get("tasks") or [values.get("task", "Lift")]
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            return values  # the types are refused below
+        tasks = expand(map(own_name, named))
+        return values | ({"task": tasks[0], "tasks": []} if len(tasks) == 1 else {"tasks": tasks})
+
+    @model_validator(mode="after")
+    def _check_tasks(self) -> EnvConfig:
+        if twice := [name for name in self.tasks if self.tasks.count(name) > 1]:
+            raise ValueError(f"env.tasks = {self.tasks} names {twice[0]} twice")
+        if self.tasks and self.env_meta is not None:
+            raise ValueError(f"env.tasks = {self.tasks}: env.env_meta describes one task; leave it out")
+        if len(self.tasks) > self.num_envs:
+            raise ValueError(
+                f"env.num_envs = {self.num_envs} must be at least {len(self.tasks)}, the number of tasks (env.tasks)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_cameras(self) -> EnvConfig:
@@ -239,6 +277,11 @@ class Config(Section):
         if self.buffer.on_full == "overwrite" and self.buffer.lag_mode == "fixed":
             raise ValueError("buffer.on_full = overwrite needs buffer.lag_mode = bounded: fixed lag loses no rollout")
         _check_algorithm(self)
+        if self.trainer.eval_interval and self.trainer.eval_episodes < len(self.env.tasks):
+            raise ValueError(
+                f"trainer.eval_episodes = {self.trainer.eval_episodes} must be at least {len(self.env.tasks)}, one for "
+                "each of env.tasks"
+            )
         if self.buffer.on_full == "overwrite" and self.trainer.buffer_type == "standard":
             raise ValueError("buffer.on_full = overwrite needs --buffer-type vla: a synchronous run never waits")
         return self

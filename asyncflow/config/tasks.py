@@ -18,6 +18,7 @@ from asyncflow.config.env_meta import check_robots, translate_kwargs
 from asyncflow.config.observations import KINDS, Field, asked_cameras, read_settings, rendered_fields
 from asyncflow.config.plain_values import MAX_DEPTH, is_deep
 from asyncflow.config.plugins import ENVS, plugin_names, refuse_taken_name
+from asyncflow.config.suites import SUITES, TOY_GOALS
 from asyncflow.config.task_table import BY_ENV_NAME, TASKS, Task, own_name
 from asyncflow.errors import CheckpointError, ConfigError
 
@@ -29,6 +30,7 @@ TOYS = {
     TOY: "reach a goal in the plane, in pure torch",
     TOY_IMAGES: "the same, seen by a camera from above",
     TOY_POINTS: "the same, seen as a point cloud",
+    **{task: f"{instruction} of two, seen by a camera from above" for task, instruction in TOY_GOALS.items()},
 }
 GYM = "gym:"  # before an id that gymnasium knows, as in `gym:Pendulum-v1`
 ROBOSUITE = 1  # of robomimic's EnvType
@@ -68,7 +70,7 @@ class SimulatorSettings:
 
 def task_names() -> list[str]:
     """Return every name that `env.task` accepts."""
-    return [*TOYS, *TASKS, *plugin_names(ENVS)]
+    return [*TOYS, *SUITES, *TASKS, *plugin_names(ENVS)]
 
 
 def find_task(name: str) -> Task:
@@ -98,6 +100,8 @@ def is_described(config: EnvConfig) -> bool:
     Raises:
         ConfigError: As `is_plugin`.
     """
+    if config.tasks:
+        return all(is_described(each) for each in config.each_task())
     return not is_plugin(config) and config.task not in TOYS and not config.task.startswith(GYM)
 
 
@@ -155,6 +159,10 @@ def check_cameras(config: EnvConfig) -> None:
     Raises:
         ConfigError: A camera that a task of the table lacks; a toy takes no cameras, and no history either.
     """
+    if config.tasks:
+        for each in config.each_task():
+            check_cameras(each)
+        return
     if config.task.startswith(GYM) and (config.cameras or config.point_clouds):
         raise ConfigError(
             f"env.cameras = {config.cameras}, env.point_clouds = {config.point_clouds}: env.task = {config.task} is "

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
-from asyncflow.config.tasks import GYM, TOY_IMAGES, TOY_POINTS, TOYS, is_plugin, resolve_task, task_names
+from asyncflow.config.tasks import GYM, TOYS, is_plugin, resolve_task, task_names
+from asyncflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import EnvConfig
@@ -20,7 +21,7 @@ __all__ = ["make_vec_env", "task_names"]
 
 
 def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int) -> VecEnv:
-    """Build the environments of `config.task`; waits until every simulator is constructed.
+    """Build the environments of `config.task` or `config.tasks`; waits until every simulator is constructed.
 
     Args:
         config: What is simulated. Its `num_envs` is not read: evaluation asks for a number of its own.
@@ -32,6 +33,8 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
         ConfigError: An unknown task, or an `env.env_meta` that cannot be used; the message is one line.
         EnvError: A simulator could not be constructed.
     """
+    if config.tasks:
+        return _make_spread(config, chunk_length, num_envs)
     if is_plugin(config):
         from asyncflow.envs.checked_env import build_registered  # noqa: PLC0415
 
@@ -39,8 +42,7 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
     if config.task in TOYS:
         from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
 
-        sees_images, sees_points = config.task == TOY_IMAGES, config.task == TOY_POINTS
-        return ToyVecEnv(num_envs, chunk_length, config.horizon, sees_images, sees_points)
+        return ToyVecEnv(num_envs, chunk_length, config.horizon, [config.task])
     if config.task.startswith(GYM):
         from asyncflow.envs.simulators import build_gym  # noqa: PLC0415
 
@@ -52,3 +54,12 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
     from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
 
     return WorkerVecEnv(partial(RobomimicEnv, settings), config, num_envs, chunk_length, seed)
+
+
+def _make_spread(config: EnvConfig, chunk_length: int, num_envs: int) -> VecEnv:
+    """Build environments of several tasks."""
+    if all(task in TOYS for task in config.tasks):
+        from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415
+
+        return ToyVecEnv(num_envs, chunk_length, config.horizon, config.tasks)
+    raise ConfigError(f"env.tasks = {config.tasks}: only toys are spread over several tasks")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -33,6 +33,23 @@ class EnvInterrupted(EnvError):
     """`VecEnv.interrupt` was called while a thread waited for simulators, or before it did."""
 
 
+@dataclass(frozen=True)
+class TaskSpec:
+    """One of the tasks that environments are spread over.
+
+    Attributes:
+        name: As `env.tasks` has it.
+        instruction: What the robot is told to do, in words; empty if nothing is.
+        horizon: Env steps until an episode is truncated.
+        num_start_states: Start states that the benchmark keeps of it; 0: every episode draws its own.
+    """
+
+    name: str
+    instruction: str
+    horizon: int
+    num_start_states: int = 0
+
+
 @dataclass(frozen=True, init=False)
 class EnvSpec:
     """Description of an environment's observations and actions, which a policy must fit.
@@ -53,6 +70,11 @@ class EnvSpec:
         action_high: The highest; 1 everywhere if empty.
         rendered_with: The keys of `env` with which cameras' fields are made and which no shape tells, and their values.
         has_success: Whether episodes can succeed; False where only their returns tell how good they are.
+        instruction: What the robot is told to do, in words; empty if nothing is.
+        num_start_states: Start states that a benchmark keeps of the task; 0: every episode draws its own.
+        tasks: The tasks that environments are spread over, environment i with task i modulo their number, where they
+            are several. An observation then holds the index `task`, and what is said above of one task is empty, but
+            for `horizon`, the longest one.
     """
 
     obs: dict[str, Field]
@@ -66,6 +88,9 @@ class EnvSpec:
     action_high: tuple[float, ...]
     rendered_with: dict[str, Any]
     has_success: bool
+    instruction: str
+    num_start_states: int
+    tasks: tuple[TaskSpec, ...]
 
     def __init__(  # noqa: PLR0913  a record
         self,
@@ -81,6 +106,9 @@ class EnvSpec:
         action_high: tuple[float, ...] = (),
         rendered_with: dict[str, Any] | None = None,
         has_success: bool = True,
+        instruction: str = "",
+        num_start_states: int = 0,
+        tasks: tuple[TaskSpec, ...] = (),
     ) -> None:
         """Describe environments; see the attributes.
 
@@ -102,6 +130,9 @@ class EnvSpec:
             "action_high": action_high,
             "rendered_with": {} if rendered_with is None else rendered_with,
             "has_success": has_success,
+            "instruction": instruction,
+            "num_start_states": num_start_states,
+            "tasks": tasks,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # frozen
@@ -120,6 +151,20 @@ class EnvSpec:
         low = torch.tensor(self.action_low) if self.action_low else -ones
         high = torch.tensor(self.action_high) if self.action_high else ones
         return low, high
+
+    @property
+    def task_table(self) -> tuple[TaskSpec, ...]:
+        """The tasks, of which there is one at least."""
+        return self.tasks or (TaskSpec(self.task, self.instruction, self.horizon, self.num_start_states),)
+
+    @property
+    def shortest_horizon(self) -> int:
+        """Env steps until an episode of the task with the shortest horizon is truncated."""
+        return min(task.horizon for task in self.task_table)
+
+    def task_ids(self, env_ids: Iterable[int]) -> list[int]:
+        """Return the place in `task_table` of each environment's task: they take turns."""
+        return [env % len(self.task_table) for env in env_ids]
 
     @property
     def state_shape(self) -> Shape:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncflow.config.contracts import broken, check_callable, name_of
-from asyncflow.config.observations import KINDS, STATE, VECTOR, Field, Shape, field_key
+from asyncflow.config.observations import INDEX, KINDS, STATE, TASK, VECTOR, Field, Shape, field_key
 from asyncflow.envs.base import EnvSpec, StepResult
 from asyncflow.errors import ContractError
 
@@ -139,6 +139,8 @@ def _check_field(key: Any, field: Field, what: str) -> Field:
     if not isinstance(key, str) or not isinstance(field.shape, tuple | list):
         raise broken(what, f"has for {key}", field.shape, "a name and a shape, a tuple of sizes")
     shape = tuple(_check_size(size, f"{what}[{key!r}]") for size in field.shape)
+    if field.kind == INDEX and (key, shape, field.dtype) == (TASK, (), "int64"):
+        return Field(INDEX, (), "int64")
     is_named = field.kind == VECTOR or (field.kind in KINDS and key.startswith(field_key(field.kind, "")))
     if not is_named:
         raise broken(what, f"has for {key} the kind", field.kind, f"{VECTOR}, or for KIND.NAME one of {list(KINDS)}")

@@ -28,7 +28,7 @@ def adopt_environment(config: EnvConfig, start: EnvSpec) -> EnvConfig:
         CheckpointError: The policy was made for another task.
         ConfigError: Observations or cameras are asked for that neither the policy nor the task knows.
     """
-    if config.env_meta is not None or not _is_described(start):
+    if config.env_meta is not None or config.tasks or not _is_described(start):
         return config
     _check_task(config, start)
     asked = {camera for cameras in asked_cameras(config).values() for camera in cameras}

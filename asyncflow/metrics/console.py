@@ -25,7 +25,7 @@ from asyncflow import __version__
 from asyncflow.config.overrides import write_override
 from asyncflow.config.plugins import trusting_words
 from asyncflow.config.sections import Config, describe_keys, values_by_key
-from asyncflow.metrics.glossary import GLOSSARY
+from asyncflow.metrics.glossary import GLOSSARY, pooled_name
 from asyncflow.terminal import LossyFile, command
 
 # The middle line explains asynchrony: who was busy, and how stale the data was.
@@ -49,10 +49,11 @@ _LINE = (
 )
 _SUMMARY = ("updates", "env_steps", "wall_s", *_BLOCK["rollout"], *_BLOCK["async"])
 _BYTES_PER_UNIT = 1000
+MAX_TASKS = 4  # of which an update names each
 
 
-class Evaluation(Protocol):
-    """The part of an evaluation's result that is shown."""
+class Score(Protocol):
+    """How good a policy is at one task, or at all of them."""
 
     @property
     def num_episodes(self) -> int:
@@ -75,10 +76,6 @@ class Evaluation(Protocol):
         """Upper end."""
 
     @property
-    def has_success(self) -> bool:
-        """Whether the task has a notion of success. If not, only returns tell how good a policy is."""
-
-    @property
     def episode_length(self) -> float:
         """Mean env steps of an episode."""
 
@@ -87,8 +84,32 @@ class Evaluation(Protocol):
         """Mean undiscounted return of an episode."""
 
     @property
+    def num_start_states(self) -> int:
+        """Start states that the episodes took in turn; 0: each drew its own."""
+
+
+class TaskScore(Score, Protocol):
+    """How good it is at one of several tasks."""
+
+    @property
+    def name(self) -> str:
+        """The task's."""
+
+
+class Evaluation(Score, Protocol):
+    """The part of an evaluation's result that is shown."""
+
+    @property
+    def has_success(self) -> bool:
+        """Whether the task has a notion of success. If not, only returns tell how good a policy is."""
+
+    @property
     def wall_s(self) -> float:
         """Seconds it took."""
+
+    @property
+    def tasks(self) -> Sequence[TaskScore]:
+        """Each task's, where they are several."""
 
 
 class ConsoleReporter:
@@ -107,7 +128,7 @@ class ConsoleReporter:
         self._config = config
         rows = {
             "run folder": str(run_dir),
-            "task": f"{config.env.task}, {config.env.num_envs} environments",
+            "task": _describe_env(config),
             "mode": _describe_mode(config),
             "policy": f"{config.policy.kind} from {config.policy.checkpoint or 'scratch'}, on {device}",
             "ring": f"{format_bytes(ring_bytes)} for {config.buffer.buffer_size} decisions a rollout",
@@ -119,20 +140,25 @@ class ConsoleReporter:
     def update(self, row: Mapping[str, float]) -> None:
         """Show one finished update; `row` holds metrics by their glossary names."""
         if not self._is_terminal:
-            self._print(" ".join([*self._progress(row), *(_named(name, row) for name in _LINE if name in row)]))
+            words = [*self._progress(row), *(_named(name, row) for name in _LINE if name in row)]
+            self._print(" ".join([*words, *_describe_tasks(row)]))
             return
         self._show(Text("  ".join(self._progress(row)), style="bold"))
         for label, names in _BLOCK.items():
             words = [f"{_named(name, row):<21}" for name in names]
             self._print(f"  {label:<8}{' '.join(words).rstrip()}")
+        if tasks := _describe_tasks(row):
+            self._print(f"  {'tasks':<8}{' '.join(tasks)}")
 
     def evaluation(self, updates: int, result: Evaluation) -> None:
         """Show an evaluation made after `updates` updates."""
         self._evaluation_s = result.wall_s
         if not self._is_terminal:
             self._print(f"evaluation after update {updates}: {describe_evaluation(result)}")
-            return
-        self._print(f"  eval    {_describe_score(result)}, {result.num_episodes} episodes")
+        else:
+            self._print(f"  eval    {_describe_score(result, result.has_success)}, {result.num_episodes} episodes")
+        for line in describe_tasks(result):
+            self._print(f"          {line}")
 
     def end(self, run_dir: Path, checkpoint: Path, row: Mapping[str, float], is_stopped: bool) -> None:
         """Show how the run ended and the command that comes next."""
@@ -247,6 +273,7 @@ def format_metric(name: str, value: float) -> str:
     """Return a metric's value as it is shown, by its glossary unit; `-` where it is not finite."""
     if not math.isfinite(value):
         return "-"
+    name = pooled_name(name)
     unit = GLOSSARY[name].unit if name in GLOSSARY else "1"  # an auxiliary loss of the user's own
     if unit == "fraction":
         return f"{100 * value:.1f}%"
@@ -278,13 +305,41 @@ def describe_evaluation(result: Evaluation) -> str:
     """Return an evaluation in a line that ends with the number of episodes."""
     count = f"{result.num_successes} of exactly" if result.has_success else "exactly"
     return (
-        f"{_describe_score(result)}, episode_length {result.episode_length:.1f}, "
-        f"wall_s {result.wall_s:.1f}, {count} {result.num_episodes} episodes"
+        f"{_describe_score(result, result.has_success)}, episode_length {result.episode_length:.1f}, "
+        f"{_describe_starts(result)}wall_s {result.wall_s:.1f}, {count} {result.num_episodes} episodes"
     )
 
 
-def _describe_score(result: Evaluation) -> str:
-    if not result.has_success:
+def describe_tasks(result: Evaluation) -> list[str]:
+    """Return a line about each of several tasks."""
+    scores = [(task, _describe_score(task, result.has_success)) for task in result.tasks]
+    return [f"{task.name}: {score}, {_describe_starts(task)}{task.num_episodes} episodes" for task, score in scores]
+
+
+def _describe_starts(result: Score) -> str:
+    """Return how often each start state was taken, where a benchmark keeps some."""
+    if not result.num_start_states:
+        return ""
+    times, rest = divmod(result.num_episodes, result.num_start_states)
+    often = f"{times} to {times + 1} times" if rest else f"{times} times"
+    return f"each of {result.num_start_states} start states {often}, "
+
+
+def _describe_tasks(row: Mapping[str, float]) -> list[str]:
+    """Return the success rate of each task in a rollout, or their return; of many the lowest and the highest."""
+    for metric in ("rollout/success_rate", "rollout/episode_return"):
+        rates = {name: value for name, value in row.items() if name.startswith(f"{metric}/")}
+        words = [f"{name.removeprefix(f'{metric}/')} {format_metric(name, rates[name])}" for name in rates]
+        if len(words) <= MAX_TASKS and words:
+            return words
+        if words:
+            ranked = [word for _, word in sorted(zip(rates.values(), words, strict=True))]
+            return ["lowest", ranked[0], "highest", ranked[-1]]
+    return []
+
+
+def _describe_score(result: Score, has_success: bool) -> str:
+    if not has_success:
         return f"episode_return {result.episode_return:.4g}"
     return f"success_rate {_describe_rate(result.success_rate, result.success_low, result.success_high)}"
 
@@ -299,6 +354,11 @@ def _named(name: str, row: Mapping[str, float]) -> str:
 
 def _short(name: str) -> str:
     return name.rpartition("/")[2]
+
+
+def _describe_env(config: Config) -> str:
+    tasks = f" ({len(config.env.tasks)} tasks)" if config.env.tasks else ""
+    return f"{config.env.task_label}{tasks}, {config.env.num_envs} environments"
 
 
 def _describe_mode(config: Config) -> str:

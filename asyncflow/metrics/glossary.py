@@ -127,6 +127,9 @@ GLOSSARY: dict[str, Metric] = {
     "eval/episode_return": Metric("return", "Mean undiscounted return of those episodes.", _EVALUATION),
 }
 
+# With several tasks also of each by itself, as in `rollout/success_rate/ToyGreen`.
+PER_TASK = {name for name in GLOSSARY if name.startswith(("rollout/", "eval/"))}
+
 _TIMING_GROUPS = ("time/", "throughput/", "async/", "health/")
 _TIMING_NAMES = {"wall_s", "buffer/collected", "buffer/in_flight"}
 
@@ -143,7 +146,9 @@ def glossary_markdown() -> str:
         "",
         "One name everywhere: on the terminal, in TensorBoard, in `metrics.jsonl` (one row per update; what is not a",
         "finite number is `null`) and here. TensorBoard's step is `env_steps`. A fraction is in [0, 1]; the terminal",
-        "shows it in per cent. This page is written by `make docs` from `asyncflow/metrics/glossary.py`.",
+        "shows it in per cent. With several tasks (`env.tasks`), every `rollout/` and `eval/` number is there of all",
+        "of them together and, with the task's name behind it, of each: `rollout/success_rate/ToyGreen`. This page is",
+        "written by `make docs` from `asyncflow/metrics/glossary.py`.",
         "",
         "| name | unit | meaning | has a value when |",
         "|---|---|---|---|",
@@ -194,9 +199,15 @@ class MetricLogger:
         return [problem for file in self._files for problem in file.close()]
 
 
+def pooled_name(name: str) -> str:
+    """Return the name of what a metric of one task is for all tasks together; any other name as it is."""
+    pooled = "/".join(name.split("/", 2)[:2])
+    return pooled if pooled in PER_TASK else name
+
+
 def is_known(name: str) -> bool:
-    """Tell whether a name is in the glossary, or that of an auxiliary loss of the user's own: `train/<name>_loss`."""
-    return name in GLOSSARY or re.fullmatch(r"train/\w+_loss", name) is not None
+    """Tell whether a name is in the glossary, of one task or of all, or a user's own auxiliary `train/<name>_loss`."""
+    return pooled_name(name) in GLOSSARY or re.fullmatch(r"train/\w+_loss", name) is not None
 
 
 def _check_names(row: Mapping[str, float]) -> None:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from asyncflow.config.observations import IMAGES, SETTINGS, Field, field_key, make_field
 from asyncflow.config.sections import PolicyConfig, explain, validate
-from asyncflow.envs.base import EnvSpec
+from asyncflow.envs.base import EnvSpec, TaskSpec
 from asyncflow.envs.contract import check_spec
 
 MAX_SIZE, MAX_HORIZON = 2**31 - 1, 2**62
@@ -48,6 +48,9 @@ class _StoredSpec(BaseModel):
     action_high: tuple[float, ...] = ()
     rendered_with: dict[str, Any] = {}
     has_success: bool = True
+    instruction: str = ""
+    num_start_states: int = 0
+    tasks: tuple[TaskSpec, ...] = ()
 
 
 def read_spec(header: dict[str, Any]) -> EnvSpec:

@@ -156,6 +156,22 @@ def explained_variance(values: Tensor, returns: Tensor, valid: Tensor) -> Tensor
     return torch.where(is_constant(returns, valid), torch.nan, 1 - residual / variance)
 
 
+def normalize_by_task(advantages: Tensor, valid: Tensor, num_tasks: int, num_envs: int) -> Tensor:
+    """Return what `normalize` makes of the decisions of each task by themselves, [B].
+
+    Args:
+        advantages: [B = T * N], those of all environments at one time after those at another.
+        valid: [B] bool.
+        num_tasks: Tasks, which environments have in turn.
+        num_envs: N.
+    """
+    if num_tasks == 1:
+        return normalize(advantages, valid)
+    task = torch.arange(len(advantages), device=advantages.device) % num_envs % num_tasks
+    each = [normalize(advantages, valid & (task == place)) for place in range(num_tasks)]
+    return torch.stack(each).sum(0)  # each is zero outside its task
+
+
 def normalize(advantages: Tensor, valid: Tensor) -> Tensor:
     """Return advantages with mean 0 and standard deviation 1 over the valid decisions, [B]; zero elsewhere.
 

@@ -28,7 +28,7 @@ from asyncflow.ppo.losses import (
     behavior_weights,
     can_be_squared,
     masked_mean,
-    normalize,
+    normalize_by_task,
     sum_steps,
     surrogate_loss,
     value_loss,
@@ -251,6 +251,7 @@ class PPO:
     def _prepare(self, rollout: Rollout, version: int) -> TensorDict:
         """Return the flat batch [T*N] with proximal log-probs, behavior weights, advantages and returns."""
         batch: TensorDict = rollout.data.clone()
+        num_envs = batch.batch_size[1]
         piece = batch.numel() // self.config.num_minibatches
         with torch.no_grad():
             self._add_advantages(batch, rollout, piece)
@@ -260,7 +261,8 @@ class PPO:
             batch = batch.flatten(0, 1)
             self._add_proximal(batch, rollout.policy_version != version, piece)
             if self.config.normalize_advantages:
-                batch["advantages"] = normalize(batch["advantages"], batch["valid"])
+                num_tasks = rollout.info.num_tasks if self.config.advantage_scope == "task" else 1
+                batch["advantages"] = normalize_by_task(batch["advantages"], batch["valid"], num_tasks, num_envs)
             if self.config.has_denoising_schedule:
                 treat_steps_differently(batch, self.config, self.policy.num_denoising_steps)
         return batch

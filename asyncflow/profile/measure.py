@@ -273,7 +273,7 @@ def prepare(config: Config, options: ProfileOptions, out: str | None) -> Path:
     options.check()
     emulate(config, options).check()
     check_start(config)
-    folder = Path(out or f"runs/profile_{config.env.task}_{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(out or f"runs/profile_{config.env.task_label}_{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         if out is None:
             return make_new_folder(folder)

@@ -7,7 +7,7 @@ the episodes that began a horizon or more before its end, each once. All of thos
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -19,12 +19,14 @@ class Episode(NamedTuple):
         episode_return: Undiscounted return.
         length: Env steps.
         is_success: Whether it solved the task.
+        task: Place of its task in `EnvSpec.task_table`.
     """
 
     start: int
     episode_return: float
     length: int
     is_success: bool
+    task: int = 0
 
 
 def split_by_start(episodes: Iterable[Episode], end: int) -> tuple[list[Episode], list[Episode]]:
@@ -33,13 +35,24 @@ def split_by_start(episodes: Iterable[Episode], end: int) -> tuple[list[Episode]
     return [e for e in episodes if e.start < end], [e for e in episodes if e.start >= end]
 
 
-def episode_metrics(episodes: list[Episode], has_success: bool = True) -> dict[str, float]:
+def episode_metrics(
+    episodes: list[Episode], has_success: bool = True, task_names: Sequence[str] = ()
+) -> dict[str, float]:
     """Return the `rollout/` metrics; of no episode there is nothing but their number.
 
     Args:
         episodes: Those that count now.
         has_success: `EnvSpec.has_success`; without it there is no success rate.
+        task_names: Of several tasks, each of which has metrics of its own, too.
     """
+    metrics = _describe(episodes, has_success)
+    for place, task in enumerate(task_names):
+        of_task = _describe([episode for episode in episodes if episode.task == place], has_success)
+        metrics |= {f"{name}/{task}": value for name, value in of_task.items()}
+    return metrics
+
+
+def _describe(episodes: list[Episode], has_success: bool) -> dict[str, float]:
     num = len(episodes)
     if not num:
         return {"rollout/num_episodes": 0.0}

@@ -113,7 +113,7 @@ def plan_ring(policy: Policy, spec: EnvSpec, num_envs: int, num_steps: int, num_
     obs = encoded.cpu()
     outcome = outcome_fields(_empty_result(obs, policy.n_action_steps), 1.0, torch.zeros(num_envs, dtype=torch.int64))
     fields = dict(decision.cpu().items()) | outcome
-    decisions_per_episode = -(-spec.horizon // policy.n_action_steps)
+    decisions_per_episode = -(-spec.shortest_horizon // policy.n_action_steps)
     max_truncations = -(-num_steps // decisions_per_episode)
     return RingPlan(TensorDict(fields, [num_envs]), obs, num_slots, num_steps, max_truncations)
 

@@ -49,6 +49,7 @@ class RolloutInfo:
         seconds: What collecting it took, by stage.
         faults: What was survived while it was collected, and in rollouts that were dropped before it.
         journal: What rebuilds the episodes that are open at its end, so that the next rollout can be collected again.
+        num_tasks: Tasks over which the environments are spread, in turn.
     """
 
     policy_version: int
@@ -56,6 +57,7 @@ class RolloutInfo:
     seconds: dict[str, float] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
     journal: EpisodeJournal | None = None
+    num_tasks: int = 1
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ class RolloutWriter:
         episodes, self._episodes = tuple(self._episodes), []
         journal = self.env.journal()
         journal.note_states(self._states)
-        slot.finish(RolloutInfo(version, episodes, self._watch.take(), faults, journal))
+        num_tasks = len(self.env.spec.task_table)
+        slot.finish(RolloutInfo(version, episodes, self._watch.take(), faults, journal, num_tasks))
 
     def _load_weights(self, rollout_index: int) -> int:
         lag = self._settings.max_policy_lag
@@ -274,7 +275,8 @@ class RolloutWriter:
             length = int(result.episode_length[i])
             start = now + 1 - math.ceil(length / self._policy.n_action_steps)  # its last chunk alone may be short
             episode_return, is_success = float(result.episode_return[i]), bool(result.is_success[i])
-            self._episodes.append(Episode(start, episode_return, length, is_success))
+            task = self.env.spec.task_ids([group.env_ids[i]])[0]
+            self._episodes.append(Episode(start, episode_return, length, is_success, task))
 
     def _store_final_obs(self, slot: RolloutSlot, group: _Group, result: ChunkResult) -> Tensor:
         """Put true final observations into the side table and return each environment's row there, [n]."""

@@ -2,9 +2,9 @@
 
 This file holds the quotas of episodes and the statistics.
 
-Every environment has a quota of episodes. Taking the first episodes to finish anywhere would favour short ones, and
-with them success; a quota also makes the result independent of timing and of the number of workers. Broken episodes do
-not count: their environment goes on until its quota is filled.
+Every environment has a quota of episodes; several tasks share the episodes evenly. Taking the first episodes to finish
+anywhere would favour short ones, and with them success; a quota also makes the result independent of timing and of the
+number of workers. Broken episodes do not count: their environment goes on until its quota is filled.
 
 Shapes: N environments, n of them still busy, H executed actions of a chunk, P predicted actions, A action size.
 """
@@ -13,20 +13,41 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.envs.base import ChunkResult, Fault, VecEnv, start_chunk
-from asyncflow.errors import EnvError
+from asyncflow.errors import ConfigError, EnvError
 from asyncflow.policies.base import Policy
 from asyncflow.seeding import derive_seed, policy_noise
 
 Z_95 = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
 MAX_BROKEN = 10  # episodes that may break for each one that is asked for
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Result of one of several tasks; the attributes are those of `EvalResult`.
+
+    Attributes:
+        name: The task's.
+        num_start_states: Start states that its episodes took in turn, in their order; 0: each drew its own.
+    """
+
+    name: str
+    num_episodes: int
+    num_successes: int
+    success_rate: float
+    success_low: float
+    success_high: float
+    episode_length: float
+    episode_return: float
+    num_start_states: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,8 @@ class EvalResult:
         num_broken: Episodes that were lost with a simulator or given up, and do not count.
         faults: What was survived.
         has_success: Whether the environment says what success is; without it there are only returns.
+        tasks: Of each task, where they are several.
+        num_start_states: Start states that the episodes of a single task took in turn; 0: each drew its own.
     """
 
     num_episodes: int
@@ -58,6 +81,8 @@ class EvalResult:
     num_broken: int = 0
     faults: tuple[Fault, ...] = ()
     has_success: bool = True
+    tasks: tuple[TaskResult, ...] = ()
+    num_start_states: int = 0
 
     @property
     def score(self) -> float:
@@ -65,35 +90,56 @@ class EvalResult:
         return self.success_rate if self.has_success else self.episode_return
 
     def as_metrics(self) -> dict[str, float]:
-        """Return the logged part under its metric names."""
-        names = ("success_rate", "success_low", "success_high") if self.has_success else ()
-        values = asdict(self)
-        return {f"eval/{name}": values[name] for name in (*names, "episode_length", "episode_return")}
+        """Return the logged part under its metric names, all tasks together and each by itself."""
+        names = ["success_rate", "success_low", "success_high"] if self.has_success else []
+        names += ["episode_length", "episode_return"]
+        metrics = {f"eval/{name}": getattr(self, name) for name in names}
+        return metrics | {f"eval/{name}/{task.name}": getattr(task, name) for task in self.tasks for name in names}
 
 
 @dataclass
 class _Tally:
-    """Sums over finished episodes, and how many broke."""
+    """Sums over finished episodes of one task, and how many broke."""
 
     num_broken: int = 0
     num_successes: int = 0
     total_length: int = 0
     total_return: float = 0.0
-    faults: list[Fault] = field(default_factory=list)
 
-    def add(self, result: ChunkResult) -> None:
-        """Count the episodes that ended with this chunk; the other rows are zero, those of broken episodes too."""
-        self.num_broken += int(result.broken.sum())
-        self.faults += result.faults
-        self.num_successes += int(result.is_success.sum())
-        self.total_length += int(result.episode_length.sum())
-        self.total_return += float(result.episode_return.sum())
+    def add(self, result: ChunkResult, rows: Tensor) -> None:
+        """Count the episodes that ended with this chunk in `rows`, [n] bool; all else is zero, broken ones too."""
+        self.num_broken += int(result.broken[rows].sum())
+        self.num_successes += int(result.is_success[rows].sum())
+        self.total_length += int(result.episode_length[rows].sum())
+        self.total_return += float(result.episode_return[rows].sum())
 
-    def check_broken(self, num_episodes: int) -> None:
-        """Refuse to go on for ever, as a policy that decides NaN would make it."""
-        if self.num_broken > MAX_BROKEN * num_episodes:
-            last = self.faults[-1].message if self.faults else "unknown"
-            raise EnvError(f"{self.num_broken} episodes broke in an evaluation of {num_episodes}; the last: {last}")
+    def summarise(self, num_episodes: int, has_success: bool) -> dict[str, Any]:
+        """Return what `TaskResult` and `EvalResult` say of so many episodes."""
+        rate, low, high = math.nan, math.nan, math.nan
+        if has_success:
+            rate, (low, high) = self.num_successes / num_episodes, wilson_interval(self.num_successes, num_episodes)
+        return {
+            "num_episodes": num_episodes,
+            "num_successes": self.num_successes,
+            "success_rate": rate,
+            "success_low": low,
+            "success_high": high,
+            "episode_length": self.total_length / num_episodes,
+            "episode_return": self.total_return / num_episodes,
+        }
+
+
+def _add_up(tallies: Sequence[_Tally]) -> _Tally:
+    """Return the sums over all tasks."""
+    names = [each.name for each in fields(_Tally)]
+    return _Tally(*(sum(getattr(tally, name) for tally in tallies) for name in names))
+
+
+def _check_broken(num_broken: int, num_episodes: int, faults: list[Fault]) -> None:
+    """Refuse to go on for ever, as a policy that decides NaN would make it."""
+    if num_broken > MAX_BROKEN * num_episodes:
+        last = faults[-1].message if faults else "unknown"
+        raise EnvError(f"{num_broken} episodes broke in an evaluation of {num_episodes}; the last: {last}")
 
 
 @torch.no_grad()
@@ -109,20 +155,24 @@ def evaluate(
     Args:
         policy: Acts in `eval` mode; neither its parameters nor its train/eval flag are touched.
         vec_env: Environments of the evaluation's own, never a collector's.
-        num_episodes: How many, exactly; the first environments run one more where N does not divide it.
+        num_episodes: How many, exactly; tasks share them evenly, the first ones run one more where it does not go up,
+            and likewise the first environments of a task.
         seed: The run's seed. Start states and noise are keyed apart from those of training.
         on_decision: Called before every decision with the number of finished episodes; may raise to abandon the
             evaluation.
 
     Raises:
+        ConfigError: There are more tasks than episodes or environments.
         EnvError: Simulators failed too often, or far more episodes broke than are asked for.
         EnvInterrupted: `vec_env.interrupt` was called.
     """
     start = time.perf_counter()
-    seed = derive_seed(seed, "evaluation")
-    remaining = episode_quotas(num_episodes, vec_env.num_envs)
+    seed, spec = derive_seed(seed, "evaluation"), vec_env.spec
+    remaining = episode_quotas(num_episodes, vec_env.num_envs, len(spec.task_table))
+    task = torch.tensor(spec.task_ids(range(vec_env.num_envs)))
+    counts = [int(remaining[task == place].sum()) for place in range(len(spec.task_table))]
     obs = vec_env.reset(seed)
-    tally = _Tally()
+    tallies, faults = [_Tally() for _ in counts], list[Fault]()
     decision = 0
     while remaining.any():
         on_decision(num_episodes - int(remaining.sum()))
@@ -132,17 +182,49 @@ def evaluate(
             rows = slice(env_ids.start, env_ids.stop)
             obs[rows] = result.obs
             remaining[rows] -= (result.terminated | result.truncated).long()
-            tally.add(result)
-        tally.check_broken(num_episodes)
+            for place, tally in enumerate(tallies):
+                tally.add(result, task[rows] == place)
+            faults += result.faults
+        _check_broken(sum(tally.num_broken for tally in tallies), num_episodes, faults)
         decision += 1  # an environment is busy until its quota is done, so this is each one's own count
-    return _summarise(tally, num_episodes, time.perf_counter() - start, vec_env.spec.has_success)
+    total = _add_up(tallies)
+    results = [
+        TaskResult(each.name, **tally.summarise(count, spec.has_success), num_start_states=each.num_start_states)
+        for each, tally, count in zip(spec.task_table, tallies, counts, strict=True)
+    ]
+    return EvalResult(
+        **total.summarise(num_episodes, spec.has_success),
+        wall_s=time.perf_counter() - start,
+        num_broken=total.num_broken,
+        faults=tuple(faults),
+        has_success=spec.has_success,
+        tasks=tuple(results) if spec.tasks else (),
+        num_start_states=spec.num_start_states,
+    )
 
 
-def episode_quotas(num_episodes: int, num_envs: int) -> Tensor:
-    """Return how many episodes each environment runs, [N] int64; they differ by at most one."""
-    quotas = torch.full((num_envs,), num_episodes // num_envs)
-    quotas[: num_episodes % num_envs] += 1
+def episode_quotas(num_episodes: int, num_envs: int, num_tasks: int = 1) -> Tensor:
+    """Return how many episodes each environment runs, [N] int64.
+
+    Tasks, which environments have in turn, differ by at most one in total, and so do the environments of a task.
+
+    Raises:
+        ConfigError: There are more tasks than episodes or environments.
+    """
+    if num_tasks > min(num_episodes, num_envs):
+        raise ConfigError(
+            f"an evaluation of {num_tasks} tasks needs as many episodes and environments at least; it has "
+            f"{num_episodes} and {num_envs}"
+        )
+    quotas = torch.zeros(num_envs, dtype=torch.int64)
+    for task, of_task in enumerate(_share(num_episodes, num_tasks)):
+        quotas[task::num_tasks] = torch.tensor(_share(of_task, len(quotas[task::num_tasks])))
     return quotas
+
+
+def _share(total: int, parts: int) -> list[int]:
+    """Return `total` in whole parts that differ by at most one, the larger ones first."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _decide(policy: Policy, obs: TensorDict, noise: Tensor) -> Tensor:
@@ -183,20 +265,3 @@ def wilson_interval(num_successes: int, num_trials: int) -> tuple[float, float]:
     low = 0.0 if num_successes == 0 else max(0.0, centre - half)
     high = 1.0 if num_successes == num_trials else min(1.0, centre + half)
     return low, high
-
-
-def _summarise(tally: _Tally, num_episodes: int, wall_s: float, has_success: bool) -> EvalResult:
-    low, high = wilson_interval(tally.num_successes, num_episodes) if has_success else (math.nan, math.nan)
-    return EvalResult(
-        num_episodes=num_episodes,
-        num_successes=tally.num_successes,
-        success_rate=tally.num_successes / num_episodes if has_success else math.nan,
-        success_low=low,
-        success_high=high,
-        episode_length=tally.total_length / num_episodes,
-        episode_return=tally.total_return / num_episodes,
-        wall_s=wall_s,
-        num_broken=tally.num_broken,
-        faults=tuple(tally.faults),
-        has_success=has_success,
-    )

@@ -18,7 +18,7 @@ from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import EnvSpec, VecEnv
 from asyncflow.envs.mapping import map_names
 from asyncflow.envs.source import read_description
-from asyncflow.errors import CheckpointError
+from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
 from asyncflow.policies.vla.foreign import without_weights
@@ -49,6 +49,8 @@ def evaluate_checkpoint(
     torch.set_num_threads(config.trainer.num_threads)
     config_to_load = without_weights(file.policy_config)
     num_envs = min(config.env.num_envs, num_episodes)
+    if num_envs < (num_tasks := len(file.env_spec.task_table)):
+        raise ConfigError(f"{file.path}: made for {num_tasks} tasks; needs as many episodes and environments at least")
     check_environments(num_envs, file.env_spec, is_simulated=bool(file.env_spec.env_meta))
     num_stored = sum(tensor.numel() for tensor in file.tensors.values())
     policy = make_policy(config_to_load, file.mapping.spec, config.trainer.seed, num_stored=num_stored)
@@ -70,6 +72,8 @@ def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> 
         CheckpointError: The file does not say which environment that is, or the one of its name has become another.
     """
     spec, chunk_length = file.env_spec, file.policy_config.n_action_steps
+    if spec.tasks:
+        return _rebuild_spread(spec, config, chunk_length, num_envs, seed)
     if spec.task in TOYS:
         return make_vec_env(EnvConfig(task=spec.task, horizon=spec.horizon), chunk_length, num_envs, seed)
     if not spec.task and not spec.env_meta:
@@ -84,6 +88,17 @@ def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> 
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
     # The default task, in whose place env_meta stands.
     changes |= {"task": EnvConfig().task, "env_meta": read_description(spec)}
+    return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
+
+
+def _rebuild_spread(spec: EnvSpec, config: Config, chunk_length: int, num_envs: int, seed: int) -> VecEnv:
+    """Build environments of several tasks, each with its own horizon unless all had another one."""
+    horizons = {task.horizon for task in spec.tasks}
+    changes: dict[str, Any] = {"tasks": [task.name for task in spec.tasks], "env_meta": None}
+    changes |= {"horizon": horizons.pop() if len(horizons) == 1 else None, "obs_keys": list(spec.obs_keys) or None}
+    changes |= {"n_obs_steps": spec.n_obs_steps} | spec.rendered_with
+    if not all(task.name in TOYS for task in spec.tasks):  # whose camera needs no key
+        changes |= read_cameras(spec.obs) | read_sizes(spec.obs)
     return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
 
 

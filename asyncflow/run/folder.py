@@ -49,7 +49,7 @@ def name_run_folder(config: Config) -> Path:
         ConfigError: The folder already holds a run, or files that a run would write to.
     """
     trainer = config.trainer
-    task = re.sub(r"[:/]", "-", config.env.task)  # of gymnasium's ids
+    task = re.sub(r"[:/]", "-", config.env.task_label)  # of gymnasium's ids
     default = f"runs/{task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.logging.out or default)
     _refuse_run(folder)

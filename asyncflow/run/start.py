@@ -13,6 +13,7 @@ from asyncflow.config.lerobot_folder import is_lerobot_folder
 from asyncflow.config.overrides import write_value
 from asyncflow.config.presets import apply_overrides, load_config, parse_overrides, preset_names, read_preset
 from asyncflow.config.sections import values_by_key
+from asyncflow.config.suites import SUITES, expand, label
 from asyncflow.config.task_table import TASKS, own_name
 from asyncflow.config.tasks import GYM, TOYS, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
@@ -29,14 +30,17 @@ def choose_preset(values: dict[str, Any]) -> str | None:
         ConfigError: The task does not exist, or has neither a preset nor weights to start from.
     """
     task = values.get("env.task", "Lift")
+    if tasks := values.get("env.tasks"):
+        task = label(expand(tasks)) if isinstance(tasks, list) and all(isinstance(x, str) for x in tasks) else None
     if not isinstance(task, str):
         return None  # the validation will say what is wrong with it
     task = own_name(task)
     if task.startswith(GYM):
         return "gym"
-    if (task in TASKS or task in TOYS) and task.lower() in preset_names():
-        return task.lower()
-    if task not in task_names():
+    presets = {name.replace("_", ""): name for name in preset_names()}
+    if (task in TASKS or task in TOYS or task in SUITES) and task.lower() in presets:
+        return presets[task.lower()]
+    if task not in task_names() and not values.get("env.tasks"):
         find_task(task)  # which says what is near
     if "policy.checkpoint" not in values:
         raise ConfigError(
@@ -58,7 +62,7 @@ def name_task(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
     """
     sections = apply_overrides(read_preset(preset) if preset else {}, deepcopy(values))
     env, policy = (sections.get(name) or {} for name in ("env", "policy"))
-    if not isinstance(env, dict) or not isinstance(policy, dict) or "task" in env:
+    if not isinstance(env, dict) or not isinstance(policy, dict) or {"task", "tasks"} & env.keys():
         return values
     described, checkpoint = env.get("env_meta"), policy.get("checkpoint")
     if isinstance(described, str | dict):
@@ -69,6 +73,8 @@ def name_task(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
     from asyncflow.policies.policy_file import read_env_spec, resolve_checkpoint  # noqa: PLC0415  torch takes seconds to load
 
     spec = read_env_spec(resolve_checkpoint(checkpoint))
+    if spec.tasks:
+        return values | {"env.tasks": [task.name for task in spec.tasks]}
     name = spec.task or name_of_env(spec.env_meta)
     return values | {"env.task": name} if name else values
 

@@ -321,7 +321,8 @@ class Trainer:
             horizon = math.ceil(self.env.spec.horizon / self.policy.n_action_steps)
             end = (rollout.index + 1) * self.collecting.plan.num_steps - horizon + 1  # later episodes may be open still
             episodes = progress.take_episodes(rollout.info.episodes, end)
-            metrics |= episode_metrics(episodes, self.env.spec.has_success)
+            names = [task.name for task in self.env.spec.tasks]
+            metrics |= episode_metrics(episodes, self.env.spec.has_success, names)
             self._doubts.look_at_inputs(self.policy, self.env.spec, rollout.obs)
             channel.buffer.release(rollout)
         for fault in rollout.info.faults:

@@ -383,7 +383,7 @@ def test_a_model_from_elsewhere_is_told_the_instruction_if_it_takes_one():
 def test_our_own_model_reads_the_instruction():
     config = PolicyConfig(kind="vla", mapping=mapping({"language": "lift"}))
     policy = make_policy(config, EnvSpec({"state": (4,)}, 5, 10), seed=0)
-    assert torch.equal(policy.model.backbone.instruction, tokenize("lift"))
+    assert torch.equal(policy.model.backbone.instructions, tokenize(["lift"]))
 
 
 @pytest.mark.parametrize("name", ["observation.front", "values"])

@@ -146,7 +146,7 @@ def test_a_chunk_tells_when_it_was_simulated(toy):
 
 
 def test_the_camera_shows_position_and_goal_and_changes_nothing_else():
-    plain, seen = ToyVecEnv(N, H), ToyVecEnv(N, H, has_camera=True)
+    plain, seen = ToyVecEnv(N, H), ToyVecEnv(N, H, tasks=["ToyImages"])
     first = seen.reset(3)
     assert torch.equal(first["state"], plain.reset(3)["state"])
     picture = first["images", "top"]
@@ -159,7 +159,7 @@ def test_the_camera_shows_position_and_goal_and_changes_nothing_else():
 
 
 def test_the_final_picture_is_that_of_the_episode_that_ended():
-    seen = ToyVecEnv(N, H, horizon=H, has_camera=True)
+    seen = ToyVecEnv(N, H, horizon=H, tasks=["ToyImages"])
     first = seen.reset(0)
     result = step(seen, torch.zeros(N, H, 2))
     assert result.truncated.all()
@@ -168,7 +168,7 @@ def test_the_final_picture_is_that_of_the_episode_that_ended():
 
 
 def test_the_point_cloud_is_a_ring_around_position_and_goal_and_changes_nothing_else():
-    plain, seen = ToyVecEnv(N, H), ToyVecEnv(N, H, has_points=True)
+    plain, seen = ToyVecEnv(N, H), ToyVecEnv(N, H, tasks=["ToyPoints"])
     first = seen.reset(3)
     assert torch.equal(first["state"], plain.reset(3)["state"])
     cloud = first["points", "top"]

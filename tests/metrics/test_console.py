@@ -33,7 +33,7 @@ ROW = dict.fromkeys(GLOSSARY, 1.0) | {
 }
 RESULT = SimpleNamespace(
     num_episodes=50, num_successes=42, success_rate=0.84, success_low=0.71, success_high=0.92, episode_length=61.25,
-    episode_return=-150.26, has_success=True, wall_s=6.2,
+    episode_return=-150.26, has_success=True, wall_s=6.2, tasks=(), num_start_states=0,
 )  # fmt: skip
 RUN = Path("runs/Lift_vla_seed0_20260101-000000")
 

@@ -48,8 +48,8 @@ def count_calls(policy):
 
 def test_base_has_half_a_billion_parameters():
     with torch.device("meta"):
-        instruction = tokenize("lift the cube").to("meta")
-        shape = VLAShape({"front": (3, 84, 84), "wrist": (3, 84, 84)}, (19,), 8, 7, instruction, patch_size=14)
+        instructions = tokenize(["lift the cube"]).to("meta")
+        shape = VLAShape({"front": (3, 84, 84), "wrist": (3, 84, 84)}, (19,), 8, 7, instructions, patch_size=14)
         model = VLAModel(SIZES["base"], shape, [256, 256])
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.5e9, rel=0.02)
 
@@ -119,9 +119,9 @@ def test_the_instruction_moves_the_action_and_is_no_part_of_a_checkpoint(obs):
 
 
 def test_an_instruction_is_its_bytes_and_an_end():
-    assert tokenize("lift").tolist() == [*b"lift", END]
+    assert tokenize(["lift", "go"]).tolist() == [[*b"lift", END], [*b"go", END, END, END]]
     with pytest.raises(ConfigError, match=r"policy.vla.instruction = .* is 128 bytes long, at most 127"):
-        tokenize("x" * 128)
+        tokenize(["x", "x" * 128])
 
 
 def test_a_patch_that_does_not_divide_a_picture_is_refused():

@@ -11,6 +11,7 @@ from asyncflow.ppo.losses import (
     kl_estimate,
     masked_mean,
     normalize,
+    normalize_by_task,
     policy_statistics,
     surrogate_loss,
     value_loss,
@@ -237,3 +238,16 @@ def test_statistics_of_several_minibatches_are_those_of_each():
     for index, part in enumerate(batch.split(10)):
         alone = policy_statistics(log_probs[10 * index :][:10], part, 0.2, 3.0)
         assert [float(x[index]) for x in logged] == pytest.approx([float(x) for x in alone])
+
+
+def test_advantages_of_each_task_are_normalised_by_themselves():
+    given = torch.tensor([[1.0, 10.0, 2.0], [3.0, 30.0, 6.0]])  # [T, N]; environments 0 and 2 have the first task
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    out = normalize_by_task(given.flatten(), valid.flatten(), num_tasks=2, num_envs=3).view(2, 3)
+    assert out[:, 1].tolist() == pytest.approx([-1.0, 1.0])
+    first = torch.tensor([1.0, 2.0, 3.0])
+    expected = (first - first.mean()) / first.std(unbiased=False)
+    assert [out[0, 0], out[0, 2], out[1, 0]] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert out[1, 2] == 0.0
+    alone = normalize_by_task(given.flatten(), valid.flatten(), num_tasks=1, num_envs=3)
+    assert torch.equal(alone, normalize(given.flatten(), valid.flatten()))

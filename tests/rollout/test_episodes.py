@@ -5,6 +5,7 @@ import random
 import pytest
 from silent import TOY, start
 
+from asyncflow.metrics.glossary import is_known
 from asyncflow.rollout.episodes import Episode, episode_metrics
 from asyncflow.run.progress import Progress
 
@@ -72,3 +73,14 @@ def test_a_run_counts_the_episodes_of_every_environment_from_its_first_on(tmp_pa
     assert rows[2]["rollout/num_episodes"] >= 4
     assert sum(row["rollout/num_episodes"] for row in rows) >= 4 * (12 * 8 / 20 - 2)
     assert all(("rollout/success_rate" in row) == (row["rollout/num_episodes"] > 0) for row in rows)
+
+
+def test_each_of_several_tasks_has_metrics_of_its_own():
+    episodes = [Episode(0, 1.0, 10, True, 0), Episode(0, 0.0, 40, False, 1), Episode(0, 0.0, 40, False, 1)]
+    row = episode_metrics(episodes, task_names=["A", "libero_spatial/3", "C"])
+    assert row["rollout/success_rate"] == pytest.approx(1 / 3)
+    assert (row["rollout/success_rate/A"], row["rollout/success_rate/libero_spatial/3"]) == (1.0, 0.0)
+    assert row["rollout/episode_length/libero_spatial/3"] == 40.0
+    assert row["rollout/num_episodes/C"] == 0.0
+    assert "rollout/success_rate/C" not in row
+    assert all(is_known(name) for name in row)

@@ -36,7 +36,7 @@ def test_every_decision_stands_beside_the_observation_it_was_made_on(groups):
 
 
 def make_seen_toy():
-    return ToyVecEnv(NUM_ENVS, CHUNK, horizon=2 * CHUNK, has_camera=True)
+    return ToyVecEnv(NUM_ENVS, CHUNK, horizon=2 * CHUNK, tasks=["ToyImages"])
 
 
 @pytest.mark.parametrize("is_encoded", [False, True])

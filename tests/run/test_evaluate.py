@@ -6,10 +6,10 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv
+from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, TaskSpec, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.toy import ToyVecEnv
-from asyncflow.errors import EnvError
+from asyncflow.errors import ConfigError, EnvError
 from asyncflow.policies import make_policy
 from asyncflow.run.evaluate import contiguous_runs, episode_quotas, evaluate, wilson_interval
 
@@ -107,6 +107,40 @@ def test_quotas_add_up_and_differ_by_at_most_one(num_episodes, num_envs):
     quotas = episode_quotas(num_episodes, num_envs)
     assert quotas.sum() == num_episodes
     assert quotas.max() - quotas.min() <= 1
+
+
+@pytest.mark.parametrize(("num_episodes", "num_envs"), [(7, 5), (20, 6), (3, 3), (100, 7)])
+def test_tasks_share_episodes_evenly_and_so_do_the_environments_of_a_task(num_episodes, num_envs):
+    quotas = episode_quotas(num_episodes, num_envs, num_tasks=3)
+    of_tasks = [quotas[task::3] for task in range(3)]
+    totals = [int(each.sum()) for each in of_tasks]
+    assert sum(totals) == num_episodes
+    assert totals == sorted(totals, reverse=True)
+    assert max(totals) - min(totals) <= 1
+    assert all(each.max() - each.min() <= 1 for each in of_tasks)
+
+
+def test_more_tasks_than_episodes_or_environments_are_refused():
+    for num_episodes, num_envs in ((2, 3), (3, 2)):
+        with pytest.raises(ConfigError, match=f"evaluation of 3 tasks .* it has {num_episodes} and {num_envs}"):
+            episode_quotas(num_episodes, num_envs, 3)
+
+
+def test_each_task_has_a_result_and_all_have_one_together():
+    env = ScriptedVecEnv(4)  # environments 0 and 2 succeed, which have the first task
+    tasks = (TaskSpec("even", "", 100), TaskSpec("odd", "", 100))
+    env.spec = replace(env.spec, tasks=tasks)
+    result = evaluate(make_policy(CONFIG, EnvSpec({"state": (2,)}, 2, 100), seed=0), env, 6, seed=0)
+    assert [(task.name, task.num_successes, task.num_episodes) for task in result.tasks] == [
+        ("even", 3, 3),
+        ("odd", 0, 3),
+    ]
+    assert (result.num_successes, result.num_episodes) == (3, 6)
+    assert result.as_metrics()["eval/success_rate"] == 0.5
+    assert result.as_metrics()["eval/success_rate/even"] == 1.0
+    assert result.tasks[0].success_low == wilson_interval(3, 3)[0]
+    total = sum(task.episode_length * task.num_episodes for task in result.tasks)
+    assert total == pytest.approx(result.episode_length * 6)
 
 
 def test_every_environment_runs_its_quota_and_no_more():

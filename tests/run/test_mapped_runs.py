@@ -113,7 +113,7 @@ def test_a_file_whose_mapping_does_not_fit_its_environment_is_refused_before_tha
 
 def build_from(tmp_path, made_with, keys):
     """Build the policy of a run with `keys` from a file that was made with others."""
-    spec, path = ToyVecEnv(1, 2, has_camera=True).spec, tmp_path / "policy.safetensors"
+    spec, path = ToyVecEnv(1, 2, tasks=["ToyImages"]).spec, tmp_path / "policy.safetensors"
     made = load_config(PRESET, made_with)
     save_policy(
         path, build_policy(made, NameMapping(made.policy.mapping, spec), torch.device("cpu")), made.policy, spec

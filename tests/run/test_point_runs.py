@@ -28,7 +28,7 @@ def test_training_changes_the_point_encoder(tmp_path):
     start(tmp_path / "run", "toy", TOY_POINTS | {"trainer.total_updates": 2, "trainer.save_interval": 1})
     trained, optimizer = outcome(tmp_path / "run")[0], outcome(tmp_path / "run")[1]["optimizer"]
     config = load_config("toy", TOY_POINTS)
-    spec = ToyVecEnv(1, 2, has_points=True).spec
+    spec = ToyVecEnv(1, 2, tasks=["ToyPoints"]).spec
     fresh = make_policy(config.policy, spec, config.trainer.seed).state_dict()
     name = "point_encoder.cameras.top.points.0.weight"
     assert not torch.equal(trained[name], fresh[name])

@@ -43,7 +43,7 @@ def config_of(**changes):
 
 
 def spec_of(config):
-    return ToyVecEnv(1, 2, config.env.horizon, has_camera=True).spec
+    return ToyVecEnv(1, 2, config.env.horizon, tasks=["ToyImages"]).spec
 
 
 # What an update costs.

@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from asyncflow.config.observations import IMAGES, POINTS, STATE, Shapes
+from asyncflow.config.observations import IMAGES, POINTS, STATE, TASK, Shapes
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.envs.base import EnvSpec
 from asyncflow.policies.networks.image_encoder import ImageEncoder
@@ -39,6 +39,18 @@ ENCODERS = {
 }
 
 
+class TaskEncoder(nn.Module):
+    """Tells several tasks apart, for a policy that reads no instruction."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.num_features = num_tasks
+
+    def forward(self, task: Tensor) -> Tensor:
+        """Return a number for each task, `[N, F]`: 1 for that of an observation, `[N]`, else 0."""
+        return (task[:, None] == torch.arange(self.num_features, device=task.device)).float()
+
+
 def add_encoders(policy: nn.Module, config: PolicyConfig, spec: EnvSpec) -> int:
     """Give a policy `obs_normalizer` and an encoder of each kind in the spec; return the size of what `encode` returns.
 
@@ -46,7 +58,9 @@ def add_encoders(policy: nn.Module, config: PolicyConfig, spec: EnvSpec) -> int:
         ConfigError: What cameras yield cannot be encoded as configured.
     """
     policy.register_module("obs_normalizer", Normalizer(spec.state_shape[-1:]))
-    size = prod(spec.state_shape)
+    tasks = TaskEncoder(len(spec.task_table)) if TASK in spec.obs else None
+    policy.register_module("task_encoder", tasks)
+    size = prod(spec.state_shape) + (0 if tasks is None else tasks.num_features)
     for kind, entry in ENCODERS.items():
         shapes = spec.shapes(kind)
         encoder = entry.build(config, shapes) if shapes else None
@@ -64,8 +78,14 @@ def find_encoders(policy: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def encode(policy: nn.Module, obs: TensorDictBase) -> Tensor:
-    """Return the normalised state and the features that a policy's encoders see, [N, O * D + F]."""
+    """Return the normalised state and the features that a policy's encoders see, [N, O * D + F].
+
+    With several tasks, F counts those of `TaskEncoder`, too.
+    """
     normalizer: Normalizer = policy.obs_normalizer  # type: ignore[assignment]
     state = normalizer.normalize(obs[STATE]).flatten(1)
     features = [encoder(obs[kind]) for kind, encoder in find_encoders(policy)]
+    tasks: TaskEncoder | None = policy.task_encoder  # type: ignore[assignment]
+    if tasks is not None:
+        features.append(tasks(obs[TASK]))
     return torch.cat([state, *features], 1) if features else state

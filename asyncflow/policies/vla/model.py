@@ -11,7 +11,7 @@ evaluated at once, P predicted actions, A action size, D state size, G attention
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from asyncflow.config.observations import TASK
 from asyncflow.errors import ConfigError
 from asyncflow.policies.networks.layers import NUM_TIME_FEATURES, Normalizer, mlp, time_features
 
@@ -43,31 +44,34 @@ KeysValues = list[tuple[Tensor, Tensor]]
 
 
 class VLAShape(NamedTuple):
-    """Sizes that a model must fit: camera -> (3, h, w), (D,), P, A, the instruction's tokens, a patch's side in pixels.
+    """Sizes that a model must fit: camera -> (3, h, w), (D,), P, A, tokens of instructions, a patch's side in pixels.
 
-    A history of observations has O in front of both shapes: (O, 3, h, w) and (O, D).
+    A history of observations has O in front of both shapes: (O, 3, h, w) and (O, D). The tokens are `[K, L]`, a row for
+    each of K tasks, of which an observation's `task` is one; a single row serves all observations.
     """
 
     image_shapes: Mapping[str, tuple[int, ...]]
     state_shape: tuple[int, ...]
     horizon: int
     action_dim: int
-    instruction: Tensor
+    instructions: Tensor
     patch_size: int
 
 
-def tokenize(text: str) -> Tensor:
-    """Return an instruction's UTF-8 bytes and an end token, int64.
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """Return each instruction's UTF-8 bytes and an end token, `[K, L]` int64; shorter ones have more of the latter.
 
     Raises:
-        ConfigError: It is longer than 127 bytes.
+        ConfigError: One is longer than 127 bytes.
     """
-    tokens = [*text.encode(), END]
-    if len(tokens) > MAX_INSTRUCTION:
+    rows = [[*text.encode(), END] for text in texts]
+    length = max(map(len, rows))
+    if length > MAX_INSTRUCTION:
+        text = next(text for text, row in zip(texts, rows, strict=True) if len(row) == length)
         raise ConfigError(
-            f"policy.vla.instruction = {text!r} is {len(tokens) - 1} bytes long, at most {MAX_INSTRUCTION - 1} are read"
+            f"policy.vla.instruction = {text!r} is {length - 1} bytes long, at most {MAX_INSTRUCTION - 1} are read"
         )
-    return torch.tensor(tokens)
+    return torch.tensor([row + [END] * (length - len(row)) for row in rows])
 
 
 class Attention(nn.Module):
@@ -127,7 +131,7 @@ class FeedForward(nn.Module):
 class Backbone(nn.Module):
     """Pictures, instruction and state -> features of the prefix; every token sees every other."""
 
-    instruction: Tensor
+    instructions: Tensor
 
     def __init__(self, size: Size, shape: VLAShape) -> None:
         super().__init__()
@@ -140,17 +144,18 @@ class Backbone(nn.Module):
         self.state = nn.Linear(math.prod(shape.state_shape), size.width)
         layers = [(SelfAttention(size.width, size.heads), FeedForward(size.width)) for _ in range(size.depth)]
         self.layers = nn.Sequential(*(part for pair in layers for part in pair), nn.LayerNorm(size.width))
-        # Not saved: a checkpoint serves another instruction too.
-        self.register_buffer("instruction", shape.instruction, persistent=False)
+        # Not saved: a checkpoint serves other instructions too.
+        self.register_buffer("instructions", shape.instructions, persistent=False)
 
-    def forward(self, images: Mapping[str, Tensor], state: Tensor) -> Tensor:
+    def forward(self, images: Mapping[str, Tensor], state: Tensor, task: Tensor | None) -> Tensor:
         """Return features `[N, S, W]` of pictures `[N, 3, h, w]` uint8 by camera and normalised states `[N, D]`.
 
-        Either may be a history: `[N, O, 3, h, w]`, `[N, O, D]`.
+        Either may be a history: `[N, O, 3, h, w]`, `[N, O, D]`. `task` `[N]` is the instruction's row; None: the first.
         """
         tokens = [self._see(images[camera]) + self.places[i] for i, camera in enumerate(self.cameras)]
-        words = self.words(self.instruction) + self.word_places[: len(self.instruction)]
-        tokens += [words.expand(len(state), -1, -1), self.state(state.flatten(1))[:, None]]
+        words = self.words(self.instructions) + self.word_places[: self.instructions.shape[1]]
+        words = words.expand(len(state), -1, -1) if task is None else words[task]
+        tokens += [words, self.state(state.flatten(1))[:, None]]
         features: Tensor = self.layers(torch.cat(tokens, 1))
         return features
 
@@ -208,7 +213,8 @@ class VLAModel(nn.Module):
     def encode_prefix(self, obs: TensorDictBase) -> Tensor:
         """Return the features of observations, `[N, S, W]`."""
         images = obs["images"] if self.backbone.cameras else {}
-        features: Tensor = self.backbone(images, self.obs_normalizer.normalize(obs["state"]))
+        task = obs[TASK] if len(self.backbone.instructions) > 1 else None
+        features: Tensor = self.backbone(images, self.obs_normalizer.normalize(obs["state"]), task)
         return features
 
     def cache_prefix(self, prefix: Tensor) -> KeysValues:

@@ -178,13 +178,22 @@ def build_vla(config: PolicyConfig, spec: EnvSpec) -> Policy:
         state_shape=spec.state_shape,
         horizon=config.horizon,
         action_dim=spec.action_dim,
-        instruction=tokenize(config.instruction),
+        instructions=tokenize(read_instructions(config, spec)),
         patch_size=vla.patch_size,
     )
     own = VLAModel(SIZES[vla.size], shape, config.critic_hidden_sizes)
     if vla.lora_rank:
         add_lora(own, vla)
     return VLAPolicy(config, own, spec.action_dim)
+
+
+def read_instructions(config: PolicyConfig, spec: EnvSpec) -> list[str]:
+    """Return the instruction of every task, by their places in `spec.task_table`; one where one serves all of them.
+
+    The configuration's stands in place of the tasks' own.
+    """
+    told = [config.instruction] if config.instruction else [task.instruction for task in spec.task_table]
+    return told[:1] if len(set(told)) == 1 else told
 
 
 def _instruct(model: nn.Module, config: PolicyConfig) -> None:

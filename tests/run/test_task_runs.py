@@ -1,0 +1,107 @@
+"""Runs on several tasks: alike in both modes and across a cut, counted by task, told by one index a decision."""
+
+import pytest
+import torch
+from silent import TOY, Silent, assert_equal, build, go_on, outcome, start
+from test_trainer import assert_same, run
+
+from asyncflow.config.presets import load_config
+from asyncflow.errors import ConfigError
+from asyncflow.policies import make_policy
+from asyncflow.policies.policy_file import load_policy_file
+from asyncflow.run.evaluate_file import evaluate_checkpoint
+from asyncflow.run.launch import train
+
+LANGUAGE = TOY | {"env.horizon": 8, "trainer.total_updates": 3}
+
+
+@pytest.mark.parametrize("kind", ["vla", "gaussian"])
+@pytest.mark.parametrize("scope", ["all", "task"])
+def test_vla_equals_standard_with_several_tasks(tmp_path, kind, scope):
+    changes = LANGUAGE | {"policy.kind": kind, "algorithm.advantage_scope": scope, "buffer.max_policy_lag": 1}
+    vla = run(tmp_path, "toy_language", changes | {"trainer.buffer_type": "vla", "collector.num_env_groups": 2})
+    standard = run(
+        tmp_path, "toy_language", changes | {"trainer.buffer_type": "standard", "collector.num_env_groups": 2}
+    )
+    assert "task" in vla[1][0]["obs"].keys()  # noqa: SIM118
+    assert_same(vla, standard)
+
+
+def test_a_cut_run_with_several_tasks_ends_like_the_uncut_one(tmp_path):
+    changes = LANGUAGE | {"trainer.total_updates": 4}
+    start(tmp_path / "whole", "toy_language", changes)
+    start(tmp_path / "cut", "toy_language", changes, stop_at=2)
+    go_on(tmp_path / "cut")
+    assert_equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+
+
+def test_the_instruction_takes_one_number_of_a_decision_in_the_ring():
+    plans = []
+    for task in ("ToyLanguage", "ToyGreen"):
+        trainer = build(load_config("toy_language", LANGUAGE | {"env.task": task}))
+        plans.append(trainer.collecting.plan)
+        trainer.close()
+    obs = [dict(plan.obs.items(True, True)) for plan in plans]
+    assert obs[0].keys() - obs[1].keys() == {"task"}
+    assert obs[0]["task"].dtype == torch.int64
+    assert plans[0].obs.bytes() - plans[1].obs.bytes() == 8 * plans[0].num_envs
+
+
+def test_rollouts_and_evaluations_are_counted_by_task(tmp_path):
+    reporter = start(
+        tmp_path / "run", "toy_language", LANGUAGE | {"trainer.eval_interval": 3, "trainer.eval_episodes": 5}
+    )
+    row = reporter.rows[-1]
+    counts = [row[f"rollout/num_episodes/{task}"] for task in ("ToyGreen", "ToyBlue")]
+    assert sum(counts) == row["rollout/num_episodes"]
+    assert min(counts) > 0
+    rates = [row[f"eval/success_rate/{task}"] for task in ("ToyGreen", "ToyBlue")]
+    assert row["eval/success_rate"] == pytest.approx((3 * rates[0] + 2 * rates[1]) / 5)
+
+
+def test_a_file_of_a_policy_for_several_tasks_is_evaluated_on_each(tmp_path):
+    start(tmp_path / "run", "toy_language", LANGUAGE | {"trainer.total_updates": 1})
+    spec = load_policy_file(tmp_path / "run" / "checkpoints" / "last" / "policy.safetensors").env_spec
+    assert [task.instruction for task in spec.tasks] == ["reach the green goal", "reach the blue goal"]
+    result = evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), 5)
+    assert [(task.name, task.num_episodes) for task in result.tasks] == [("ToyGreen", 3), ("ToyBlue", 2)]
+    with pytest.raises(ConfigError, match="made for 2 tasks"):
+        evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), 1)
+
+
+@pytest.mark.parametrize("kind", ["vla", "gaussian", "flow"])
+def test_decision_and_value_depend_on_the_task_of_the_observation_alone(kind):
+    config = load_config("toy_language", {"policy.kind": kind})
+    trainer = build(load_config("toy_language", LANGUAGE | {"policy.kind": kind}))
+    obs = trainer.env.reset(0)[:1].expand(2).clone()
+    trainer.close()
+    obs["task"] = torch.tensor([0, 1])
+    policy = make_policy(config.policy, trainer.env.spec, seed=0)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    noise = torch.zeros(2, policy.noise_size)
+    actions, values = policy.sample_actions(obs, "eval", noise)["actions"], policy.get_value(obs)
+    swapped = obs.clone().set("task", torch.tensor([1, 0]))
+    assert not torch.allclose(actions[0], actions[1])
+    assert not torch.isclose(values[0], values[1])
+    assert torch.allclose(policy.sample_actions(swapped, "eval", noise)["actions"], actions.flip(0), atol=1e-6)
+
+
+def test_an_instruction_of_the_configuration_stands_in_place_of_the_tasks_own(tmp_path):
+    config = load_config("toy_language", {"policy.vla.instruction": "reach a goal"})
+    trainer = build(load_config("toy_language", LANGUAGE))
+    policy = make_policy(config.policy, trainer.env.spec, seed=0)
+    trainer.close()
+    obs = trainer.env.spec.empty_obs(2)
+    obs["task"] = torch.tensor([0, 1])
+    actions = policy.sample_actions(obs, "eval", torch.zeros(2, policy.noise_size))["actions"]
+    assert torch.equal(actions[0], actions[1])
+    assert policy.model.backbone.instructions.shape == (1, len("reach a goal") + 1)
+
+
+def test_a_frozen_backbone_reads_the_instruction_too(tmp_path):
+    reporter = Silent()
+    changes = LANGUAGE | {"policy.freeze_backbone": True, "logging.out": str(tmp_path / "run")}
+    done = train(load_config("toy_language", changes | {"algorithm.advantage_scope": "task"}), reporter)
+    assert set(done.trainer.collecting.plan.obs.keys()) == {"prefix"}
+    assert "rollout/success_rate/ToyGreen" in reporter.rows[-1]
