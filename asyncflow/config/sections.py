@@ -25,8 +25,7 @@ from asyncflow.config.policy import (
     Section,
     VLAConfig,
 )
-from asyncflow.config.suites import expand, label
-from asyncflow.config.task_table import own_name
+from asyncflow.config.suites import label, settle_tasks
 from asyncflow.errors import ConfigError
 
 __all__ = [
@@ -131,14 +130,7 @@ class EnvConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _expand_suites(cls, values: Any) -> Any:
-        """Put a suite's tasks in its place, and one task alone into `task`, so that `tasks` has several or none."""
-        if not isinstance(values, dict):
-            return values
-        named = values.get("tasks") or [values.get("task", "Lift")]
-        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-            return values  # the types are refused below
-        tasks = expand(map(own_name, named))
-        return values | ({"task": tasks[0], "tasks": []} if len(tasks) == 1 else {"tasks": tasks})
+        return settle_tasks(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check_tasks(self) -> EnvConfig:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from asyncflow.config.contracts import broken
 from asyncflow.config.observations import KINDS, STATE, VECTOR, Field, Shape, make_field, name_in
+from asyncflow.config.suites import TaskSpec
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ContractError, EnvError
 
@@ -31,23 +32,6 @@ if TYPE_CHECKING:
 
 class EnvInterrupted(EnvError):
     """`VecEnv.interrupt` was called while a thread waited for simulators, or before it did."""
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """One of the tasks that environments are spread over.
-
-    Attributes:
-        name: As `env.tasks` has it.
-        instruction: What the robot is told to do, in words; empty if nothing is.
-        horizon: Env steps until an episode is truncated.
-        num_start_states: Start states that the benchmark keeps of it; 0: every episode draws its own.
-    """
-
-    name: str
-    instruction: str
-    horizon: int
-    num_start_states: int = 0
 
 
 @dataclass(frozen=True, init=False)

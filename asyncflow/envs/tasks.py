@@ -16,7 +16,8 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.observations import INDEX, TASK, Field
-from asyncflow.envs.base import EnvSpec, TaskSpec
+from asyncflow.config.suites import TaskSpec
+from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 
 # What of a layout may differ between tasks: it is each task's own, or only says how numbers are called.

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from asyncflow.config.observations import IMAGES, SETTINGS, Field, field_key, make_field
 from asyncflow.config.sections import PolicyConfig, explain, validate
-from asyncflow.envs.base import EnvSpec, TaskSpec
+from asyncflow.config.suites import TaskSpec
+from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.contract import check_spec
 
 MAX_SIZE, MAX_HORIZON = 2**31 - 1, 2**62

@@ -6,7 +6,8 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, TaskSpec, VecEnv
+from asyncflow.config.suites import TaskSpec
+from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError, EnvError
