@@ -21,9 +21,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import BufferType
-    from asyncflow.envs.base import ChunkResult, EnvSpec, Simulator, StepResult, VecEnv
+    from asyncflow.envs.base import ChunkResult, VecEnv
     from asyncflow.envs.journal import EpisodeJournal
     from asyncflow.envs.simulators import GymVecEnv, SimulatorVecEnv
+    from asyncflow.envs.worker import Recipe
     from asyncflow.errors import (
         AsyncflowError,
         CheckpointError,
@@ -44,12 +45,15 @@ if TYPE_CHECKING:
     from asyncflow.run.evaluate import EvalResult
     from asyncflow.run.reporter import Reporter
     from asyncflow.run.trainer import StopTraining, Trainer
+    from asyncflow.simulators.base import Simulator, StepResult
+    from asyncflow.simulators.spec import EnvSpec
 
 _HOMES = {
     "config.sections": ("BufferType",),
-    "envs.base": ("ChunkResult", "EnvSpec", "Simulator", "StepResult", "VecEnv"),
+    "envs.base": ("ChunkResult", "VecEnv"),
     "envs.journal": ("EpisodeJournal",),
     "envs.simulators": ("GymVecEnv", "SimulatorVecEnv"),
+    "envs.worker": ("Recipe",),
     "errors": (
         "AsyncflowError",
         "CheckpointError",
@@ -70,6 +74,8 @@ _HOMES = {
     "run.evaluate": ("EvalResult",),
     "run.reporter": ("Reporter",),
     "run.trainer": ("StopTraining", "Trainer"),
+    "simulators.base": ("Simulator", "StepResult"),
+    "simulators.spec": ("EnvSpec",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -92,6 +98,7 @@ __all__ = [
     "EvalResult",
     "GymVecEnv",
     "Policy",
+    "Recipe",
     "ReferenceKL",
     "Reporter",
     "RolloutBuffer",

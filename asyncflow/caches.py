@@ -13,7 +13,7 @@ from pathlib import Path
 
 from asyncflow.terminal import tell_once
 
-_COMPILED = (("robosuite", "utils"), ("asyncflow", "envs"))  # packages, and their folders of functions for numba
+_COMPILED = (("robosuite", "utils"), ("asyncflow", "simulators"))  # packages, and their folders of functions for numba
 
 
 def prepare_caches() -> None:

@@ -1,21 +1,19 @@
-"""Devices: which one a run uses, and how much memory is free there and in /dev/shm before much of it is allocated.
+"""Devices: which one a run uses, and how much memory is free there before much of it is allocated.
 
 Where neither the operating system nor CUDA says how much is free, nothing is checked.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from asyncflow.errors import ConfigError
 
-PROC, CGROUPS, SHARED_MEMORY = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev/shm")
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 # Files of a control group: limit, usage, and the field of memory.stat with what of the usage is cache to be dropped.
 _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -72,36 +70,6 @@ def check_memory(num_bytes: int, device: torch.device, keys: str) -> None:
     _check(f"device {device}", num_bytes, free_memory(device), f"lower {keys}")
 
 
-def check_shared_memory(num_bytes: int) -> None:
-    """Refuse what does not fit into the shared memory through which simulators answer.
-
-    Raises:
-        ConfigError: It does not fit.
-    """
-    advice = "lower env.num_envs or env.camera_size or env.num_points, or give a container more (docker run --shm-size)"
-    _check(str(SHARED_MEMORY), num_bytes, _free_shared_memory(), advice)
-
-
-def share_memory(tensors: Sequence[torch.Tensor]) -> None:
-    """Move tensors into shared memory.
-
-    Raises:
-        ConfigError: There is too little, or none that can be written: a container without /dev/shm, a limit on files.
-    """
-    check_shared_memory(sum(tensor.nbytes for tensor in tensors))
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except (RuntimeError, OSError) as error:
-        if os.strerror(errno.EMFILE) in str(error):
-            raise  # the command line says how many there may be
-        reason = str(error).rpartition(": ")[2]
-        raise ConfigError(
-            f"{SHARED_MEMORY}: simulators answer through shared memory, which cannot be had: {reason}; mount a tmpfs "
-            "there that can be written (docker run --shm-size)"
-        ) from error
-
-
 def free_memory(device: torch.device) -> int | None:
     """Return the bytes that can be allocated on a device; None if that is unknown.
 
@@ -123,14 +91,6 @@ def _gib(num_bytes: int) -> str:
     return (
         f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 10 * 2**20 or not num_bytes else f"{num_bytes / 2**20:.2f} MiB"
     )
-
-
-def _free_shared_memory() -> int | None:
-    try:
-        status = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return None
-    return status.f_bavail * status.f_frsize
 
 
 def _free_of_machine() -> Iterator[int]:

@@ -17,7 +17,7 @@ from asyncflow.config.presets import load_config
 from asyncflow.config.sections import Config, PolicyConfig, validate
 from asyncflow.config.tasks import check_cameras
 from asyncflow.devices import resolve_device
-from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import NameMapping, map_names
 from asyncflow.envs.source import adopt_environment
 from asyncflow.errors import ConfigError
@@ -34,6 +34,7 @@ from asyncflow.run.recipe import check_sizes
 from asyncflow.run.start import choose_preset
 from asyncflow.seeding import derive_seed
 from asyncflow.signals import ctrl_c_calls
+from asyncflow.simulators.spec import EnvSpec
 
 
 def make_env(

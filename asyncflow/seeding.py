@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, *indices: int) -> int:
@@ -36,6 +38,8 @@ def policy_noise(seed: int, env_ids: Iterable[int], decision: int, size: int) ->
         decision: How many decisions each of them has made before this one.
         size: Numbers per decision, `Policy.noise_size`.
     """
+    import torch  # noqa: PLC0415  simulators' processes do without it
+
     key = derive_seed(seed, "policy_noise")
     rows = [
         np.random.Generator(np.random.Philox(key=key, counter=[0, 0, env, decision])).standard_normal(size, np.float32)
@@ -46,5 +50,7 @@ def policy_noise(seed: int, env_ids: Iterable[int], decision: int, size: int) ->
 
 def permutation(seed: int, update: int, epoch: int, size: int) -> Tensor:
     """Return the minibatch order of one epoch, `[size]` int64 on CPU."""
+    import torch  # noqa: PLC0415
+
     rng = np.random.default_rng(derive_seed(seed, "minibatch", update, epoch))
     return torch.from_numpy(rng.permutation(size))

@@ -8,7 +8,6 @@ This file sets the signal handlers of the process; workers ignore these signals.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
@@ -91,10 +90,5 @@ def ctrl_c_calls(request_stop: Callable[[], None]) -> Iterator[Callable[[], bool
 
 
 def _leave_at_once(*_: object) -> NoReturn:
-    """Kill the simulators and end the process, whatever its threads wait for. Files are whole at every moment."""
-    try:
-        for process in multiprocessing.active_children():
-            with contextlib.suppress(ValueError, OSError):  # another thread has just closed it
-                process.kill()
-    finally:
-        os._exit(EXIT_INTERRUPTED)
+    """End the process, whatever its threads wait for; simulators end with it. Files are whole at every moment."""
+    os._exit(EXIT_INTERRUPTED)

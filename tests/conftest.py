@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from absent_peers import stand_in
 from silent import LIFT_VLA, record, start
-from warm_start import WarmContext, started_by
 
 from asyncflow import cli
 
@@ -24,13 +23,6 @@ collect_ignore = [] if any(importlib.metadata.distributions(name="lerobot")) els
 
 REPOSITORY = Path(__file__).parent.parent
 CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def warm_workers() -> Iterator[None]:
-    """Let a server that has imported torch and robosuite start the worker processes; see `warm_start`."""
-    with started_by(WarmContext()):
-        yield
 
 
 @pytest.fixture

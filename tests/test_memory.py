@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from asyncflow import devices
-from asyncflow.devices import check_memory, check_shared_memory, free_memory, share_memory
+from asyncflow.devices import check_memory, free_memory
 from asyncflow.errors import ConfigError
 
 GIB = 2**30
@@ -118,29 +116,6 @@ def test_what_does_not_fit_is_refused_with_figures_and_keys(machine: Machine) ->
     )
 
 
-def test_shared_memory_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=16, f_frsize=4 * 2**20))
-    check_shared_memory(64 * 2**20)
-    with pytest.raises(ConfigError, match=r"^/dev/shm: 0.12 GiB .*, 0.06 GiB are free; lower env.num_envs"):
-        check_shared_memory(128 * 2**20)
-
-
-def test_without_dev_shm_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "SHARED_MEMORY", tmp_path / "missing")
-    check_shared_memory(10**18)
-
-
 def test_this_machine_says_what_is_free() -> None:
     free = free_memory(CPU)
     assert free is None or 0 < free < 2**50
-
-
-def test_shared_memory_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: torch.Tensor) -> None:
-        raise RuntimeError(
-            "unable to open shared memory object </torch_1> in read-write mode: Read-only file system (30)"
-        )
-
-    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    with pytest.raises(ConfigError, match=r"/dev/shm: .*Read-only file system \(30\); mount a tmpfs"):
-        share_memory([torch.zeros(1)])

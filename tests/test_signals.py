@@ -219,7 +219,7 @@ def test_a_signal_before_the_run_is_built_ends_it(hold_run, tmp_path):
 @pytest.mark.parametrize(
     ("place", "count"),
     [
-        ("asyncflow.envs.worker:Finalize", 2),
+        ("asyncflow.envs.worker:start_worker", 2),
         pytest.param("asyncflow.envs.worker:Worker.wait_ready", 1, marks=pytest.mark.slow),
     ],
     ids=["second process just started", "simulators under construction"],

@@ -16,7 +16,10 @@ PAGE = REPOSITORY / "ARCHITECTURE.md"
 BEGIN, END = "<!-- rooms: written by tools/rooms.py -->\n", "<!-- end of rooms -->\n"
 
 # A module imports from its own room and from those below it. What lies in no folder is a door or the ground.
-ROOMS = ["doors", "profile", "run", "demos", "ppo", "rollout", "policies", "envs", "metrics", "config", "ground"]
+ROOMS = [
+    "doors", "profile", "run", "demos", "ppo", "rollout", "policies", "envs", "simulators", "metrics", "config",
+    "ground",
+]  # fmt: skip
 CAPTIONS = {"doors": "What a program imports; commands, flags and exit codes", "ground": "What every room may use"}
 DOORS = {"__main__", "cli", "flags", "library"}
 

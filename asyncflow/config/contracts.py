@@ -57,10 +57,10 @@ def describe(value: Any) -> str:
         return f"{type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} of {sorted(map(str, value))}"
-    if isinstance(value, tuple | list):
+    if isinstance(value, (tuple, list)):
         parts = ", ".join(describe(part) for part in value[:4])
         return f"a {type(value).__name__} of {len(value)}: {parts}{', ...' if len(value) > 4 else ''}"
-    is_plain = value is None or isinstance(value, str | bool | numbers.Number)
+    is_plain = value is None or isinstance(value, (str, bool, numbers.Number))
     return _shorten(repr(value)) if is_plain else f"a {name_of(value)}"
 
 

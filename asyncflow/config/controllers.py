@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Tuple
 
 from asyncflow.errors import ConfigError
 
@@ -29,13 +29,13 @@ _FIXED_ROBOTS = (*_BIMANUAL, "IIWA", "Jaco", "Kinova3", "Panda", "PandaDexLH", "
 _MOST_JOINTS = 7
 _NUM_JOINTS = {"UR5e": 6}  # the others' arms have the most
 
-Limits = tuple[tuple[float, ...], tuple[float, ...]]
+Limits = Tuple[Tuple[float, ...], Tuple[float, ...]]
 
 
 def name_robots(env_kwargs: Mapping[str, Any]) -> list[str]:
     """Return robosuite's names of the robots of a description, which may name a single one by itself."""
     robots = env_kwargs.get("robots")
-    return list(robots) if isinstance(robots, list | tuple) else [str(robots)]
+    return list(robots) if isinstance(robots, (list, tuple)) else [str(robots)]
 
 
 def is_single_arm(robot: str) -> bool:
@@ -57,17 +57,17 @@ def convert_controllers(configs: Any, robots: Sequence[str], has_grippers: bool 
         ConfigError: robosuite could not build it, or not as its file means it.
     """
     num_robots = len(robots)
-    each = configs if isinstance(configs, list | tuple) else [configs] * num_robots
+    each = configs if isinstance(configs, (list, tuple)) else [configs] * num_robots
     if len(each) != num_robots and num_robots == 1 and len(each) == len(_ARMS):
         each = [each]  # one for each arm of a robot with two
     if len(each) != num_robots:
         raise ConfigError(f"{KEY}: {len(each)} controllers for {num_robots} robots; give one, or one for each")
     order = {_ORDER_KEY: {"body_part_ordering": _OLD_ORDER}} if has_grippers else {}
     converted = []
-    for robot, config in zip(robots, each, strict=True):
+    for robot, config in zip(robots, each):
         controller = _convert_robot(config)
         is_old = controller is not None and "body_parts" not in config
-        converted.append(controller | order if controller and is_old and robot in _BIMANUAL else controller)
+        converted.append({**controller, **order} if controller and is_old and robot in _BIMANUAL else controller)
     return converted
 
 
@@ -75,8 +75,8 @@ def _convert_robot(config: Any) -> dict[str, Any] | None:
     """Return a robot's controller; that of an arm serves both arms, and a robot with one arm ignores `left`."""
     if config is None:
         return None
-    if isinstance(config, list | tuple) and len(config) == len(_ARMS):
-        arms = dict(zip(_ARMS, map(_convert_old_arm, config), strict=True))
+    if isinstance(config, (list, tuple)) and len(config) == len(_ARMS):
+        arms = dict(zip(_ARMS, map(_convert_old_arm, config)))
         return {"type": "BASIC", "body_parts": arms}
     if not isinstance(config, dict) or not isinstance(config.get("type"), str):
         raise ConfigError(f"{KEY} = {config!r}: expected a mapping with a type, or a list of them")
@@ -86,9 +86,9 @@ def _convert_robot(config: Any) -> dict[str, Any] | None:
         raise ConfigError(f"{KEY}.body_parts = {config['body_parts']!r}: expected a mapping of parts")
     parts = dict(config["body_parts"])
     arms = parts.pop("arms", {})  # robosuite's files nest them; what it builds has them beside the other parts
-    if not isinstance(arms, dict) or _ARMS[0] not in (parts := parts | arms):
+    if not isinstance(arms, dict) or _ARMS[0] not in (parts := {**parts, **arms}):
         raise ConfigError(f"{KEY}.body_parts: there is no arm named {_ARMS[0]}; parts: {', '.join(map(str, parts))}")
-    return config | {"body_parts": {name: _convert_part(name, part) for name, part in parts.items()}}
+    return {**config, "body_parts": {name: _convert_part(name, part) for name, part in parts.items()}}
 
 
 def _convert_old_arm(arm: Any) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _convert_arm(arm: Any) -> dict[str, Any]:
     if arm["type"] in _OSC_SIZES and not arm.get("control_delta", True):
         part["input_type"] = "absolute"
     if arm["type"] == "IK_POSE":  # no limit is no number to robosuite, which then cannot say what its limits are
-        part |= {key: math.inf for key in ("ik_pos_limit", "ik_ori_limit") if arm.get(key) is None}
+        part.update({key: math.inf for key in ("ik_pos_limit", "ik_ori_limit") if arm.get(key) is None})
     return part
 
 
@@ -135,7 +135,7 @@ def _check_arm(arm: Any) -> None:
         _check_numbers(arm, "kp", 6)
     _check_gain_limits(arm)
     low, high = arm.get("input_min", -1), arm.get("input_max", 1)
-    if any(a >= b for a, b in zip(_spread(low, _MOST_JOINTS), _spread(high, _MOST_JOINTS), strict=False)):
+    if any(a >= b for a, b in zip(_spread(low, _MOST_JOINTS), _spread(high, _MOST_JOINTS))):
         raise ConfigError(f"{KEY}: input_max = {high} must exceed input_min = {low}")
 
 
@@ -159,7 +159,7 @@ def _check_numbers(arm: dict[str, Any], key: str, size: int | None = None) -> No
     value = arm.get(key)
     if value is None or _is_number(value):
         return
-    if not isinstance(value, list | tuple) or not all(map(_is_number, value)) or size not in (None, len(value)):
+    if not isinstance(value, (list, tuple)) or not all(map(_is_number, value)) or size not in (None, len(value)):
         wanted = "a list of numbers" if size is None else f"a list of {size}"
         raise ConfigError(f"{KEY}: {key} = {value!r}: expected a number or {wanted} for {arm['type']}")
 
@@ -169,14 +169,14 @@ def _check_gain_limits(arm: dict[str, Any]) -> None:
         pair = arm.get(key)
         if pair is None:
             continue
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise ConfigError(f"{KEY}: {key} = {pair!r}: expected the lowest and the highest")
         for bound in pair:
             _check_numbers({"type": arm["type"], key: bound}, key, 6 if arm["type"] in _OSC_SIZES else None)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def find_action_limits(configs: Any, robots: list[str], action_dim: int) -> Limits | None:
@@ -191,7 +191,7 @@ def find_action_limits(configs: Any, robots: list[str], action_dim: int) -> Limi
     """
     controllers = convert_controllers(configs, robots)
     arms: list[list[Limits]] = []
-    for robot, controller in zip(robots, controllers, strict=True):
+    for robot, controller in zip(robots, controllers):
         names = _ARMS if robot in _BIMANUAL else _ARMS[:1]
         parts = dict.fromkeys(names, _DEFAULT_ARM) if controller is None else controller["body_parts"]
         if robot not in _FIXED_ROBOTS or not set(names) <= parts.keys():
@@ -203,10 +203,10 @@ def find_action_limits(configs: Any, robots: list[str], action_dim: int) -> Limi
         return None
     gripper = ((-1.0,) * num_grippers, (1.0,) * num_grippers)
     limits: list[Limits] = []
-    for controller, of_robot in zip(controllers, arms, strict=True):
+    for controller, of_robot in zip(controllers, arms):
         is_old = ((controller or {}).get(_ORDER_KEY) or {}).get("body_part_ordering") == _OLD_ORDER
         grippers = [gripper] * len(of_robot)
-        limits += itertools.chain(*zip(of_robot, grippers, strict=True)) if is_old else [*of_robot, *grippers]
+        limits += itertools.chain(*zip(of_robot, grippers)) if is_old else [*of_robot, *grippers]
     low, high = (tuple(bound for part in limits for bound in part[side]) for side in (0, 1))
     return low, high
 
@@ -230,4 +230,4 @@ def _limit_arm(arm: Mapping[str, Any], num_joints: int) -> Limits:
 
 
 def _spread(value: Any, size: int) -> tuple[float, ...]:
-    return tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),) * size
+    return tuple(map(float, value)) if isinstance(value, (list, tuple)) else (float(value),) * size

@@ -39,7 +39,7 @@ def translate_kwargs(env_meta: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("env_name", env_meta["env_name"]) != env_meta["env_name"]:
         raise ConfigError(f"env_kwargs.env_name = {given['env_name']!r}: the description is of {env_meta['env_name']}")
     renamed = {new: given[old] for old, new in _RENAMED.items() if old in given}
-    kwargs = renamed | {key: value for key, value in given.items() if key not in (*_UNUSED, *_RENAMED)}
+    kwargs = {**renamed, **{key: value for key, value in given.items() if key not in (*_UNUSED, *_RENAMED)}}
     _check_types(kwargs)
     if kwargs.get("controller_configs") is not None:
         has_grippers = kwargs.get("gripper_types", "default") is not None
@@ -69,7 +69,7 @@ def _check_types(kwargs: Mapping[str, Any]) -> None:
         if not isinstance(key, str):
             raise ConfigError(f"env_kwargs: the keyword {key!r} must be text")
     robots = kwargs.get("robots", "")
-    names = robots if isinstance(robots, list | tuple) and robots else [robots]
+    names = robots if isinstance(robots, (list, tuple)) and robots else [robots]
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(f"env_kwargs.robots = {robots!r}: expected a robot's name, or a list of them")
     freq = kwargs.get("control_freq", 20)
@@ -84,4 +84,4 @@ def _check_types(kwargs: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

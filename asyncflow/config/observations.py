@@ -10,14 +10,14 @@ Shapes: O env steps of a history (n_obs_steps), C cameras of one kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Mapping, Protocol, Tuple
 
 from asyncflow.errors import ConfigError
 
-Shape = tuple[int, ...]
+Shape = Tuple[int, ...]
 Shapes = Mapping[str, Shape]  # name of a camera -> shape
 VECTOR, IMAGES, POINTS, INDEX = "vector", "images", "points", "index"
 STATE = "state"  # the vector that every environment has
@@ -94,7 +94,7 @@ class Kind:
     def fits(self, shape: Shape) -> bool:
         """Tell whether a shape is one of this kind, with or without a history in front."""
         own = shape[-len(self.form) :]
-        sizes = zip(own, self.form, strict=False)
+        sizes = zip(own, self.form)
         return len(shape) - len(self.form) in (0, 1) and all(wanted in (None, size) for size, wanted in sizes)
 
 
@@ -130,7 +130,7 @@ def field_key(kind: str, name: str) -> str:
 
 def name_in(kind: str, key: str) -> str:
     """Return what a key names within its kind: a camera, or the vector or index itself."""
-    return key.removeprefix(f"{kind}.") if kind in KINDS else key
+    return key[len(kind) + 1 :] if kind in KINDS and key.startswith(f"{kind}.") else key
 
 
 def make_field(key: str, shape: Shape) -> Field:
@@ -179,7 +179,7 @@ def read_sizes(fields: Mapping[str, Field]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     for field in fields.values():
         if field.kind in KINDS:
-            sizes |= KINDS[field.kind].read_sizes(field.shape)
+            sizes.update(KINDS[field.kind].read_sizes(field.shape))
     return sizes
 
 

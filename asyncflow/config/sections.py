@@ -77,6 +77,11 @@ class EnvConfig(Section):
         "that `env_meta` itself; null means that of the policy to start from, else the task's own.",
     )
     num_envs: int = Field(16, ge=1, description="Environments collected from, N.")
+    python: PathText | None = Field(
+        None,
+        description="Interpreter that simulates, or the folder of its virtual environment; null means this one. It "
+        "needs Python 3.8 or newer, numpy and the simulator's packages, and neither torch nor asyncflow.",
+    )
     num_workers: int | None = Field(None, ge=1, description="Simulator processes; null means one per CPU core.")
     horizon: int | None = Field(
         None,

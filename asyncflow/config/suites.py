@@ -45,7 +45,7 @@ def settle_tasks(env: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         return env  # the validation will say what is wrong with them
     tasks = expand(map(own_name, named))
-    return env | ({"task": tasks[0], "tasks": []} if len(tasks) == 1 else {"tasks": tasks})
+    return {**env, **({"task": tasks[0], "tasks": []} if len(tasks) == 1 else {"tasks": tasks})}
 
 
 def label(tasks: list[str]) -> str:

@@ -47,6 +47,12 @@ class Task:
     arm_obs: Mapping[str, int] = field(default_factory=lambda: _ARM_OBS)
     arm_action_dim: int = 7
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Task:
+        """Return a task that JSON holds, as `dataclasses.asdict` describes it."""
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**{**values, **lists})
+
     @property
     def action_dim(self) -> int:
         """Size of an action."""
@@ -113,8 +119,10 @@ TASKS: dict[str, Task] = {
         object_size=17,
         arm_obs=_NO_GRIPPER,
         arm_action_dim=6,
-        **_TWO_ARMS
-        | {"obs_keys": ("robot0_eef_pos", "robot0_eef_quat", "robot1_eef_pos", "robot1_eef_quat", "object")},
+        **{
+            **_TWO_ARMS,
+            "obs_keys": ("robot0_eef_pos", "robot0_eef_quat", "robot1_eef_pos", "robot1_eef_quat", "object"),
+        },
     ),
     "Wipe": Task(
         "Wipe",
@@ -122,7 +130,7 @@ TASKS: dict[str, Task] = {
         "wipe the table clean",
         obs_keys=("robot0_eef_pos", "robot0_eef_quat", "object"),
         object_size=8,
-        arm_obs=_ARM_OBS | {"gripper_qpos": 0, "gripper_qvel": 0, "contact": 1},
+        arm_obs={**_ARM_OBS, "gripper_qpos": 0, "gripper_qvel": 0, "contact": 1},
         arm_action_dim=6,
     ),
     "NutAssembly": Task("NutAssembly", _HORIZON, "put two nuts onto their pegs", object_size=28),

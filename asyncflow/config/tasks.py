@@ -9,15 +9,16 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncflow.config.controllers import name_robots
 from asyncflow.config.env_meta import check_robots, translate_kwargs
-from asyncflow.config.observations import KINDS, Field, asked_cameras, read_settings, rendered_fields
+from asyncflow.config.observations import KINDS, asked_cameras, read_settings, rendered_fields
 from asyncflow.config.plain_values import MAX_DEPTH, is_deep
 from asyncflow.config.plugins import ENVS, plugin_names, refuse_taken_name
+from asyncflow.config.simulator_settings import SimulatorSettings, check_camera_names
 from asyncflow.config.suites import SUITES, TOY_GOALS
 from asyncflow.config.task_table import BY_ENV_NAME, TASKS, Task, own_name
 from asyncflow.errors import CheckpointError, ConfigError
@@ -35,37 +36,6 @@ TOYS = {
 GYM = "gym:"  # before an id that gymnasium knows, as in `gym:Pendulum-v1`
 ROBOSUITE = 1  # of robomimic's EnvType
 _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
-
-
-@dataclass(frozen=True)
-class SimulatorSettings:
-    """Everything that a simulator is built from, apart from its seed.
-
-    Attributes:
-        task: The task, or a description of one that the table lacks, from `env_meta`.
-        horizon: Env steps until an episode is truncated.
-        obs_keys: robomimic's names of what `state` concatenates.
-        env_meta: robomimic's description; None means one built from the task.
-        fast_step: Whether simulators that `FastStep` covers are stepped by it.
-        rendered: What cameras yield, as in `EnvSpec.obs`, for one env step.
-        rendered_with: As `EnvSpec.rendered_with`.
-        camera_size: Height and width of what cameras render, in pixels.
-    """
-
-    task: Task
-    horizon: int
-    obs_keys: tuple[str, ...]
-    env_meta: dict[str, Any] | None = None
-    fast_step: bool = True
-    rendered: dict[str, Field] = field(default_factory=dict)
-    rendered_with: dict[str, Any] = field(default_factory=dict)
-    camera_size: tuple[int, int] = (84, 84)
-
-    @property
-    def rendering_key(self) -> str | None:
-        """The key of the configuration because of which something is rendered; None if nothing is."""
-        kinds = {each.kind for each in self.rendered.values()}
-        return next((f"env.{kind.key}" for name, kind in KINDS.items() if name in kinds), None)
 
 
 def task_names() -> list[str]:
@@ -178,18 +148,6 @@ def check_cameras(config: EnvConfig) -> None:
     elif config.env_meta is None and is_described(config):
         for kind, cameras in asked_cameras(config).items():
             check_camera_names(kind, cameras, find_task(config.task).cameras)
-
-
-def check_camera_names(kind: str, asked: tuple[str, ...], available: tuple[str, ...]) -> None:
-    """Refuse cameras that are not there.
-
-    Raises:
-        ConfigError: Names the key of the kind, the first one, and those that are there.
-    """
-    for name in asked:
-        if name not in available:
-            key = f"env.{KINDS[kind].key}"
-            raise ConfigError(f"{key}: there is no camera {name!r}; cameras: {', '.join(available)}")
 
 
 def _check_obs_keys(config: EnvConfig, task: Task) -> None:

@@ -23,8 +23,8 @@ from asyncflow.config.task_table import Task
 from asyncflow.config.tasks import check_env_meta, find_described_task, parse_env_meta
 from asyncflow.demos.choice import ALL, choose_demonstrations, find_failures
 from asyncflow.demos.recorded import read_finite, read_recorded, take_settings
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.spec import EnvSpec
 
 
 @dataclass(frozen=True)

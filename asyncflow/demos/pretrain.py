@@ -25,7 +25,6 @@ from asyncflow.config.sections import Config, PolicyConfig
 from asyncflow.config.tasks import name_of_env
 from asyncflow.demos.dataset import Demonstrations, read_dataset
 from asyncflow.demos.samples import Examples, cut_chunks, cut_histories
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.files import check_output
 from asyncflow.policies import Policy, make_policy
@@ -37,6 +36,7 @@ from asyncflow.policies.velocity import VelocityPolicy
 from asyncflow.policies.vla.foreign import VELOCITY_METHODS
 from asyncflow.ppo.promises import check_promises
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 DIVERGED = 10.0  # times the loss of untrained weights
 

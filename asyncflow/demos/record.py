@@ -26,10 +26,10 @@ from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import load_env_meta, resolve_task
 from asyncflow.demos.experts import EXPERTS, Array, Expert, Obs
 from asyncflow.demos.recorded import RECORDED, SETTINGS_KEY
-from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.files import check_output, publish_file, temporary_name
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator
 
 MAX_STEPS = 150
 MAX_FAILURES_PER_DEMO = 20
@@ -65,11 +65,11 @@ class Simulator(Protocol):
 
 
 class RobomimicSimulator:
-    """A `Simulator` around `RobomimicEnv`, with all that robomimic observes in few numbers, images and point clouds."""
+    """A `Simulator` around `RobosuiteSimulator`, with all that robomimic observes: few numbers, images and clouds."""
 
     def __init__(self, env_config: EnvConfig, seed: int) -> None:
         """Construct the simulator; `seed` decides what it keeps for good, such as the cube's size."""
-        self._env = RobomimicEnv(resolve_task(env_config), seed)
+        self._env = RobosuiteSimulator(resolve_task(env_config), seed)
         self._cameras = asked_cameras(env_config)
         self.has_cameras = bool(self._cameras)
         self.env_meta = deepcopy(self._env.spec.env_meta)
@@ -101,11 +101,11 @@ class RobomimicSimulator:
 
     def model(self) -> str:
         """Return the scene's XML."""
-        return str(self._env.env.env.sim.model.get_xml())
+        return str(self._env.env.sim.model.get_xml())
 
     def state(self) -> Array:
         """Return the flattened simulator state."""
-        return np.array(self._env.env.env.sim.get_state().flatten())
+        return np.array(self._env.env.sim.get_state().flatten())
 
     def close(self) -> None:
         """Free the simulator."""

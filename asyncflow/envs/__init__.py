@@ -1,4 +1,4 @@
-"""Environments: the contract (`base`), simulators in worker processes (`workers`), robosuite, Gymnasium, a toy.
+"""Environments: the contract (`base`), simulators in worker processes (`workers`), a toy.
 
 Importing this package loads neither torch nor a simulator; the modules that need them are imported when an
 environment is built.
@@ -6,7 +6,6 @@ environment is built.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
@@ -50,10 +49,12 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
     settings = resolve_task(config)
     prepare_caches()  # here, so that it is told once and not by every worker
 
-    from asyncflow.envs.robosuite.simulator import RobomimicEnv  # noqa: PLC0415
+    from asyncflow.envs.worker import Recipe  # noqa: PLC0415
     from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
 
-    return WorkerVecEnv(partial(RobomimicEnv, settings), config, num_envs, chunk_length, seed)
+    simulator = "asyncflow.simulators.robosuite.simulator"
+    recipe = Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload")
+    return WorkerVecEnv(recipe, config, num_envs, chunk_length, seed)
 
 
 def _make_spread(config: EnvConfig, chunk_length: int, num_envs: int) -> VecEnv:

@@ -17,10 +17,11 @@ from torch import Tensor
 from asyncflow.config.contracts import broken, describe, name_of
 from asyncflow.config.plugins import ENVS, build_plugin
 from asyncflow.config.sections import EnvConfig
-from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvSpec, Fault, VecEnv
-from asyncflow.envs.contract import check_spec
+from asyncflow.envs.base import ChunkResult, ChunkSpan, Fault, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ContractError
+from asyncflow.simulators.checked import check_spec
+from asyncflow.simulators.spec import EnvSpec
 from asyncflow.terminal import tell_once
 
 _FLAGS = ("terminated", "truncated", "broken")

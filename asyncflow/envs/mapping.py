@@ -22,9 +22,10 @@ from torch import Tensor
 
 from asyncflow.config.observations import IMAGES, STATE, VECTOR, Field, field_key
 from asyncflow.config.policy import ActionMapping, MappingConfig, StatePart
-from asyncflow.envs.base import ChunkResult, EnvSpec, VecEnv
+from asyncflow.envs.base import ChunkResult, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.spec import EnvSpec
 
 KEY = "policy.mapping"
 SUFFIX = "_image"  # of robomimic's names of what cameras see

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from asyncflow.config.sections import EnvConfig, validate
 from asyncflow.config.tasks import GYM
-from asyncflow.envs.gym import GymSettings, GymSimulator, find_env, import_gymnasium, make_registered
-from asyncflow.envs.worker import SimulatorFactory
+from asyncflow.envs.worker import Recipe, SimulatorFactory
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.gym import GymSettings, GymSimulator, find_env, import_gymnasium, make_registered
 
 if TYPE_CHECKING:
     import gymnasium
@@ -35,6 +35,7 @@ class SimulatorVecEnv(WorkerVecEnv):
         n_action_steps: int = 4,
         *,
         num_workers: int | None = None,
+        python: str | None = None,
         seed: int = 0,
         n_obs_steps: int = 1,
         step_timeout_s: float = 120.0,
@@ -45,10 +46,11 @@ class SimulatorVecEnv(WorkerVecEnv):
 
         Args:
             make_simulator: Seed -> simulator, such as its class. It runs in the workers; functions and classes of a
-                script or a notebook are sent along.
+                script or a notebook are sent along. For another interpreter a `Recipe` that names it.
             num_envs: Environments, N.
             n_action_steps: Actions of a chunk, H, which must be the policy's.
             num_workers: Processes, of which at most N are used; None means one for each CPU core.
+            python: Interpreter that simulates, or the folder of its virtual environment; None means this one.
             seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
             n_obs_steps: Env steps that one observation shows.
             step_timeout_s: A worker that is silent for longer is replaced; its episodes are lost.
@@ -62,7 +64,7 @@ class SimulatorVecEnv(WorkerVecEnv):
         for name, value in (("num_envs", num_envs), ("n_action_steps", n_action_steps)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} = {value!r}: expected a whole number of at least 1")
-        values: dict[str, Any] = {"num_workers": num_workers, "n_obs_steps": n_obs_steps}
+        values: dict[str, Any] = {"num_workers": num_workers, "python": python, "n_obs_steps": n_obs_steps}
         values |= {"step_timeout_s": step_timeout_s, "max_restarts": max_restarts, "restart_window_s": restart_window_s}
         super().__init__(make_simulator, validate({"env": values}).env, num_envs, n_action_steps, seed)
 
@@ -145,6 +147,9 @@ def build_gym(config: EnvConfig, chunk_length: int, num_envs: int, seed: int) ->
     name = config.task.removeprefix(GYM)
     if ":" in name:
         raise ConfigError(f"env.task = {config.task}: expected an id that an installed package registers, as it is")
-    make = partial(make_registered, find_env(name))
-    settings = GymSettings(make, config.horizon, config.obs_keys, None, config.task)
-    return WorkerVecEnv(partial(GymSimulator, settings), config, num_envs, chunk_length, seed)
+    if config.python is None:
+        find_env(name)  # which refuses it before any process is started
+    arguments = {"env_id": name, "horizon": config.horizon, "obs_keys": config.obs_keys, "task": config.task}
+    simulator = "asyncflow.simulators.gym"
+    recipe = Recipe(f"{simulator}:build", arguments, f"{simulator}:import_gymnasium")
+    return WorkerVecEnv(recipe, config, num_envs, chunk_length, seed)

@@ -13,8 +13,8 @@ from asyncflow.config.observations import asked_cameras
 from asyncflow.config.plugins import ENVS, plugin_names
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.tasks import TOYS, check_env_meta, find_task, load_env_meta, resolve_task
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ConfigError
+from asyncflow.simulators.spec import EnvSpec
 
 MAX_NAMED = 6  # differences in one line
 

@@ -17,8 +17,8 @@ from tensordict import TensorDict
 
 from asyncflow.config.observations import INDEX, TASK, Field
 from asyncflow.config.suites import TaskSpec
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.spec import EnvSpec
 
 # What of a layout may differ between tasks: it is each task's own, or only says how numbers are called.
 _OWN = ("horizon", "env_meta", "task", "instruction", "num_start_states", "tasks")

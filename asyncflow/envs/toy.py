@@ -23,12 +23,13 @@ from torch import Tensor
 from asyncflow.config.observations import IMAGES, POINTS, Shape, field_key
 from asyncflow.config.suites import TOY_GOALS
 from asyncflow.config.tasks import TOY, TOY_IMAGES, TOY_POINTS
-from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv
+from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, Fault, VecEnv
 from asyncflow.envs.chunks import check_actions, nonfinite_fault
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.tasks import join_tasks, tell_task
 from asyncflow.errors import EnvError
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 STEP_SIZE = 0.1
 GOAL_RADIUS = 0.1

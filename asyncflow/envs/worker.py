@@ -1,49 +1,54 @@
-"""One worker process: what it is sent, how it answers, how it ends. Both sides of its pipe.
+"""The parent's side of one worker process: what it is sent, how it answers, how it ends.
 
-`workers` decides what follows from a failure. A worker gets a factory of simulators, and `chunks` executes chunks in
-them.
+`workers` decides what follows from a failure. `simulators/worker.py` is the other side.
 
 Shapes: N environments.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import ctypes
 import os
-import pickle
 import signal
 import socket
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing import parent_process, resource_tracker, spawn
-from multiprocessing.connection import Connection, wait
-from multiprocessing.util import Finalize
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from typing import Any, Literal
 
-import torch
-import torch.multiprocessing as mp
+import cloudpickle
 
-from asyncflow.envs.base import EnvInterrupted, EnvSpec, Simulator
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
-from asyncflow.errors import ConfigError, EnvError
-from asyncflow.seeding import derive_seed
-from asyncflow.signals import ENDING_SIGNALS
-
-SimulatorFactory = Callable[[int], Simulator]
+from asyncflow.envs.base import EnvInterrupted
+from asyncflow.envs.chunks import ChunkBoard
+from asyncflow.envs.server import Interpreter, explain_end, start_worker, worker_environment
+from asyncflow.errors import ConfigError, ContractError, EnvError
+from asyncflow.simulators.base import Simulator
+from asyncflow.simulators.spec import EnvSpec
 
 _START_TIMEOUT_S = 300.0  # importing robosuite and compiling its numba functions, on a busy machine
 _JOIN_TIMEOUT_S = 2.0
 _SLICE_S = 1.0  # of a wait
 _STOPPED_S = 0.5  # a slice that ends so much too late is one in which this process was stopped
-_NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_prepare = spawn.get_preparation_data
-_start_lock = threading.Lock()  # two threads may replace workers, and starting one changes the environment variables
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A simulator by its name, which any interpreter can build that has its packages.
+
+    Attributes:
+        target: `module:name` of what is called with a seed and the arguments.
+        arguments: Keyword arguments, as JSON holds them.
+        preload: `module:function` that imports what it needs, called once for all workers; None where there is none.
+    """
+
+    target: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    preload: str | None = None
+
+
+SimulatorFactory = Callable[[int], Simulator] | Recipe
 
 
 class WorkerFailure(EnvError):
@@ -85,14 +90,28 @@ class WorkerSetup:
     """The setup that every worker gets.
 
     Attributes:
-        make_simulator: Seed -> simulator, pickled.
-        board: Memory shared with the parent.
+        factory: How simulators are made, as `pack_factory` returns it.
+        board: Memory shared with the workers.
         seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
+        interpreter: What runs the workers.
     """
 
-    make_simulator: bytes
+    factory: dict[str, Any]
     board: ChunkBoard
     seed: int
+    interpreter: Interpreter
+
+    def message(self, env_ids: range) -> dict[str, Any]:
+        """Return what a worker is told first."""
+        return {
+            "factory": self.factory,
+            "board": self.board.memory.plan.to_json(),
+            "seed": self.seed,
+            "env_ids": [env_ids.start, env_ids.stop],
+            "environment": worker_environment(),
+            "folder": os.getcwd(),
+            **self.interpreter.search_path(),
+        }
 
 
 class Worker:
@@ -102,44 +121,52 @@ class Worker:
         index: Its place among the workers.
         env_ids: The environments that it simulates.
         name: What messages call it.
+        process: Its number in the operating system; None until it has started, and after its end.
     """
 
     def __init__(self, index: int, env_ids: range, setup: WorkerSetup, waker: Waker) -> None:
-        """Start the process; `wait_ready` waits for its simulators."""
+        """Start the process; `wait_ready` waits for its simulators.
+
+        Raises:
+            ConfigError: Its interpreter cannot be started.
+        """
         self.index = index
         self.env_ids = env_ids
         self.name = f"worker {index} (environments {env_ids.start} to {env_ids.stop - 1})"
+        self.process: int | None = None
         self._waker = waker
+        self._exit_code: int | None = None
+        self._num_sent = 0
+        self._keys: dict[int, Any] = {0: "ready"}  # number of a message -> what it is received under
         self._answers: dict[Any, Any] = {}
-        self._connection, child = mp.Pipe()
-        self._process = mp.get_context("spawn").Process(
-            target=_serve, args=(child, setup, env_ids), name=f"simulators-{index}", daemon=True
-        )
-        with _worker_environment():
-            self._process.start()
-            # At exit, multiprocessing joins its daemons; a stopped or hung one would never leave. This stands before
-            # the block's end, where the signals that came meanwhile are delivered.
-            self._kill_at_exit = Finalize(None, self._process.kill, exitpriority=1)
-        child.close()  # or the pipe would stay open after the worker's death
+        self._server, self._channel = start_worker(setup.interpreter, setup.board.memory.descriptor)
+        with contextlib.suppress(OSError):  # it is refused; `receive` says why
+            self._channel.send(setup.message(env_ids))
 
     def wait_ready(self) -> tuple[EnvSpec, tuple[str, ...]]:
         """Wait until the simulators are constructed; return their spec and their notices, or raise as `receive`."""
-        ready: tuple[EnvSpec, tuple[str, ...]] = self.receive(
-            "ready", _START_TIMEOUT_S, "the time to construct one simulator"
-        )
-        return ready
+        ready = self.receive("ready", _START_TIMEOUT_S, "the time to construct one simulator")
+        return EnvSpec.from_json(ready["spec"]), tuple(ready["notices"])
 
-    def send(self, command: Literal["begin", "step"], key: Any, argument: Any) -> None:
-        """Send a message, which is answered under `key`; never waits, since messages are few and small.
+    def begin(self, key: Any, seed: int, episodes: dict[int, int]) -> None:
+        """Start an episode in each environment, environment -> episode; never waits.
 
-        Args:
-            command: `begin` starts episodes, its argument is (seed, environment -> episode); `step` executes a chunk
-                in each environment of its argument, environment -> whether its cameras are rendered.
-            key: What to `receive`.
-            argument: Depends on the command.
+        The answer is received under `key`.
         """
+        self._send(key, {"command": "begin", "seed": seed, "episodes": list(episodes.items())})
+
+    def step(self, key: Any, envs: dict[int, bool]) -> None:
+        """Execute a chunk in each environment, environment -> whether its cameras are rendered; never waits.
+
+        The answer is received under `key`.
+        """
+        self._send(key, {"command": "step", "envs": list(envs.items())})
+
+    def _send(self, key: Any, message: dict[str, Any]) -> None:
+        self._num_sent += 1
+        self._keys[self._num_sent] = key
         with contextlib.suppress(OSError):  # the worker is dead; `receive` says why
-            self._connection.send((command, key, argument))
+            self._channel.send({"number": self._num_sent, **message})
 
     def receive(self, key: Any, timeout_s: float, limit: str = "env.step_timeout_s") -> Any:
         """Wait for the answer to one message; earlier answers to other messages are kept for their own caller.
@@ -151,45 +178,77 @@ class Worker:
             ConfigError: The simulator cannot be built as asked, a user's mistake.
         """
         while key not in self._answers:
-            kind, key_answered, payload = self._receive_next(timeout_s, limit)
-            if kind == "alive":
-                continue  # one simulator of several is constructed, or has begun its episode
+            message = self._receive_next(timeout_s, limit)
+            kind = message["kind"]
             if kind == "refused":
-                raise ConfigError(payload)
+                raise ConfigError(message["text"])
             if kind == "error":
-                last_line = payload.strip().rsplit("\n", maxsplit=1)[-1]
-                raise WorkerFailure("raised", f"{self.name} raised {last_line}", payload)
-            self._answers[key_answered] = payload
+                trace = message["trace"]
+                raise WorkerFailure("raised", f"{self.name} raised {trace.strip().rsplit(chr(10), 1)[-1]}", trace)
+            if kind == "done":
+                self._answers[self._keys.pop(message["number"])] = message
         return self._answers.pop(key)
 
     def _receive_next(self, timeout_s: float, limit: str) -> Any:
-        ready = _wait([self._connection, self._process.sentinel, self._waker.receiver], timeout_s)
-        if self._waker.receiver in ready:
-            raise EnvInterrupted(f"interrupted while waiting for {self.name}")
-        if not ready:
-            raise WorkerFailure("timeout", f"{self.name} was silent for {timeout_s:g} s ({limit})")
-        with contextlib.suppress(EOFError, OSError):
-            if self._connection.poll():  # also what a worker said before it died
-                return self._connection.recv()
-        self._process.join(_JOIN_TIMEOUT_S)  # the exit code comes a moment after the pipe's end
-        raise WorkerFailure("died", f"{self.name} died with exit code {self._process.exitcode}")
+        """Return the next message of any kind, and note what it says of the process itself."""
+        while not self._channel.has_message:
+            ready = _wait([self._channel, self._waker.receiver], timeout_s)
+            if self._waker.receiver in ready:
+                raise EnvInterrupted(f"interrupted while waiting for {self.name}")
+            if not ready:
+                raise WorkerFailure("timeout", f"{self.name} was silent for {timeout_s:g} s ({limit})")
+            try:
+                self._channel.read()
+            except EOFError:
+                raise self._explain_death() from None
+        return self._take()
+
+    def _take(self) -> Any:
+        message = self._channel.take()
+        if message["kind"] == "started":
+            self.process = message["process"]
+        elif message["kind"] == "ended":
+            self.process, self._exit_code = None, message["code"]
+        return message
+
+    def _explain_death(self) -> Exception:
+        if self.process is None and self._exit_code is None:  # its server ended before it could start it
+            return ConfigError(explain_end(self._server))
+        self.process = None
+        return WorkerFailure("died", f"{self.name} died with exit code {self._exit_code}")
 
     def dismiss(self) -> None:
-        """Close the pipe, at which the process leaves after the chunk under way; never waits."""
-        self._connection.close()
+        """Close the channel, at which the process leaves after the chunk under way; never waits."""
+        with contextlib.suppress(OSError):
+            self._channel.socket.shutdown(socket.SHUT_WR)
+
+    def kill(self) -> None:
+        """End the process at once, unless it has ended."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)  # works on a stopped process, too
 
     def stop(self, deadline: float) -> None:
         """Wait for the process until the deadline, then kill it, and free what it held here; may be called twice."""
-        if not self._kill_at_exit.still_active():
+        if self._channel.fileno() < 0:
             return
-        self._kill_at_exit.cancel()
         self.dismiss()
-        self._process.join(max(0.0, deadline - time.monotonic()))
-        if self._process.is_alive():
-            self._process.kill()  # works on a stopped process, too
-            self._process.join(_JOIN_TIMEOUT_S)
-        with contextlib.suppress(ValueError):  # stuck in the kernel, which kills it when it comes out
-            self._process.close()
+        if not self._wait_for_end(deadline):
+            self.kill()
+            self._wait_for_end(time.monotonic() + _JOIN_TIMEOUT_S)
+        self._channel.close()
+
+    def _wait_for_end(self, deadline: float) -> bool:
+        """Wait until the channel closes, which is after the process's end; return whether it did."""
+        try:
+            while wait([self._channel.socket], max(0.0, deadline - time.monotonic())):
+                self._channel.read()
+                while self._channel.has_message:
+                    self._take()
+        except EOFError:
+            self.process = None
+            return True
+        return False
 
 
 def _wait(objects: list[Any], timeout_s: float) -> list[Any]:
@@ -208,108 +267,24 @@ def _wait(objects: list[Any], timeout_s: float) -> list[Any]:
             return ready
 
 
-def _serve(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
-    """Run a worker process: construct the simulators, answer messages, leave when the pipe closes.
+def pack_factory(make_simulator: SimulatorFactory, interpreter: Interpreter) -> dict[str, Any]:
+    """Return a factory as it is sent to workers.
 
-    The simulators' memory goes with the process; closing them and the interpreter first would take seconds.
+    Raises:
+        ContractError: A function cannot be pickled.
+        ConfigError: A function cannot be sent to another interpreter.
     """
-    _die_with_parent()
-    with contextlib.suppress(OSError):
-        os.dup2(2, 1)  # what simulators print is no part of the program's output
-    for number in ENDING_SIGNALS:  # they reach the whole process group; the parent handles them
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if isinstance(make_simulator, Recipe):
+        return {"target": make_simulator.target, "arguments": make_simulator.arguments}
+    if interpreter.python is not None:
+        raise ConfigError(
+            f"env.python = {interpreter.python}: make_simulator = {make_simulator} is an object of this interpreter; "
+            "for another one name it, as in Recipe('my_module:MySimulator')"
+        )
     try:
-        _work(connection, setup, env_ids)
-    except ConfigError as error:
-        with contextlib.suppress(OSError):
-            connection.send(("refused", None, str(error)))
-    except BaseException:
-        with contextlib.suppress(OSError):
-            connection.send(("error", None, traceback.format_exc()))
-        os._exit(1)
-    os._exit(0)
-
-
-def _work(connection: Connection, setup: WorkerSetup, env_ids: range) -> None:
-    """Construct the simulators and obey, until the parent closes the pipe or dies."""
-
-    def tell_alive() -> None:
-        connection.send(("alive", None, None))
-
-    runners = {}
-    for env in env_ids:
-        runners[env] = _build_runner(setup, env)
-        tell_alive()
-    first = runners[env_ids[0]]
-    connection.send(("done", "ready", (first.spec, first.notices)))
-    while True:
-        try:
-            command, key, argument = connection.recv()
-        except (EOFError, OSError):
-            return
-        _obey(runners, command, argument, tell_alive)
-        connection.send(("done", key, None))
-
-
-def _build_runner(setup: WorkerSetup, env: int) -> EpisodeRunner:
-    make_simulator = pickle.loads(setup.make_simulator)
-    return EpisodeRunner(make_simulator(derive_seed(setup.seed, "simulator", env)), env, setup.board)
-
-
-def _obey(
-    runners: dict[int, EpisodeRunner], command: str, argument: Any, tell_alive: Callable[[], None] = lambda: None
-) -> None:
-    """Execute a command; resets may take long, so each of them is told. A chunk is one message."""
-    if command == "begin":
-        seed, episodes = argument
-        for env, episode in episodes.items():
-            runners[env].begin(seed, episode)
-            tell_alive()
-    else:
-        for env, is_rendered in argument.items():
-            runners[env].execute(is_rendered)
-
-
-def _die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends: hung or stopped, it would not see its pipe close.
-
-    Linux only. The signal comes when the *thread* that started this process ends. Workers are started by the thread
-    that uses the environments; a replacement by the collector's, which ends when they are no longer needed.
-    """
-    parent = parent_process()
-    if sys.platform != "linux" or parent is None:
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent.pid:  # it died before the line above
-        os._exit(1)
-
-
-def _prepare_without_main(name: str) -> dict[str, Any]:
-    return {key: value for key, value in _prepare(name).items() if not key.startswith("init_main")}
-
-
-@contextlib.contextmanager
-def _worker_environment() -> Iterator[None]:
-    """Set what a worker inherits: one thread per numeric library, and signals blocked until the worker ignores them.
-
-    A worker does not run the main program's file again, as `spawn` has it: cloudpickle sends along what is needed of
-    it. So a script that makes environments needs no `if __name__ == "__main__"`.
-    """
-    with _start_lock:
-        saved = {name: os.environ.get(name) for name in _NUM_THREADS}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        resource_tracker.ensure_running()  # here, so that it too blocks those that it does not ignore by itself
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # it has unblocked the others
-        os.environ.update(dict.fromkeys(_NUM_THREADS, "1"))
-        try:
-            spawn.get_preparation_data = _prepare_without_main
-            yield
-        finally:
-            spawn.get_preparation_data = _prepare
-            for name, value in saved.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return {"pickle": base64.b64encode(cloudpickle.dumps(make_simulator)).decode()}
+    except Exception as error:  # whatever a class of another package raises
+        raise ContractError(
+            f"make_simulator = {make_simulator} cannot be pickled for the worker processes: {error}; what it refers to "
+            "must not be open files, locks, running environments and the like"
+        ) from None

@@ -15,23 +15,23 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import compress
 from types import TracebackType
 from typing import Any
 
-import cloudpickle
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from asyncflow.config.observations import STATE, rendered_rooms
 from asyncflow.config.sections import EnvConfig
-from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, EnvSpec, Fault, VecEnv, as_slice
+from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, Fault, VecEnv, as_slice
 from asyncflow.envs.chunks import ChunkBoard, check_actions
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.envs.worker import SimulatorFactory, Waker, Worker, WorkerFailure, WorkerSetup
-from asyncflow.errors import ContractError, EnvError
+from asyncflow.envs.server import Interpreter, find_python
+from asyncflow.envs.worker import Recipe, SimulatorFactory, Waker, Worker, WorkerFailure, WorkerSetup, pack_factory
+from asyncflow.errors import EnvError
+from asyncflow.simulators.spec import EnvSpec
 
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -67,7 +67,10 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             ConfigError: It cannot be constructed as asked, breaks its contract or cannot be pickled, or shared memory
                 does not suffice.
         """
-        factory = _pack(make_simulator)
+        python = None if config.python is None else find_python(config.python)
+        preload = make_simulator.preload if isinstance(make_simulator, Recipe) else None
+        interpreter = Interpreter(python, preload)
+        factory = pack_factory(make_simulator, interpreter)
         self.num_envs, self.n_action_steps = num_envs, chunk_length
         self._config = config
         self._seed = 0
@@ -80,7 +83,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._waker = Waker()
         self._workers: list[Worker] = []
         self._board = ChunkBoard.allocate(num_envs, chunk_length, config.n_obs_steps, rendered_rooms(config))
-        self._setup = WorkerSetup(factory, self._board, seed)
+        self._setup = WorkerSetup(factory, self._board, seed, interpreter)
         try:
             self.spec, self.notices = self._start_workers(
                 min(num_envs, config.num_workers or len(os.sched_getaffinity(0)))
@@ -168,8 +171,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             self._workers.pop().stop(deadline)
         self._waker.close()
         self._pending.clear()
-        self._board = ChunkBoard.allocate(0, 0)
-        self._setup = replace(self._setup, board=self._board)
+        self._board.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -194,7 +196,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
     def _begin(self, worker: Worker) -> None:
         episodes = {env: self._journal.episodes[env] for env in worker.env_ids}
-        worker.send("begin", "begin", (self._seed, episodes))
+        worker.begin("begin", self._seed, episodes)
 
     def _start_chunks(self, key: Any, env_ids: Collection[int], unseen: Collection[int] = ()) -> list[Worker]:
         """Start the chunks on the board, but for lost environments; return the workers that owe an answer.
@@ -205,7 +207,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         for worker in self._workers:
             mine = {env: env not in unseen for env in worker.env_ids if env in env_ids and env not in self._lost}
             if mine:
-                worker.send("step", key, mine)
+                worker.step(key, mine)
                 asked.append(worker)
         return asked
 
@@ -329,15 +331,3 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             }
             obs[kind] = TensorDict(copies, batch_size=state.shape[:1])
         return obs
-
-
-def _pack(make_simulator: SimulatorFactory) -> bytes:
-    """Return a factory as it is sent to workers."""
-    try:
-        packed: bytes = cloudpickle.dumps(make_simulator)
-    except Exception as error:  # whatever a class of another package raises
-        raise ContractError(
-            f"make_simulator = {make_simulator} cannot be pickled for the worker processes: {error}; what it refers to "
-            "must not be open files, locks, running environments and the like"
-        ) from None
-    return packed

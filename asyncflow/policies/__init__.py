@@ -16,7 +16,6 @@ from asyncflow.config.observations import IMAGES, refuse_unseen
 from asyncflow.config.plugins import POLICIES, build_plugin, load_plugin, refuse_taken_name
 from asyncflow.config.sections import POLICY_KINDS, PolicyConfig
 from asyncflow.devices import check_memory
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Policy, set_eval
 from asyncflow.policies.flow import FlowPolicy
@@ -24,6 +23,7 @@ from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.vla.foreign import find_model_class
 from asyncflow.policies.vla.policy import VLAPolicy, build_vla
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 __all__ = ["FlowPolicy", "GaussianPolicy", "Policy", "VLAPolicy", "find_policy_code", "make_policy"]
 

@@ -21,7 +21,7 @@ from asyncflow.policies.networks.layers import Normalizer
 
 if TYPE_CHECKING:
     from asyncflow.config.sections import PolicyConfig
-    from asyncflow.envs.base import EnvSpec
+    from asyncflow.simulators.spec import EnvSpec
 
 Mode = Literal["train", "eval"]
 REDUCED_PRECISION_NATS = 0.5  # a `ratio_tolerance` where TF32, or what a model computes in by itself, rounds

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies.base import REDUCED_PRECISION_NATS
 from asyncflow.policies.flow_sampler import Steps, Velocity
 from asyncflow.policies.networks.encoders import add_encoders, encode
 from asyncflow.policies.networks.layers import NUM_TIME_FEATURES, mlp, time_features
 from asyncflow.policies.velocity import VelocityPolicy
+from asyncflow.simulators.spec import EnvSpec
 
 
 class VelocityNetwork(nn.Module):

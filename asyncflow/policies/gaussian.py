@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import REDUCED_PRECISION_NATS, Mode, Policy
 from asyncflow.policies.flow_sampler import entropy_terms, log_prob_terms, select_dims
 from asyncflow.policies.networks.encoders import add_encoders, encode
 from asyncflow.policies.networks.layers import Normalizer, mlp
+from asyncflow.simulators.spec import EnvSpec
 
 
 class GaussianPolicy(Policy):

@@ -28,11 +28,11 @@ from asyncflow.config.plain_values import is_deep
 from asyncflow.config.robomimic_file import SUFFIXES as ROBOMIMIC_SUFFIXES
 from asyncflow.config.robomimic_file import load_robomimic_file
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import expand_user, follow, write_atomically
 from asyncflow.policies.policy_header import read_policy_config, read_spec
+from asyncflow.simulators.spec import EnvSpec
 
 FORMAT = "asyncflow-policy"
 FORMAT_VERSION = 1

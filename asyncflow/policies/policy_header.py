@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from asyncflow.config.observations import IMAGES, SETTINGS, Field, field_key, make_field
 from asyncflow.config.sections import PolicyConfig, explain, validate
 from asyncflow.config.suites import TaskSpec
-from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.contract import check_spec
+from asyncflow.simulators.checked import check_spec
+from asyncflow.simulators.spec import EnvSpec
 
 MAX_SIZE, MAX_HORIZON = 2**31 - 1, 2**62
 

@@ -18,7 +18,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.config.contracts import broken, name_of
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError, ContractError
 from asyncflow.policies.base import Policy
 from asyncflow.policies.vla.foreign import ForeignPolicy
@@ -27,6 +26,7 @@ from asyncflow.ppo.losses import sum_steps
 from asyncflow.rollout.ring import Rollout
 from asyncflow.rollout.weights import make_acting_copy
 from asyncflow.seeding import derive_seed, policy_noise
+from asyncflow.simulators.spec import EnvSpec
 
 NUM_TRIED = 2  # decisions
 NUM_REPEATS = 2  # of a call; randomness need not show in two numbers at once

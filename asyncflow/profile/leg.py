@@ -10,7 +10,6 @@ import re
 import tempfile
 import time
 from dataclasses import dataclass, field
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from asyncflow.config.presets import apply_overrides
 from asyncflow.config.sections import Config, validate
+from asyncflow.envs.server import running_servers, running_workers
 from asyncflow.metrics.tracing import Tracer, read_spans
 from asyncflow.profile.read import Leg, Memory, Mode, Window, read_leg
 from asyncflow.profile.slow import NOTHING, Emulation
@@ -122,10 +122,23 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> Memory:
-    """Return the most memory that this process, its workers together and the GPU needed."""
-    workers = sum(_peak_resident(str(child.pid)) for child in active_children())
+    """Return the most memory that this process and the GPU needed, and what its simulators' processes hold now.
+
+    Those share what they have imported, of which each counts its part (proportional set size).
+    """
+    workers = running_workers()
+    simulating = sum(map(_proportional, [*running_servers(), *workers])) if workers else 0
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-    return Memory(_peak_resident("self"), workers, gpu)
+    return Memory(_peak_resident("self"), simulating, gpu)
+
+
+def _proportional(process: int) -> int:
+    try:
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^Pss:\s*(\d+) kB", rollup, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
 
 
 def _peak_resident(process: str) -> int:

@@ -34,7 +34,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """The most that a leg needed, in bytes; of all workers together, and 0 where there is no GPU."""
+    """Memory of a leg, in bytes: the most of this process and the GPU, and the workers' share at the end, or 0."""
 
     process_bytes: int
     workers_bytes: int

@@ -20,7 +20,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.config.sections import MAX_SECONDS
-from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvSpec, VecEnv
+from asyncflow.envs.base import ChunkResult, ChunkSpan, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import ConfigError
 from asyncflow.ppo.ppo import PPO
@@ -29,6 +29,7 @@ from asyncflow.rollout.ring import Rollout
 from asyncflow.rollout.streams import finish_event, record_event
 from asyncflow.run.trainer import Trainer
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 Spread = Literal["constant", "uniform", "exponential", "lognormal"]
 LANE = "emulated"  # of emulated simulation in a trace

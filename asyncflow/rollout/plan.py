@@ -15,9 +15,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from asyncflow.envs.base import ChunkResult, EnvSpec
+from asyncflow.envs.base import ChunkResult
 from asyncflow.policies.base import Policy
 from asyncflow.rollout.weights import make_acting_copy
+from asyncflow.simulators.spec import EnvSpec
 
 
 @dataclass(frozen=True)

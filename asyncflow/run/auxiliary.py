@@ -11,13 +11,13 @@ from asyncflow.config.sections import AlgorithmConfig, Config
 from asyncflow.demos.dataset import read_dataset
 from asyncflow.demos.pretrain import make_examples
 from asyncflow.demos.samples import Examples
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import Policy
 from asyncflow.ppo.auxiliary import AuxiliaryLoss, build_auxiliary
 from asyncflow.ppo.ppo import PPO
 from asyncflow.rollout.plan import RingPlan
 from asyncflow.rollout.weights import changing_tensors
+from asyncflow.simulators.spec import EnvSpec
 
 
 def check_auxiliary(config: Config) -> None:

@@ -18,7 +18,7 @@ from asyncflow.config.observations import STATE, VECTOR, Field
 from asyncflow.config.sections import Config, PolicyConfig
 from asyncflow.config.tasks import check_cameras, is_described, resolve_task
 from asyncflow.devices import check_compile, resolve_device
-from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import MappedVecEnv, NameMapping, check_names, map_names
 from asyncflow.envs.source import adopt_environment
 from asyncflow.policies import find_policy_code
@@ -31,6 +31,7 @@ from asyncflow.run.footprint import check_environments, check_rollouts
 from asyncflow.run.parts import build_env, build_policy, read_start, settle_environment
 from asyncflow.run.recipe import loop_arguments
 from asyncflow.run.trainer import Trainer
+from asyncflow.simulators.spec import EnvSpec
 
 
 def check_start(config: Config) -> Path:

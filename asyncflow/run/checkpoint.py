@@ -24,13 +24,13 @@ from torch import Tensor
 
 from asyncflow import checksums, files
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
 from asyncflow.files import follow, publish_file, write_atomically
 from asyncflow.policies.base import Policy
 from asyncflow.policies.policy_file import FILE_NAME, read_policy_file, save_policy
 from asyncflow.run.state import RunState, check_groups
+from asyncflow.simulators.spec import EnvSpec
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 TRAINING, STATE = "training.safetensors", "state.json"

@@ -7,11 +7,11 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies.base import Policy, clipped_inputs
 from asyncflow.policies.networks.layers import Normalizer
 from asyncflow.rollout.episodes import Episode
 from asyncflow.rollout.success_value import warn_of_returns, warn_of_shaped_reward
+from asyncflow.simulators.spec import EnvSpec
 
 NOTICED_CLIPPED_SHARE = 0.1  # of a rollout's observed numbers
 

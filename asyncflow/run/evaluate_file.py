@@ -15,7 +15,7 @@ from asyncflow.config.sections import Config, EnvConfig
 from asyncflow.config.tasks import TOYS
 from asyncflow.devices import resolve_device
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.base import EnvSpec, VecEnv
+from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import map_names
 from asyncflow.envs.source import read_description
 from asyncflow.errors import CheckpointError, ConfigError
@@ -25,6 +25,7 @@ from asyncflow.policies.vla.foreign import without_weights
 from asyncflow.run.evaluate import EvalResult, evaluate
 from asyncflow.run.footprint import check_environments
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 
 def evaluate_checkpoint(

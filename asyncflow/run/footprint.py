@@ -9,7 +9,7 @@ import torch
 
 from asyncflow.config.sections import Config
 from asyncflow.devices import check_memory
-from asyncflow.envs.base import EnvSpec
+from asyncflow.simulators.spec import EnvSpec
 
 SIMULATOR_BYTES = 50_000_000  # of a robosuite task, half of what Lift takes
 TOY_BYTES = 1_000  # of an environment without a simulator

@@ -15,7 +15,7 @@ from asyncflow.config.lerobot_folder import with_export
 from asyncflow.config.observations import read_cameras, read_sizes
 from asyncflow.config.sections import Config, PolicyConfig
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.base import EnvOrigin, EnvSpec, VecEnv
+from asyncflow.envs.base import EnvOrigin, VecEnv
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.envs.source import adopt_environment, restore_environment, tell_change, tell_edit
 from asyncflow.errors import CheckpointError, ConfigError
@@ -33,6 +33,7 @@ from asyncflow.policies.policy_file import (
 from asyncflow.policies.vla.foreign import without_weights
 from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 
 def settle_environment(config: Config, resumed: Checkpoint | None = None) -> Config:

@@ -20,12 +20,12 @@ from asyncflow.config.observations import make_field
 from asyncflow.config.policy import MappingConfig
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies.policy_file import resolve_checkpoint
 from asyncflow.run.build import check_start
 from asyncflow.run.launch import train
+from asyncflow.simulators.spec import EnvSpec
 
 FEATURES = {
     "observation.images.top": {"type": "VISUAL", "shape": [3, 28, 28]},

@@ -9,7 +9,6 @@ from silent import TOY, Silent, record
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig, PolicyConfig
 from asyncflow.envs import make_vec_env, task_names
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.checked_env import CheckedVecEnv
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError, ContractError
@@ -19,6 +18,7 @@ from asyncflow.run.build import check_start
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
 from asyncflow.run.start import choose_preset
+from asyncflow.simulators.spec import EnvSpec
 
 PACKAGE = """
 import os

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.core import multiarray
+from robomimic_wrapper import register_mujoco_py
 
 from asyncflow.config import robomimic_file
 from asyncflow.config.robomimic_file import load_restricted, load_robomimic_file
-from asyncflow.envs.robosuite.simulator import _register_mujoco_py, quiet
 from asyncflow.errors import CheckpointError
+from asyncflow.simulators.robosuite.simulator import quiet
 
 META = {"env_name": "Lift", "type": 1, "env_version": "1.5.2", "env_kwargs": {"robots": ["Panda"], "control_freq": 20}}
 FORMATS = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
@@ -336,7 +337,7 @@ def test_a_checkpoint_written_by_robomimic_itself_is_read(tmp_path, is_zip, monk
 
 def _write_by_robomimic(path: Path) -> None:
     """Save a behaviour cloning policy as robomimic's own training does."""
-    _register_mujoco_py()
+    register_mujoco_py()
     with quiet():
         from robomimic.algo import algo_factory  # noqa: PLC0415  seconds
         from robomimic.config import config_factory  # noqa: PLC0415

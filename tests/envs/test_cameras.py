@@ -12,26 +12,26 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import resolve_task
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator
 
 pytestmark = pytest.mark.sim
 NAMES = ["agentview", "robot0_eye_in_hand"]
 SEED, STEPS, H = 3, 3, 3
 
 
-def build(seed: int = SEED, **keys) -> RobomimicEnv:
-    return RobomimicEnv(resolve_task(EnvConfig(cameras=NAMES, **keys)), seed)
+def build(seed: int = SEED, **keys) -> RobosuiteSimulator:
+    return RobosuiteSimulator(resolve_task(EnvConfig(cameras=NAMES, **keys)), seed)
 
 
 @pytest.fixture(scope="module")
-def lift() -> Iterator[RobomimicEnv]:
+def lift() -> Iterator[RobosuiteSimulator]:
     env = build()
     yield env
     env.close()
 
 
-def play(env: RobomimicEnv, episode: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
+def play(env: RobosuiteSimulator, episode: int = 5) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the simulator's state and what the cameras see after each step."""
     env.reset(episode)
     rng, seen = np.random.default_rng(0), [(env.simulator_state(), env.render()["images"])]
@@ -52,7 +52,7 @@ def test_images_are_uint8_by_camera_upright_and_show_the_scene(lift):
     images = lift.render()["images"]
     assert (images.shape, images.dtype) == ((2, 3, 84, 84), np.uint8)
     assert lift.spec.shapes("images") == dict.fromkeys(NAMES, (3, 84, 84))
-    reference = lift.env.env.sim.render(camera_name="agentview", width=84, height=84)[::-1]
+    reference = lift.env.sim.render(camera_name="agentview", width=84, height=84)[::-1]
     assert np.array_equal(images[0], reference.transpose(2, 0, 1))
     assert images.reshape(2, -1).std(1).min() > 10
 
@@ -81,7 +81,7 @@ def test_the_fast_step_changes_neither_states_nor_images(lift):
 
 
 def test_cameras_change_no_state(lift):
-    blind = RobomimicEnv(resolve_task(EnvConfig()), SEED)
+    blind = RobosuiteSimulator(resolve_task(EnvConfig()), SEED)
     blind.reset(5)
     rng, states = np.random.default_rng(0), [blind.simulator_state()]
     for _ in range(STEPS):
@@ -92,7 +92,7 @@ def test_cameras_change_no_state(lift):
 
 
 def test_the_table_names_the_cameras_that_there_are(lift):
-    assert lift.env.env.sim.model.camera_names == TASKS["Lift"].cameras
+    assert lift.env.sim.model.camera_names == TASKS["Lift"].cameras
 
 
 def test_a_camera_that_a_described_environment_lacks_is_refused_in_one_line_by_the_workers(lift, tmp_path):

@@ -1,14 +1,19 @@
 """Chunks in one simulator: where they stop, what they leave behind, and which seeds episodes start from."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 from fake_simulator import HORIZON, NAN_OBS, NAN_REWARD, SUCCEED, FakeSimulator
 
-from asyncflow.envs.base import StepResult
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner, check_actions
+from asyncflow.envs.chunks import ChunkBoard, check_actions
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.base import StepResult
+from asyncflow.simulators.board import Board, BoardPlan
+from asyncflow.simulators.runner import EpisodeRunner
 
 H = 4
 
@@ -20,7 +25,7 @@ def board() -> ChunkBoard:
 
 @pytest.fixture
 def runner(board: ChunkBoard) -> EpisodeRunner:
-    runner = EpisodeRunner(FakeSimulator(0), 2, board)
+    runner = EpisodeRunner(FakeSimulator(0), 2, board.memory)
     runner.begin(7, 0)
     return runner
 
@@ -88,7 +93,7 @@ def test_success_on_the_last_step_is_a_termination_and_no_truncation(board, runn
 def test_an_episode_ends_as_its_simulator_says(board, end, terminated, truncated, succeeded):
     simulator, steps = FakeSimulator(0), iter([StepResult(0.5, False, False, False), end] + [(0.0, False)] * 2)
     simulator.step = lambda _: next(steps)
-    runner = EpisodeRunner(simulator, 2, board)
+    runner = EpisodeRunner(simulator, 2, board.memory)
     runner.begin(7, 0)
     runner.execute()
     assert (board.terminated[2], board.truncated[2], board.succeeded[2]) == (terminated, truncated, succeeded)
@@ -102,7 +107,7 @@ def test_an_episode_ends_as_its_simulator_says(board, end, terminated, truncated
 def test_an_episode_that_is_cut_at_the_horizon_while_solved_is_a_success(board):
     simulator = FakeSimulator(0)
     simulator.step = lambda _: StepResult(0.0, False, False, True)
-    runner = EpisodeRunner(simulator, 2, board)
+    runner = EpisodeRunner(simulator, 2, board.memory)
     runner.begin(7, 0)
     for _ in range(3):
         runner.execute()
@@ -175,7 +180,7 @@ class NeverFinite(FakeSimulator):
 
 def test_a_first_observation_that_is_not_finite_is_an_error(board):
     with pytest.raises(EnvError, match="environment 2: the first observation of episode 3 is not finite"):
-        EpisodeRunner(NeverFinite(0), 2, board).begin(7, 3)
+        EpisodeRunner(NeverFinite(0), 2, board.memory).begin(7, 3)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +195,42 @@ def test_a_chunk_that_cannot_be_executed_is_refused(actions, pending, complaint)
         check_actions(actions, (2, H, 4), range(2), pending)
 
 
-def test_a_board_that_shared_memory_cannot_hold_is_refused_before_it_is_allocated(monkeypatch):
-    monkeypatch.setattr("asyncflow.devices._free_shared_memory", lambda: 1000)
-    with pytest.raises(ConfigError, match=r"/dev/shm"):
+def test_a_board_that_memory_cannot_hold_is_refused_before_it_is_allocated(monkeypatch):
+    monkeypatch.setattr("asyncflow.devices.free_memory", lambda device: 1000)
+    with pytest.raises(ConfigError, match=r"^device cpu: .* are needed, .* are free; lower env.num_envs"):
         ChunkBoard.allocate(4, 2)
+
+
+def test_a_limit_on_the_size_of_files_is_one_line(monkeypatch):
+    def refuse(descriptor: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    num_open = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ConfigError, match=r"^shared memory: .* cannot be had: File too large; lower env.num_envs"):
+        ChunkBoard.allocate(4, 2)
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_both_sides_of_a_board_see_the_same_numbers(board):
+    other = Board(BoardPlan.from_json(board.memory.plan.to_json()), board.memory.descriptor)
+    board.actions[2, 1, 3] = 7.0
+    other.arrays["rewards"][0, 1] = 5.0
+    assert other.arrays["actions"][2, 1, 3] == 7.0
+    assert board.rewards[0, 1] == 5.0
+
+
+def test_the_arrays_of_a_board_do_not_overlap():
+    board = ChunkBoard.allocate(3, H, 2, {"images": (1, 3, 4, 4), "points": (2, 5, 6)})
+    for number, array in enumerate(board.memory.arrays.values()):
+        array[...] = number % 2 if array.dtype == bool else number
+    for number, (name, array) in enumerate(board.memory.arrays.items()):
+        assert (array == (number % 2 if array.dtype == bool else number)).all(), name
+
+
+@pytest.mark.parametrize(
+    "plan", [BoardPlan(3, H + 1), BoardPlan(4, H), BoardPlan(3, H, 2), BoardPlan(3, H, 1, {"points": (1, 5, 6)})]
+)
+def test_a_board_of_other_sizes_is_refused(board, plan):
+    with pytest.raises(EnvError, match=r"^shared memory: its header is "):
+        Board(plan, board.memory.descriptor)

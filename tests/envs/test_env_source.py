@@ -9,7 +9,6 @@ from silent import Silent
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig, PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.source import adopt_environment, restore_environment, tell_change, tell_edit
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
@@ -20,6 +19,7 @@ from asyncflow.run.checkpoint import Checkpoint
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
 from asyncflow.run.start import name_task
+from asyncflow.simulators.spec import EnvSpec
 
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"], "control_freq": 20}}
 KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")

@@ -20,9 +20,9 @@ from robosuite.utils.observables import (
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import MEASURED, TASKS
 from asyncflow.config.tasks import SimulatorSettings, resolve_task
-from asyncflow.envs.robosuite.fast_observables import ObservableClock
-from asyncflow.envs.robosuite.fast_step import FastStep
-from asyncflow.envs.robosuite.simulator import RobomimicEnv, build_env_meta
+from asyncflow.simulators.robosuite.fast_observables import ObservableClock
+from asyncflow.simulators.robosuite.fast_step import FastStep
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator, build_env_meta
 
 pytestmark = pytest.mark.sim
 SEED = 3
@@ -34,7 +34,7 @@ Policy = Callable[[int, dict[str, Any]], np.ndarray]
 Seen = list[tuple[np.ndarray, dict[str, Any], float, bool]]
 
 
-def build(task: str = "Lift", env_kwargs: dict[str, Any] | None = None, **part: Any) -> RobomimicEnv:
+def build(task: str = "Lift", env_kwargs: dict[str, Any] | None = None, **part: Any) -> RobosuiteSimulator:
     """Return a simulator whose arms have a changed controller, or another one with its default arguments."""
     meta = build_env_meta(TASKS[task])
     meta["env_kwargs"] |= env_kwargs or {}
@@ -42,24 +42,24 @@ def build(task: str = "Lift", env_kwargs: dict[str, Any] | None = None, **part: 
         if not part.get("type", "OSC").startswith("OSC"):
             arm.clear()
         arm.update({"interpolation": None, "gripper": {"type": "GRIP"}, **part})
-    return RobomimicEnv(SimulatorSettings(TASKS[task], 400, TASKS[task].obs_keys, meta), SEED)
+    return RobosuiteSimulator(SimulatorSettings(TASKS[task], 400, TASKS[task].obs_keys, meta), SEED)
 
 
 @pytest.fixture(scope="module")
-def lift() -> Iterator[RobomimicEnv]:
+def lift() -> Iterator[RobosuiteSimulator]:
     env = build()
     yield env
     env.close()
 
 
-def random_policy(env: RobomimicEnv, seed: int) -> Policy:
+def random_policy(env: RobosuiteSimulator, seed: int) -> Policy:
     rng = np.random.default_rng(seed)
     return lambda _step, _obs: rng.uniform(-1, 1, env.spec.action_dim)
 
 
-def reach_policy(env: RobomimicEnv) -> Policy:
+def reach_policy(env: RobosuiteSimulator) -> Policy:
     """Go to the first object, close the gripper, lift: it meets contacts, and in Lift it solves the task."""
-    num_robots = len(env.env.env.robots)
+    num_robots = len(env.env.robots)
 
     def act(step: int, obs: dict[str, Any]) -> np.ndarray:
         actions = np.zeros((num_robots, env.spec.action_dim // num_robots))
@@ -72,7 +72,7 @@ def reach_policy(env: RobomimicEnv) -> Policy:
     return act
 
 
-def play(env: RobomimicEnv, step: Callable[..., Any], episode: int, policy: Policy, num_steps: int) -> Seen:
+def play(env: RobosuiteSimulator, step: Callable[..., Any], episode: int, policy: Policy, num_steps: int) -> Seen:
     """Return the simulator's state, every observation, reward and done after each step."""
     env.reset(episode)
     obs, seen = env._raw_obs, []
@@ -90,13 +90,13 @@ def assert_same(ours: Seen, theirs: Seen) -> None:
         assert our_rest == their_rest
 
 
-def assert_equal_episodes(env: RobomimicEnv, num_steps: int, num_episodes: int = 2) -> None:
+def assert_equal_episodes(env: RobosuiteSimulator, num_steps: int, num_episodes: int = 2) -> None:
     """Play random and scripted episodes both ways; one simulator will do, for an episode depends on its seed alone."""
-    fast = FastStep(env.env.env)
+    fast = FastStep(env.env)
     policies = [lambda seed=seed: random_policy(env, seed) for seed in range(num_episodes)]
     for episode, make_policy in enumerate([*policies, lambda: reach_policy(env)]):
         ours = play(env, fast.step, episode, make_policy(), num_steps)
-        assert_same(ours, play(env, env.env.env.step, episode, make_policy(), num_steps))
+        assert_same(ours, play(env, env.env.step, episode, make_policy(), num_steps))
         assert fast.obstacle is None
 
 
@@ -151,14 +151,14 @@ def test_whole_episodes_of_every_task_and_controller_are_equal_bit_for_bit(task,
 
 
 def test_a_grasp_succeeds_at_the_same_step(lift):
-    fast = FastStep(lift.env.env)
+    fast = FastStep(lift.env)
     ours = play(lift, fast.step, 6, reach_policy(lift), 100)
-    assert_same(ours, play(lift, lift.env.env.step, 6, reach_policy(lift), 100))
+    assert_same(ours, play(lift, lift.env.step, 6, reach_policy(lift), 100))
     assert any(reward == 1.0 for _, _, reward, _ in ours)
 
 
 def test_steps_of_both_kinds_may_alternate(lift):
-    env, turn = lift.env.env, iter(range(30))
+    env, turn = lift.env, iter(range(30))
     fast = FastStep(env)
 
     def step(action: np.ndarray) -> Any:
@@ -169,26 +169,26 @@ def test_steps_of_both_kinds_may_alternate(lift):
 
 
 def test_observations_forced_within_an_episode_leave_the_same_clock_behind(lift):
-    fast = FastStep(lift.env.env)
+    fast = FastStep(lift.env)
 
     def forcing(step: Callable[..., Any]) -> Callable[..., Any]:
         def forced(action: np.ndarray) -> Any:
-            lift.env.get_observation()
+            lift.env._get_observations(force_update=True)
             return step(action)
 
         return forced
 
     ours = play(lift, forcing(fast.step), 2, random_policy(lift, 2), 30)
-    assert_same(ours, play(lift, forcing(lift.env.env.step), 2, random_policy(lift, 2), 30))
+    assert_same(ours, play(lift, forcing(lift.env.step), 2, random_policy(lift, 2), 30))
 
 
 def test_observables_of_different_rates_delays_and_noise_are_sampled_as_often():
     env = build()
-    env.env.env.modify_observable("robot0_eef_pos", "sampling_rate", 50)
-    env.env.env.modify_observable("cube_pos", "delayer", create_deterministic_delayer(0.013))
-    env.env.env.modify_observable("cube_quat", "corrupter", create_gaussian_noise_corrupter(0.0, 0.1))
-    fast, seen = FastStep(env.env.env), []
-    for step in (fast.step, env.env.env.step):
+    env.env.modify_observable("robot0_eef_pos", "sampling_rate", 50)
+    env.env.modify_observable("cube_pos", "delayer", create_deterministic_delayer(0.013))
+    env.env.modify_observable("cube_quat", "corrupter", create_gaussian_noise_corrupter(0.0, 0.1))
+    fast, seen = FastStep(env.env), []
+    for step in (fast.step, env.env.step):
         np.random.seed(0)  # robosuite's corrupters draw from the global generator
         seen.append(play(env, step, 0, random_policy(env, 0), 30))
     assert fast.obstacle is None
@@ -205,9 +205,9 @@ def test_a_step_may_have_another_number_of_substeps(control_freq):
 
 def test_a_hard_reset_is_noticed(lift):
     twins = [build(), build()]
-    steps = [FastStep(twins[0].env.env).step, twins[1].env.env.step]
+    steps = [FastStep(twins[0].env).step, twins[1].env.step]
     for env in twins:
-        env.env.env.hard_reset = True
+        env.env.hard_reset = True
     for _ in range(2):
         assert_same(*(play(env, step, 4, random_policy(env, 4), 5) for env, step in zip(twins, steps, strict=True)))
     for env in twins:
@@ -226,48 +226,48 @@ def test_a_hard_reset_is_noticed(lift):
 )
 def test_another_controller_takes_the_ordinary_path_and_says_so(part, name, monkeypatch):
     env = build(**part)
-    fast = FastStep(env.env.env)
+    fast = FastStep(env.env)
     (notice,) = env.notices
     assert re.match(
         rf"env.fast_step = true: robosuite's own step is taken, .* right arm has a controller \({name}\)", notice
     )
-    monkeypatch.setattr(env.env.env, "step", lambda action: ("ordinary", action))
+    monkeypatch.setattr(env.env, "step", lambda action: ("ordinary", action))
     assert fast.obstacle
     assert fast.step("action") == ("ordinary", "action")
     env.close()
 
 
 def test_an_integrator_of_which_half_a_step_is_no_step_takes_the_ordinary_path(lift, monkeypatch):
-    model = lift.env.env.sim.model._model
+    model = lift.env.sim.model._model
     monkeypatch.setattr(model.opt, "integrator", mujoco.mjtIntegrator.mjINT_RK4)
-    assert FastStep(lift.env.env).obstacle is None
-    monkeypatch.setattr(lift.env.env, "lite_physics", False)
-    assert "RK4" in FastStep(lift.env.env).obstacle
+    assert FastStep(lift.env).obstacle is None
+    monkeypatch.setattr(lift.env, "lite_physics", False)
+    assert "RK4" in FastStep(lift.env).obstacle
 
 
 def test_switching_off_a_part_takes_the_ordinary_path(lift):
-    fast = FastStep(lift.env.env)
+    fast = FastStep(lift.env)
 
     def without_arm(step: Callable[..., Any]) -> Seen:
         def limp(action: np.ndarray) -> Any:
-            lift.env.env.robots[0].enable_parts(right=False)
+            lift.env.robots[0].enable_parts(right=False)
             return step(action)
 
         return play(lift, limp, 3, random_policy(lift, 3), 5)
 
-    assert_same(without_arm(fast.step), without_arm(lift.env.env.step))
+    assert_same(without_arm(fast.step), without_arm(lift.env.step))
     assert fast.obstacle
 
 
 def test_an_environment_that_has_ended_refuses_a_step(lift, monkeypatch):
-    fast = FastStep(lift.env.env)
-    monkeypatch.setattr(lift.env.env, "done", True)
+    fast = FastStep(lift.env)
+    monkeypatch.setattr(lift.env, "done", True)
     with pytest.raises(ValueError, match="terminated episode"):
         fast.step(np.zeros(7))
 
 
 def test_nothing_of_the_environment_is_replaced(lift):
-    env = lift.env.env
+    env = lift.env
     own = {name: value for name, value in vars(env).items() if callable(value)}
     FastStep(env).step(np.zeros(7))
     assert {name: value for name, value in vars(env).items() if callable(value)} == own
@@ -276,7 +276,7 @@ def test_nothing_of_the_environment_is_replaced(lift):
 
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_the_configuration_switches_it(is_fast):
-    env = RobomimicEnv(resolve_task(EnvConfig(task="Lift", fast_step=is_fast)), SEED)
+    env = RobosuiteSimulator(resolve_task(EnvConfig(task="Lift", fast_step=is_fast)), SEED)
     assert isinstance(env._step.__self__, FastStep) == is_fast
     assert env.notices == ()
     env.close()

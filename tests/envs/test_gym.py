@@ -13,13 +13,13 @@ from silent import assert_equal, go_on, outcome, record, start
 import asyncflow as af
 from asyncflow.config.presets import load_config
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.base import StepResult
-from asyncflow.envs.gym import GymSettings, GymSimulator, find_env
 from asyncflow.envs.simulators import GymVecEnv, SimulatorVecEnv
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.folder import name_run_folder
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.base import StepResult
+from asyncflow.simulators.gym import GymSettings, GymSimulator, find_env
 
 gymnasium = pytest.importorskip("gymnasium")
 

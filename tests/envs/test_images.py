@@ -16,10 +16,10 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import resolve_task
 from asyncflow.envs.chunks import ChunkBoard
-from asyncflow.envs.robosuite import cameras
-from asyncflow.envs.robosuite.cameras import choose_gl, order_egl_devices
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.robosuite import cameras
+from asyncflow.simulators.robosuite.cameras import choose_gl, order_egl_devices
 
 N, H, SIZE = 3, 4, (16, 20)
 CAMERAS = ("left", "right")
@@ -181,7 +181,7 @@ def test_the_user_says_which_egl_device(monkeypatch):
 
 HOSTILE = """
 import os
-from asyncflow.envs.robosuite.cameras import import_robosuite
+from asyncflow.simulators.robosuite.cameras import import_robosuite
 names = "MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
 before = [os.environ[name] for name in names]
 import_robosuite()
@@ -198,8 +198,8 @@ def test_what_renders_nothing_does_not_depend_on_opengl():
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_images_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
-    monkeypatch.setattr("asyncflow.devices._free_shared_memory", lambda: 1_000_000)
+def test_images_that_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
+    monkeypatch.setattr("asyncflow.devices.free_memory", lambda device: 1_000_000)
     ChunkBoard.allocate(4, 2)
-    with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size"):
+    with pytest.raises(ConfigError, match=r"device cpu: .*lower env.num_envs or env.camera_size"):
         ChunkBoard.allocate(4, 2, rooms={"images": (2, 3, 200, 200)})

@@ -8,11 +8,11 @@ from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig, validate
 from asyncflow.config.suites import TaskSpec
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping, map_names
 from asyncflow.envs.tasks import join_tasks
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.spec import EnvSpec
 
 N, H = 5, 2
 TASKS = ["ToyGreen", "ToyBlue"]

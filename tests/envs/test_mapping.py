@@ -21,13 +21,13 @@ from asyncflow.config.presets import load_config, parse_overrides
 from asyncflow.config.sections import Config, PolicyConfig, VLAConfig, validate, values_by_key
 from asyncflow.config.task_table import TASKS
 from asyncflow.demos.pretrain import PretrainOptions, pretrain
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.flow_sampler import FlowSampler
 from asyncflow.policies.vla.model import tokenize
 from asyncflow.seeding import policy_noise
+from asyncflow.simulators.spec import EnvSpec
 
 PAGE = Path(__file__).parents[2] / "docs" / "your_policy.md"
 SPEC = EnvSpec(

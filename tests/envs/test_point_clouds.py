@@ -12,13 +12,14 @@ from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.config.tasks import resolve_task
-from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
-from asyncflow.envs.robosuite import cameras
-from asyncflow.envs.robosuite.point_clouds import View, choose_points, make_cloud, metric_depth, world_points
-from asyncflow.envs.robosuite.simulator import RobomimicEnv
+from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.robosuite import cameras
+from asyncflow.simulators.robosuite.point_clouds import View, choose_points, make_cloud, metric_depth, world_points
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator
+from asyncflow.simulators.runner import EpisodeRunner
+from asyncflow.simulators.spec import EnvSpec
 
 N, H, P = 3, 4, 5
 CLOUDS = ("left", "right")
@@ -111,7 +112,7 @@ class BothSimulator(CloudSimulator):
 
 def test_a_cloud_that_is_not_finite_gives_up_the_episode():
     board = ChunkBoard.allocate(N, H, rooms={"points": (2, P, 6)})
-    runner = EpisodeRunner(CloudSimulator(0, nan_step=8), 1, board)
+    runner = EpisodeRunner(CloudSimulator(0, nan_step=8), 1, board.memory)
     runner.begin(7, 0)
     runner.execute()
     assert board.nonfinite_fault(1, 0) is None
@@ -183,15 +184,15 @@ def test_without_a_library_to_render_one_line_names_the_key_that_asked(monkeypat
     monkeypatch.setattr(cameras, "find_library", lambda name: None)
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     with pytest.raises(ConfigError, match=r"^env.point_clouds: cannot render: neither EGL nor OSMesa") as caught:
-        RobomimicEnv(resolve_task(EnvConfig(point_clouds=["agentview"])), 0)
+        RobosuiteSimulator(resolve_task(EnvConfig(point_clouds=["agentview"])), 0)
     assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
-def lift() -> Iterator[RobomimicEnv]:
+def lift() -> Iterator[RobosuiteSimulator]:
     """Lift with a cloud of both kinds of camera: one that stands, one that moves with the hand."""
     keys = {"cameras": ["agentview"], "point_clouds": ["agentview", "robot0_eye_in_hand"]}
-    env = RobomimicEnv(resolve_task(EnvConfig(camera_size=[128, 128], **keys)), 3)
+    env = RobosuiteSimulator(resolve_task(EnvConfig(camera_size=[128, 128], **keys)), 3)
     yield env
     env.close()
 
@@ -206,8 +207,8 @@ def red(cloud: np.ndarray) -> np.ndarray:
 def test_the_cubes_points_lie_on_the_cube(lift, episode):
     """Within 2 mm of its surface, seen by a camera that stands; its middle is theirs, up to half its size."""
     lift.reset(episode)
-    sim, half = lift.env.env.sim, np.array(lift.env.env.cube.size)
-    body = lift.env.env.cube_body_id
+    sim, half = lift.env.sim, np.array(lift.env.cube.size)
+    body = lift.env.cube_body_id
     points = red(lift.render()["points"][0])
     assert len(points) > 10
     own = (points - sim.data.body_xpos[body]) @ sim.data.body_xmat[body].reshape(3, 3)
@@ -231,7 +232,7 @@ def test_points_agree_with_robosuites_own_camera_matrices(lift):
         get_real_depth_map,
     )
 
-    sim, seer = lift.env.env.sim, lift._cameras
+    sim, seer = lift.env.sim, lift._cameras
     lift.render()  # makes the context the current one
     for name, camera in zip(("agentview", "robot0_eye_in_hand"), seer._ids["points"], strict=True):
         depth = seer._render(camera).depth
@@ -267,7 +268,7 @@ def test_a_cloud_depends_on_the_episode_alone_and_changes_nothing(lift):
         assert np.array_equal(before, states[-1])
     assert np.array_equal(seen[0]["points"], seen[2]["points"])
     assert not np.array_equal(seen[0]["points"], seen[1]["points"])
-    plain = RobomimicEnv(resolve_task(EnvConfig(camera_size=[128, 128], cameras=["agentview"])), 3)
+    plain = RobosuiteSimulator(resolve_task(EnvConfig(camera_size=[128, 128], cameras=["agentview"])), 3)
     plain.reset(5)
     plain.step(np.full(7, 0.2))
     assert np.array_equal(plain.render()["images"], seen[2]["images"])
@@ -283,7 +284,7 @@ def test_a_rebuilt_episode_has_the_clouds_of_the_uncut_one():
     assert uncut.shape == (1, 1024, 6)
 
 
-def test_clouds_that_shared_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
-    monkeypatch.setattr("asyncflow.devices._free_shared_memory", lambda: 1_000_000)
-    with pytest.raises(ConfigError, match=r"/dev/shm.*lower env.num_envs or env.camera_size or env.num_points"):
+def test_clouds_that_memory_cannot_hold_are_refused_with_the_keys_to_lower(monkeypatch):
+    monkeypatch.setattr("asyncflow.devices.free_memory", lambda device: 1_000_000)
+    with pytest.raises(ConfigError, match=r"device cpu: .*lower env.num_envs or env.camera_size or env.num_points"):
         ChunkBoard.allocate(4, 2, rooms={"points": (2, 20_000, 6)})

@@ -7,8 +7,9 @@ import pytest
 import torch
 from fake_simulator import ACTION_DIM, HORIZON, NAN_OBS, SUCCEED, FakeSimulator
 
-from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
+from asyncflow.envs.chunks import ChunkBoard
+from asyncflow.simulators.runner import EpisodeRunner
+from asyncflow.simulators.spec import EnvSpec
 
 N, H = 3, 4
 CAMERAS = ("left", "right")
@@ -37,7 +38,7 @@ class Episode:
     def __init__(self, kind: str, n_obs_steps: int = 1, chunk_length: int = H) -> None:
         self.board = ChunkBoard.allocate(N, chunk_length, n_obs_steps, {kind: (2, *SHAPES[kind])})
         self.simulator = SeeingSimulator(kind)
-        self.runner = EpisodeRunner(self.simulator, 1, self.board)
+        self.runner = EpisodeRunner(self.simulator, 1, self.board.memory)
         self.runner.begin(7, 0)
         self._kind = kind
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from robomimic_wrapper import wrap
 from scipy.spatial.transform import Rotation
 from test_controllers import OSC
 from test_journal import assert_resumes_bit_for_bit, random_chunks
@@ -18,16 +19,16 @@ from asyncflow.config.task_table import MEASURED, TASKS
 from asyncflow.config.tasks import resolve_task
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
-from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.errors import ConfigError
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator
 
 pytestmark = pytest.mark.sim
 STEPS = 120
 
 
-def build(task: str = "Lift", seed: int = 3, **overrides) -> RobomimicEnv:
-    return RobomimicEnv(resolve_task(EnvConfig(task=task, **overrides)), seed)
+def build(task: str = "Lift", seed: int = 3, **overrides) -> RobosuiteSimulator:
+    return RobosuiteSimulator(resolve_task(EnvConfig(task=task, **overrides)), seed)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +40,13 @@ def in_processes() -> Iterator[VecEnv]:
 
 
 @pytest.fixture(scope="module")
-def lift() -> Iterator[RobomimicEnv]:
+def lift() -> Iterator[RobosuiteSimulator]:
     env = build()
     yield env
     env.close()
 
 
-def grasp(env: RobomimicEnv, step: int) -> np.ndarray:
+def grasp(env: RobosuiteSimulator, step: int) -> np.ndarray:
     """Go down to the cube, close the gripper, lift: an action that meets contacts and solves the task."""
     cube, gripper = env.observe_all()["object"][:3], env.observe_all()["robot0_eef_pos"]
     action = np.zeros(7, np.float32)
@@ -54,7 +55,24 @@ def grasp(env: RobomimicEnv, step: int) -> np.ndarray:
     return action
 
 
-def play(env: RobomimicEnv, episode_seed: int, action_seed: int | None = 0) -> tuple[np.ndarray, list[bool]]:
+@pytest.mark.parametrize("task", ["Lift", "TwoArmLift"])
+def test_observations_and_success_are_those_of_robomimics_wrapper(task):
+    ours = build(task)
+    kwargs = ours.spec.env_meta["env_kwargs"] | {"seed": 3, "hard_reset": False}
+    theirs = wrap(ours.spec.env_meta | {"env_kwargs": kwargs}, ours.spec.obs_keys)
+    theirs.env.reset()  # as at our construction
+    ours.reset(5)
+    theirs.env.rng.bit_generator.state = np.random.default_rng(5).bit_generator.state
+    expected = theirs.reset()
+    for action in np.random.default_rng(0).uniform(-1, 1, (5, ours.spec.action_dim)):
+        found = ours.observe_all()
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[key], expected[key]) for key in found)
+        expected, reward, _, _ = theirs.step(action)
+        assert ours.step(action) == (reward, theirs.is_success()["task"])
+
+
+def play(env: RobosuiteSimulator, episode_seed: int, action_seed: int | None = 0) -> tuple[np.ndarray, list[bool]]:
     """Return everything observable and the simulator's own state after each step, and the successes."""
     rng = np.random.default_rng(action_seed)
     env.reset(episode_seed)
@@ -67,7 +85,7 @@ def play(env: RobomimicEnv, episode_seed: int, action_seed: int | None = 0) -> t
     return np.stack(seen), solved
 
 
-def everything(env: RobomimicEnv) -> np.ndarray:
+def everything(env: RobosuiteSimulator) -> np.ndarray:
     obs = env.observe_all()
     return np.concatenate([env.simulator_state(), *(np.ravel(obs[key]) for key in sorted(obs))])
 
@@ -95,8 +113,8 @@ def test_another_episode_seed_places_the_cube_elsewhere(lift):
 
 
 def test_the_constructors_seed_decides_the_size_of_the_cube(lift):
-    def cube_size(env: RobomimicEnv) -> list[float]:
-        return list(env.env.env.cube.size)
+    def cube_size(env: RobosuiteSimulator) -> list[float]:
+        return list(env.env.cube.size)
 
     same, other = build(seed=3), build(seed=4)
     assert cube_size(lift) == cube_size(same) != cube_size(other)
@@ -132,7 +150,7 @@ def test_actions_outside_the_limits_are_clipped(lift):
 def test_an_observation_that_the_simulator_lacks_is_named():
     settings = replace(resolve_task(EnvConfig()), obs_keys=("object", "cube_colour"))
     with pytest.raises(ConfigError, match="has no cube_colour; it has object"):
-        RobomimicEnv(settings, 3)
+        RobosuiteSimulator(settings, 3)
 
 
 def test_construction_and_reset_print_nothing(capfd):
@@ -141,7 +159,7 @@ def test_construction_and_reset_print_nothing(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def build_described(tmp_path, controller, robots=("Panda",), env_name="Lift", **others) -> RobomimicEnv:
+def build_described(tmp_path, controller, robots=("Panda",), env_name="Lift", **others) -> RobosuiteSimulator:
     kwargs = {"robots": list(robots), "controller_configs": controller, "control_freq": 20, **others}
     path = tmp_path / "meta.json"
     path.write_text(json.dumps({"env_name": env_name, "env_version": "1.4.1", "type": 1, "env_kwargs": kwargs}))
@@ -150,7 +168,7 @@ def build_described(tmp_path, controller, robots=("Panda",), env_name="Lift", **
 
 def test_a_dataset_of_robosuite_1_4_keeps_its_controller(tmp_path):
     env = build_described(tmp_path, OSC | {"damping_ratio": 0.7, "control_delta": False})
-    part = env.env.env.robots[0].composite_controller.part_controllers["right"]
+    part = env.env.robots[0].composite_controller.part_controllers["right"]
     assert env.spec.action_dim == 7
     assert (part.input_type, part.input_ref_frame) == ("absolute", "world")
     assert np.allclose(part.kd, 2 * np.sqrt(150) * 0.7)
@@ -160,7 +178,7 @@ def test_a_dataset_of_robosuite_1_4_keeps_its_controller(tmp_path):
 def test_absolute_targets_are_executed_as_they_are(tmp_path):
     env = build_described(tmp_path, OSC | {"control_delta": False})
     env.reset(0)
-    arm = env.env.env.robots[0].part_controllers["right"]
+    arm = env.env.robots[0].part_controllers["right"]
     arm.update(force=True)
     place, turn = arm.ref_pos.copy(), arm.ref_ori_mat.copy()
     for _ in range(20):
@@ -173,7 +191,7 @@ def test_absolute_targets_are_executed_as_they_are(tmp_path):
 
 def test_one_arms_description_serves_both_arms_of_a_robot(tmp_path):
     env = build_described(tmp_path, OSC | {"kp": 40}, ["Baxter"], "TwoArmLift")
-    parts = env.env.env.robots[0].part_controllers
+    parts = env.env.robots[0].part_controllers
     assert [set(parts[arm].kp) for arm in ("right", "left")] == [{40.0}, {40.0}]
     assert env.spec.action_dim == 14
     env.close()
@@ -194,7 +212,7 @@ ABSOLUTE = OSC | {"control_delta": False}
 )
 def test_two_arms_of_a_robot_take_actions_in_the_order_of_the_robosuite_that_described_it(tmp_path, arms, order):
     env = build_described(tmp_path, arms, ["Baxter"], "TwoArmLift")
-    assert list(env.env.env.robots[0]._action_split_indexes) == order
+    assert list(env.env.robots[0]._action_split_indexes) == order
     assert (env.spec.action_low, env.spec.action_high) == find_action_limits(arms, ["Baxter"], 14)
     env.close()
 
@@ -233,7 +251,7 @@ def test_actions_are_limited_and_executed_as_robosuite_does(controller, tmp_path
     span = np.where(is_limited, excess * high, 0.5)
     actions = np.random.default_rng(0).uniform(np.where(is_limited, low, -0.5), span, (5, len(low)))
     states = []
-    for step in (env.step, env.env.env.step):
+    for step in (env.step, env.env.step):
         env.reset(4)
         for action in actions:
             step(action)

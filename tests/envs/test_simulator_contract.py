@@ -9,10 +9,12 @@ import torch
 from fake_simulator import ACTION_DIM, FakeSimulator
 
 from asyncflow.config.observations import Field
-from asyncflow.envs.base import EnvSpec, StepResult
-from asyncflow.envs.chunks import ChunkBoard, EpisodeRunner
-from asyncflow.envs.contract import CheckedSimulator, check_spec
+from asyncflow.envs.chunks import ChunkBoard
 from asyncflow.errors import ContractError
+from asyncflow.simulators.base import StepResult
+from asyncflow.simulators.checked import CheckedSimulator, check_spec
+from asyncflow.simulators.runner import EpisodeRunner
+from asyncflow.simulators.spec import EnvSpec
 
 H = 4
 NO_ROOMS = {"images": (0, 3, 0, 0), "points": (0, 0, 6)}
@@ -161,7 +163,7 @@ class Changing(FakeSimulator):
 
 def test_a_simulator_that_changes_its_action_in_place_changes_a_copy():
     board = ChunkBoard.allocate(1, H)
-    runner = EpisodeRunner(Changing(0), 0, board)
+    runner = EpisodeRunner(Changing(0), 0, board.memory)
     runner.begin(0, 0)
     board.actions[0, :, 0] = 0.25
     runner.execute()
@@ -170,7 +172,7 @@ def test_a_simulator_that_changes_its_action_in_place_changes_a_copy():
 
 def test_an_observation_that_a_simulator_changes_later_stays_as_it_was():
     board = ChunkBoard.allocate(1, H, n_obs_steps=2)
-    runner = EpisodeRunner(Changing(0), 0, board)
+    runner = EpisodeRunner(Changing(0), 0, board.memory)
     runner.begin(0, 0)
     runner.execute()
     assert board.obs[0, [2, 6]].tolist() == [H - 1, H]  # two env steps, not the last one twice

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import select
 import signal
 import subprocess
@@ -28,22 +27,35 @@ from fake_simulator import (
     make_nothing,
 )
 from inline_worker import work_inline
-from warm_start import SPAWN, started_by
-from worker_cases import SEED, H, N, command, first_draw, left_behind, make, process_of, stop, tensors
+from worker_cases import (
+    SEED,
+    H,
+    N,
+    command,
+    first_draw,
+    is_running,
+    left_behind,
+    list_workers,
+    make,
+    process_of,
+    stop,
+    tensors,
+)
 
 from asyncflow.envs import worker, workers
 from asyncflow.envs.base import ChunkResult, EnvInterrupted
 from asyncflow.envs.chunks import ChunkBoard
+from asyncflow.envs.server import Interpreter
+from asyncflow.envs.worker import WorkerSetup, pack_factory
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ContractError, EnvError
 from asyncflow.signals import ENDING_SIGNALS
+from asyncflow.simulators import worker as simulating
 
 
 @pytest.fixture(scope="module")
 def two_workers():
-    with started_by(SPAWN):  # as a run does
-        vec_env = make(2)
-    with vec_env:
+    with make(2) as vec_env:
         yield vec_env
 
 
@@ -205,49 +217,62 @@ def test_an_interrupt_from_a_signal_ends_the_wait_for_a_replacement(tmp_path, mo
 
 
 def test_a_simulator_that_cannot_be_constructed_is_an_error_and_leaves_no_process():
-    before = set(multiprocessing.active_children())
+    before = list_workers()
     with pytest.raises(EnvError, match="ValueError: no simulator from"):
         make(1, make_simulator=make_nothing)
-    assert set(multiprocessing.active_children()) <= before
+    assert list_workers() <= before
 
 
 def test_a_simulator_that_cannot_be_pickled_is_refused_in_one_line_and_leaves_no_process():
-    before = set(multiprocessing.active_children())
+    before = list_workers()
     with pytest.raises(
         ContractError, match=r"^make_simulator = .*FakeSimulator.* cannot be pickled .*: .*lock.*; what it refers"
     ):
         make(1, make_simulator=partial(FakeSimulator, threading.Lock()))
-    assert set(multiprocessing.active_children()) <= before
+    assert list_workers() <= before
 
 
 class Script:
-    """A worker's end of a pipe, which brings these messages and then the parent's end."""
+    """A worker's end of a channel, which brings these messages and then the parent's end."""
 
     def __init__(self, *messages):
         self.messages, self.sent = list(messages), []
 
-    def recv(self):
+    def receive(self):
         if not self.messages:
             raise EOFError
         return self.messages.pop(0)
 
     def send(self, message):
-        self.sent.append(message[0])
+        self.sent.append(message["kind"])
 
 
-def test_a_worker_is_heard_of_after_every_simulator_that_it_constructs_or_resets():
+@pytest.fixture
+def work(monkeypatch):
+    """Return a function that lets a worker work in this process, until the parent's end."""
+
+    def run(make_simulator, num_envs: int) -> list[str]:
+        board = ChunkBoard.allocate(num_envs, H)
+        setup = WorkerSetup(pack_factory(make_simulator, Interpreter()), board, 0, Interpreter())
+        episodes = [[env, 0] for env in range(num_envs)]
+        begin = {"number": 1, "command": "begin", "seed": SEED, "episodes": episodes}
+        channel = Script(setup.message(range(num_envs)), begin)
+        simulating.work(channel, board.memory.descriptor)
+        return channel.sent
+
+    monkeypatch.setattr(simulating, "_adopt", lambda setup: None)
+    return run
+
+
+def test_a_worker_is_heard_of_after_every_simulator_that_it_constructs_or_resets(work):
     """Some take seconds, a worker has many, and silence is what is timed."""
-    setup = worker.WorkerSetup(pickle.dumps(FakeSimulator), ChunkBoard.allocate(3, H), 0)
-    pipe = Script(("begin", "begin", (SEED, {0: 0, 1: 0, 2: 0})))
-    worker._work(pipe, setup, range(3))
-    assert pipe.sent == ["alive"] * 3 + ["done"] + ["alive"] * 3 + ["done"]
+    assert work(FakeSimulator, 3) == ["alive"] * 3 + ["done"] + ["alive"] * 3 + ["done"]
 
 
-def test_a_pipe_that_a_simulator_breaks_is_not_the_end_of_the_parent():
+def test_a_pipe_that_a_simulator_breaks_is_not_the_end_of_the_parent(work):
     """It was taken for it, and the worker left without a word."""
-    setup = worker.WorkerSetup(pickle.dumps(PipingSimulator), ChunkBoard.allocate(1, H), 0)
     with pytest.raises(BrokenPipeError):
-        worker._work(Script(("begin", "begin", (SEED, {0: 0}))), setup, range(1))
+        work(PipingSimulator, 1)
 
 
 def run_idle(vec_env: WorkerVecEnv) -> ChunkResult:
@@ -262,19 +287,19 @@ def test_what_simulators_do_to_their_process_is_theirs(capfd):
         vec_env.reset(SEED)
         assert not run_idle(vec_env).broken.any()
         process = process_of(vec_env)
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process, signal.SIGINT)
         assert not run_idle(vec_env).broken.any()
     assert Path.cwd() == folder
     assert capfd.readouterr().out == ""
-    assert process not in multiprocessing.active_children()
+    assert not is_running(process)
 
 
 @pytest.mark.parametrize("number", ENDING_SIGNALS)
 def test_a_worker_ignores_what_the_parent_handles(vec_env, number):
     process = process_of(vec_env)
-    os.kill(process.pid, number)
+    os.kill(process, number)
     assert run_idle(vec_env).faults == ()
-    assert process_of(vec_env) is process
+    assert process_of(vec_env) == process
 
 
 def test_close_in_the_middle_of_a_chunk_leaves_neither_process_nor_shared_memory_nor_descriptor():
@@ -295,20 +320,16 @@ def test_close_ends_a_worker_that_is_stopped(short_farewell):
     process = process_of(vec_env)
     stop(vec_env)
     vec_env.close()
-    assert process not in multiprocessing.active_children()
+    assert not is_running(process)
 
 
 ORPHAN = """
-import os, pickle, signal
-from fake_simulator import FakeSimulator
-from asyncflow.envs.chunks import ChunkBoard
-from asyncflow.envs.worker import Waker, Worker, WorkerSetup
-worker = Worker(0, range(1), WorkerSetup(pickle.dumps(FakeSimulator), ChunkBoard.allocate(1, 4), 0), Waker())
-worker.wait_ready()
-pid = worker._process.pid
-os.kill(pid, signal.SIGSTOP)
-os.waitpid(pid, os.WUNTRACED)
-print(pid, flush=True)
+import os, signal
+from worker_cases import make, process_of
+env = make(1)
+process = process_of(env)
+os.kill(process, signal.SIGSTOP)
+print(process, flush=True)
 signal.pause()
 """
 

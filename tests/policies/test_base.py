@@ -7,10 +7,10 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
 from asyncflow.policies.base import clipped_inputs
 from asyncflow.policies.networks.layers import Normalizer
+from asyncflow.simulators.spec import EnvSpec
 
 
 def _policy(kind="flow"):

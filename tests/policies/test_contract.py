@@ -8,10 +8,10 @@ from specs import spec_of
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.seeding import policy_noise
+from asyncflow.simulators.spec import EnvSpec
 
 STATE_DIM, ACTION_DIM, NUM_DECISIONS = 11, 3, 16
 CAMERAS = {"front": (3, 28, 28), "wrist": (3, 14, 28)}

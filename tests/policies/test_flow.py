@@ -5,9 +5,9 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
 from asyncflow.policies.networks.layers import time_features
+from asyncflow.simulators.spec import EnvSpec
 
 OBS = TensorDict({"state": torch.linspace(-1, 1, 12).view(4, 3)}, batch_size=[4])
 

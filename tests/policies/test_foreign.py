@@ -16,13 +16,13 @@ from torch import nn
 from asyncflow.config.plugins import trust_class
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig, VLAConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import VLAPolicy, make_policy
 from asyncflow.policies.vla.foreign import ForeignPolicy, without_weights
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
 from asyncflow.seeding import policy_noise
+from asyncflow.simulators.spec import EnvSpec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {"width": 16, "horizon": 2, "action_dim": 2}

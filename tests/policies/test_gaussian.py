@@ -6,9 +6,9 @@ from tensordict import TensorDict
 from torch.distributions import Normal
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
+from asyncflow.simulators.spec import EnvSpec
 
 OBS = TensorDict({"state": torch.linspace(-1, 1, 12).view(4, 3)}, batch_size=[4])
 

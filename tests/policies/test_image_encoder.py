@@ -13,10 +13,10 @@ from tensordict import TensorDict
 from torch.nn import functional
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.networks.image_encoder import NUM_KEYPOINTS, ImageEncoder, SpatialSoftmax, random_shift
+from asyncflow.simulators.spec import EnvSpec
 
 N, D, A, SIZE = 6, 5, 3, (36, 40)
 SPEC = spec_of((D,), A, dict.fromkeys(("left", "right"), (3, *SIZE)))

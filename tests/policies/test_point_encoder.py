@@ -12,10 +12,10 @@ from tensordict import TensorDict
 
 from asyncflow.config.plugins import trust_class
 from asyncflow.config.sections import PolicyConfig, VLAConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.networks.point_encoder import NUM_FEATURES, PointEncoder, PointNet
+from asyncflow.simulators.spec import EnvSpec
 
 N, D, A, P = 6, 5, 3, 50
 CLOUDS = {"points.left": (P, 6), "points.right": (P, 6)}

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from asyncflow.checksums import describe_folder
 from asyncflow.config.observations import Field
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError, ContractError
 from asyncflow.policies import Policy, make_policy, policy_file
 from asyncflow.policies.policy_file import (
@@ -23,6 +22,7 @@ from asyncflow.policies.policy_file import (
     save_policy,
     shipped_weights,
 )
+from asyncflow.simulators.spec import EnvSpec
 
 META = {"env_name": "Lift", "type": 1, "env_kwargs": {"robots": ["Panda"]}}
 SPEC = EnvSpec({"state": (4,)}, 2, 40, env_meta=META, obs_keys=("object",))

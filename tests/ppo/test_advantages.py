@@ -13,7 +13,6 @@ from torch import Tensor
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import AlgorithmConfig, PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError, ContractError
 from asyncflow.policies import make_policy
 from asyncflow.ppo.gae import Transitions
@@ -22,6 +21,7 @@ from asyncflow.ppo.settings import PPOSettings
 from asyncflow.rollout.ring import Rollout, RolloutInfo
 from asyncflow.run.build import check_start
 from asyncflow.run.launch import train
+from asyncflow.simulators.spec import EnvSpec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POINTS = """[asyncflow.advantages]

@@ -14,12 +14,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from asyncflow.config.sections import AlgorithmConfig, PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import Policy, make_policy
 from asyncflow.ppo.auxiliary import AuxiliaryLoss, BehaviorCloning, ReferenceKL, gaussian_kl, successful_decisions
 from asyncflow.ppo.ppo import PPO
 from asyncflow.rollout.ring import Rollout, RolloutInfo
+from asyncflow.simulators.spec import EnvSpec
 
 NUM_STEPS, NUM_ENVS = 4, 3
 

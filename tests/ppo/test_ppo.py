@@ -9,12 +9,13 @@ from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncflow.config.sections import AlgorithmConfig, PolicyConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec
+from asyncflow.envs.base import ChunkResult
 from asyncflow.errors import TrainingError
 from asyncflow.policies import make_policy
 from asyncflow.ppo.ppo import PPO
 from asyncflow.rollout.plan import outcome_fields
 from asyncflow.rollout.ring import Rollout, RolloutInfo
+from asyncflow.simulators.spec import EnvSpec
 
 NUM_STEPS, NUM_ENVS = 6, 4
 

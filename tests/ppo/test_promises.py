@@ -13,11 +13,11 @@ from torch import nn
 from asyncflow.config.plugins import trust_class
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig, VLAConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError, ContractError
 from asyncflow.policies import GaussianPolicy, make_policy
 from asyncflow.ppo.promises import _difference, check_promises
 from asyncflow.run.launch import train
+from asyncflow.simulators.spec import EnvSpec
 
 SPEC = EnvSpec({"state": (4,)}, 2, 10)
 P, A, W = 3, 2, 8

@@ -3,7 +3,6 @@
 import signal
 import tempfile
 import threading
-from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from inline_worker import simulators
 from silent import TOY
 
 from asyncflow.config.presets import load_config
+from asyncflow.envs.server import running_workers
 from asyncflow.profile.leg import leg_config, measure_span_cost, num_warmup, peak_memory, run_leg
 from asyncflow.profile.read import Window
 from asyncflow.run import parts
@@ -36,7 +36,7 @@ def test_a_leg_leaves_no_file_and_no_process(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run_leg(toy(), "vla", WINDOW)
     assert list(tmp_path.iterdir()) == []
-    assert active_children() == []
+    assert running_workers() == []
 
 
 def signal_from_another_thread(number):

@@ -12,7 +12,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.devices import check_compile
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.rollout import inference
@@ -21,6 +20,7 @@ from asyncflow.rollout.weights import changing_tensors, make_acting_copy
 from asyncflow.run.build import build_trainer, check_start
 from asyncflow.run.launch import train
 from asyncflow.seeding import policy_noise
+from asyncflow.simulators.spec import EnvSpec
 
 NUM_DECISIONS, STATE_DIM, ACTION_DIM = 6, 5, 2
 TOLERANCE = 1e-5  # stated for the ratio between a compiled decision and the policy on a CPU; ten times that on a GPU

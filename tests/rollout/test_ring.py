@@ -7,11 +7,12 @@ import torch
 from tensordict import TensorDict
 from waiting import PATIENCE_S, Waiting
 
-from asyncflow.envs.base import EnvSpec, Fault
+from asyncflow.envs.base import Fault
 from asyncflow.errors import AsyncflowError
 from asyncflow.rollout.episodes import Episode
 from asyncflow.rollout.plan import RingPlan
 from asyncflow.rollout.ring import BufferClosed, RolloutInfo, RolloutRing
+from asyncflow.simulators.spec import EnvSpec
 
 CPU = torch.device("cpu")
 NUM_STEPS, NUM_ENVS = 3, 4

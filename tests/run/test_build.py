@@ -10,7 +10,6 @@ from silent import TOY, Silent, build, start
 from asyncflow import devices
 from asyncflow.config.policy import MappingConfig
 from asyncflow.config.presets import load_config
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.errors import CheckpointError, ConfigError
@@ -21,6 +20,7 @@ from asyncflow.run import parts as run_parts
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.run.launch import train
 from asyncflow.run.parts import build_policy
+from asyncflow.simulators.spec import EnvSpec
 
 
 def test_a_ring_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, monkeypatch):

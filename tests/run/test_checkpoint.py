@@ -12,7 +12,6 @@ from safetensors.torch import save as safetensors_save
 
 from asyncflow.checksums import describe_folder
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import CheckpointError
 from asyncflow.policies import make_policy, policy_file
@@ -31,6 +30,7 @@ from asyncflow.run.checkpoint import (
 )
 from asyncflow.run.progress import Progress
 from asyncflow.run.state import RunState
+from asyncflow.simulators.spec import EnvSpec
 
 CONFIG = PolicyConfig(kind="gaussian", hidden_sizes=[8], critic_hidden_sizes=[8], log_prob="joint_sum")
 SPEC = EnvSpec({"state": (3,)}, action_dim=2, horizon=10)

@@ -7,12 +7,13 @@ from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.config.suites import TaskSpec
-from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv
+from asyncflow.envs.base import ChunkResult, Fault, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.policies import make_policy
 from asyncflow.run.evaluate import contiguous_runs, episode_quotas, evaluate, wilson_interval
+from asyncflow.simulators.spec import EnvSpec
 
 CONFIG = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8], horizon=2, n_action_steps=2)
 

@@ -8,7 +8,6 @@ from silent import TOY, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.policies import make_policy
@@ -16,6 +15,7 @@ from asyncflow.policies.policy_file import load_policy_file, save_policy
 from asyncflow.run import evaluate_file as module
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 POLICY = PolicyConfig(hidden_sizes=[8], critic_hidden_sizes=[8], horizon=4, n_action_steps=3)
 TOY_SPEC = EnvSpec({"state": (4,)}, 2, horizon=7, task="Toy")

@@ -10,13 +10,13 @@ from silent import Silent
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file, save_policy
 from asyncflow.run import evaluate_file as evaluate_checkpoint
 from asyncflow.run import parts
 from asyncflow.run.launch import train
+from asyncflow.simulators.spec import EnvSpec
 
 MILLION, BILLION, MOST = 10**6, 10**9, 2**63 - 1
 

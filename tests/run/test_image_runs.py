@@ -7,12 +7,12 @@ from silent import LIFT, TOY, outcome, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import CheckpointError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import save_policy
 from asyncflow.run.build import check_start
 from asyncflow.run.evaluate_file import evaluate_checkpoint
+from asyncflow.simulators.spec import EnvSpec
 
 TOY_IMAGES = TOY | {"env.task": "ToyImages", "policy.kind": "flow", "policy.hidden_sizes": [32]}
 SMALL_POLICY = {"policy.checkpoint": None, "policy.hidden_sizes": [32], "policy.critic_hidden_sizes": [16]}

@@ -14,7 +14,6 @@ from silent import TOY, assert_equal, go_on, outcome, record, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.demos.dataset import read_dataset
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file
@@ -24,6 +23,7 @@ from asyncflow.run.auxiliary import build_losses, check_auxiliary, kept_bytes
 from asyncflow.run.build import check_start
 from asyncflow.run.checkpoint import list_checkpoints, load_checkpoint
 from asyncflow.run.state import read_snapshots
+from asyncflow.simulators.spec import EnvSpec
 
 TERMS = [
     {"kind": "bc", "weight": 0.5, "schedule": "linear", "capacity": 24, "batch_size": 8},

@@ -8,7 +8,6 @@ from silent import TOY, Silent, assert_equal, go_on, outcome, record, start
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
@@ -18,6 +17,7 @@ from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
 from asyncflow.run.parts import build_policy
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.spec import EnvSpec
 
 PRESET, UPDATES = "toy_vla_tiny", {"trainer.total_updates": 3}
 IDENTITY = {

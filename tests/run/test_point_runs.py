@@ -8,7 +8,6 @@ from test_trainer import assert_same, run
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import NUM_POINTS, ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
@@ -16,6 +15,7 @@ from asyncflow.policies.policy_file import load_policy_file, save_policy
 from asyncflow.run.build import check_start
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
+from asyncflow.simulators.spec import EnvSpec
 
 TOY_POINTS = TOY | {"env.task": "ToyPoints", "policy.kind": "flow", "policy.hidden_sizes": [32]}
 SMALL_POLICY = {"policy.checkpoint": None, "policy.hidden_sizes": [32], "policy.critic_hidden_sizes": [16]}

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from asyncflow.config.presets import load_config, parse_overrides
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
@@ -23,6 +22,7 @@ from asyncflow.policies.policy_file import FORMAT, check_saving, load_policy_fil
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.folder import resume_config
 from asyncflow.run.launch import resume, train
+from asyncflow.simulators.spec import EnvSpec
 
 SHORT = TOY | {"policy.horizon": 2, "policy.n_action_steps": 2, "trainer.total_updates": 2, "trainer.save_interval": 1}
 

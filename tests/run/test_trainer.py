@@ -10,7 +10,6 @@ from full_disk import fail_to_save
 from silent import LIFT, LIFT_VLA, TOY, Silent, record, start
 
 from asyncflow.config.presets import load_config
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.mapping import NameMapping
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.errors import AsyncflowError, CheckpointError, CollectorError, ConfigError, EnvError, TrainingError
@@ -24,6 +23,7 @@ from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
 from asyncflow.run.parts import build_policy
 from asyncflow.run.recorded import RecordedRun
+from asyncflow.simulators.spec import EnvSpec
 
 FLOW = {
     "policy.kind": "flow",

@@ -20,10 +20,10 @@ from asyncflow import cli
 from asyncflow.config import plugins
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import PolicyConfig, VLAConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file, save_policy
 from asyncflow.run.launch import train
+from asyncflow.simulators.spec import EnvSpec
 
 STRANGER = """
 from pathlib import Path

@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import ChunkResult, EnvSpec, Fault, VecEnv
+from asyncflow.envs.base import ChunkResult, Fault, VecEnv
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.errors import EnvError
 from asyncflow.metrics.timing import OverlapClock
@@ -17,6 +17,7 @@ from asyncflow.rollout.plan import plan_ring
 from asyncflow.rollout.ring import RolloutRing
 from asyncflow.rollout.weights import WeightPublisher
 from asyncflow.rollout.writer import CollectorSettings, RolloutWriter
+from asyncflow.simulators.spec import EnvSpec
 
 NUM_ENVS, NUM_STEPS, CHUNK = 4, 3, 2
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from asyncflow.envs.base import EnvSpec
+from asyncflow.simulators.spec import EnvSpec
 
 SUCCEED, RAISE, HANG, DIE, NAN_REWARD, NAN_OBS = range(6)  # action dimensions; above 0.5 they take effect
 ACTION_DIM = 6

@@ -4,8 +4,9 @@ import traceback
 
 import fake_simulator
 
-from asyncflow.envs import worker, workers
+from asyncflow.envs import workers
 from asyncflow.envs.worker import WorkerFailure
+from asyncflow.simulators import worker
 
 
 class Died(BaseException):
@@ -23,8 +24,14 @@ class InlineWorker:
     def wait_ready(self):
         return self.receive("ready", 0.0)
 
-    def send(self, command, key, argument):
-        self._attempt(key, lambda: worker._obey(self._runners, command, argument))
+    def begin(self, key, seed, episodes):
+        self._obey(key, {"command": "begin", "seed": seed, "episodes": list(episodes.items())})
+
+    def step(self, key, envs):
+        self._obey(key, {"command": "step", "envs": list(envs.items())})
+
+    def _obey(self, key, message):
+        self._attempt(key, lambda: worker.obey(self._runners, message))
 
     def receive(self, key, timeout_s):
         if key not in self._answers:
@@ -39,7 +46,8 @@ class InlineWorker:
         self.dismiss()
 
     def _construct(self):
-        self._runners = {env: worker._build_runner(self._setup, env) for env in self.env_ids}
+        make, setup = worker.find_factory(self._setup.factory), self._setup
+        self._runners = {env: worker.build_runner(make, setup.seed, env, setup.board.memory) for env in self.env_ids}
         first = self._runners[self.env_ids[0]]
         return first.spec, first.notices
 

@@ -1,6 +1,6 @@
 """Environments as a test needs them described."""
 
-from asyncflow.envs.base import EnvSpec
+from asyncflow.simulators.spec import EnvSpec
 
 
 def spec_of(state, action_dim, cameras=None, horizon=10, **keys):

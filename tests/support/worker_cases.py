@@ -1,19 +1,19 @@
 """Environments in worker processes for the tests of them, with fake simulators, and what is done to them."""
 
 import gc
-import multiprocessing
 import os
 import signal
+import time
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from fake_simulator import ACTION_DIM, FakeSimulator
-from warm_start import start_server
 
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult
+from asyncflow.envs.server import running_workers
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.seeding import derive_seed
 
@@ -43,8 +43,21 @@ def tensors(result: ChunkResult) -> dict[str, torch.Tensor]:
     return values | {"obs": result.obs["state"], "final_obs": result.final_obs["state"]}
 
 
-def process_of(vec_env: WorkerVecEnv) -> multiprocessing.Process:
-    return vec_env._workers[0]._process
+def process_of(vec_env: WorkerVecEnv) -> int:
+    """Return the number of the first worker's process."""
+    process = vec_env._workers[0].process
+    assert process is not None
+    return process
+
+
+def is_running(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def wait_for_end(process: int) -> None:
+    """Wait until a process has ended and its server has seen that."""
+    while is_running(process):
+        time.sleep(0.005)
 
 
 def first_draw(env: int, episode: int) -> float:
@@ -52,17 +65,21 @@ def first_draw(env: int, episode: int) -> float:
 
 
 def kill(vec_env: WorkerVecEnv) -> None:
-    process_of(vec_env).kill()
-    process_of(vec_env).join()
+    os.kill(process := process_of(vec_env), signal.SIGKILL)
+    wait_for_end(process)
 
 
 def stop(vec_env: WorkerVecEnv) -> None:
-    os.kill(process_of(vec_env).pid, signal.SIGSTOP)
+    os.kill(process_of(vec_env), signal.SIGSTOP)
 
 
-def left_behind() -> tuple[set, set[Path], int]:
-    """Return the child processes, the shared memory and the number of descriptors of this process."""
-    start_server()  # which stays
+def list_workers() -> set[int]:
+    """Return the processes of all workers of this process's servers."""
+    return set(running_workers())
+
+
+def left_behind() -> tuple[set[int], int, int]:
+    """Return this process's workers, its mapped boards and the number of its descriptors."""
     gc.collect()  # what earlier tests have let go of may hold some until then
-    shared_memory = set(Path("/dev/shm").glob(f"torch_{os.getpid()}_*"))
-    return set(multiprocessing.active_children()), shared_memory, len(os.listdir("/proc/self/fd"))
+    boards = Path("/proc/self/maps").read_text().count("asyncflow-board")
+    return list_workers(), boards, len(os.listdir("/proc/self/fd"))

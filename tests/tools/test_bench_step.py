@@ -189,7 +189,7 @@ class PlayedEnv:
     def __init__(self, clock, is_equal):
         self.clock, self.is_equal, self.order, self.block = clock, is_equal, [], None
         self.spec = SimpleNamespace(action_dim=2)
-        self.env = SimpleNamespace(env=SimpleNamespace(step=lambda action: self.play("bare", 0.004, action)))
+        self.env = SimpleNamespace(step=lambda action: self.play("bare", 0.004, action))
         self.is_closed = False
 
     def play(self, name, seconds, action):
@@ -217,8 +217,10 @@ def play(fast_step, clock, monkeypatch):
     def run(is_equal=True):
         env = PlayedEnv(clock, is_equal)
         fast = SimpleNamespace(step=lambda action: env.play("fast", 0.002, action))
-        monkeypatch.setitem(sys.modules, "asyncflow.envs.robosuite.fast_step", SimpleNamespace(FastStep=lambda _: fast))
-        monkeypatch.setattr(fast_step, "RobomimicEnv", lambda *_: env)
+        monkeypatch.setitem(
+            sys.modules, "asyncflow.simulators.robosuite.fast_step", SimpleNamespace(FastStep=lambda _: fast)
+        )
+        monkeypatch.setattr(fast_step, "RobosuiteSimulator", lambda *_: env)
         return env, fast_step.measure("Lift", 3, 5, 0)
 
     return run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from asyncflow.envs.base import EnvSpec
+from asyncflow.simulators.spec import EnvSpec
 from tools.bench.peers.settings import Settings
 
 OPTIONS = Settings(rollout=480, updates=4, repeats=2)
@@ -53,7 +53,7 @@ class CountedSimulator:
 def env(peers, plan, monkeypatch):
     """Return an environment whose simulator is a `CountedSimulator`."""
     module = peers("bench.peers.env")
-    monkeypatch.setattr(module, "RobomimicEnv", CountedSimulator)
+    monkeypatch.setattr(module, "RobosuiteSimulator", CountedSimulator)
     made = module.ChunkEnv(plan, 3)
     made.reset()
     return made
@@ -86,14 +86,14 @@ def test_an_episode_ends_after_120_env_steps(env, success, ends):
 @pytest.mark.parametrize("fast_step", [False, True])
 def test_the_simulator_is_the_one_of_the_plan(peers, monkeypatch, fast_step):
     module = peers("bench.peers.env")
-    monkeypatch.setattr(module, "RobomimicEnv", CountedSimulator)
+    monkeypatch.setattr(module, "RobosuiteSimulator", CountedSimulator)
     settings = module.ChunkEnv(module.EnvPlan(fast_step, 5), 0)._simulator.settings
     assert (settings.fast_step, settings.task.env_name, settings.horizon) == (fast_step, "Lift", 120)
 
 
 def test_no_two_episodes_have_the_same_start(peers, plan, monkeypatch):
     module = peers("bench.peers.env")
-    monkeypatch.setattr(module, "RobomimicEnv", CountedSimulator)
+    monkeypatch.setattr(module, "RobosuiteSimulator", CountedSimulator)
     envs = [module.ChunkEnv(plan, index) for index in range(2)]
     for each in envs * 2:
         each.reset()

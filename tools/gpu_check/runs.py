@@ -19,7 +19,6 @@ from torch import Tensor
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import CompileMode, Config
-from asyncflow.envs.base import EnvSpec
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.metrics.console import format_bytes
 from asyncflow.metrics.glossary import is_timing
@@ -30,6 +29,7 @@ from asyncflow.run.build import build_trainer
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
 from asyncflow.run.recorded import RecordedRun
+from asyncflow.simulators.spec import EnvSpec
 from tools.bench.common.report import Finding
 from tools.bench.policies.inference import modes_on
 

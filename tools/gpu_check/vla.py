@@ -14,9 +14,9 @@ import torch
 
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import Config
-from asyncflow.envs.base import EnvSpec
 from asyncflow.profile.leg import change
 from asyncflow.profile.measure import ProfileOptions
+from asyncflow.simulators.spec import EnvSpec
 from tools.bench.common.report import REPORTED, Finding
 from tools.bench.policies.frozen import VARIANTS, extent_of, measure_updates
 from tools.bench.policies.inference import BATCHES, measure_decisions

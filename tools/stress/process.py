@@ -119,8 +119,12 @@ def find_left_behind(command: Command) -> list[int]:
 
 def find_workers(parent: int) -> list[int]:
     """Return the simulator processes of a command."""
-    children = [pid for pid, fields in _processes() if int(fields[1]) == parent and fields[0] != "Z"]
-    return sorted(pid for pid in children if b"--multiprocessing-fork" in _read_bytes(Path(f"/proc/{pid}/cmdline")))
+    servers = {pid for pid in _children_of({parent}) if b"boot.py" in _read_bytes(Path(f"/proc/{pid}/cmdline"))}
+    return sorted(_children_of(servers))
+
+
+def _children_of(parents: set[int]) -> set[int]:
+    return {pid for pid, fields in _processes() if int(fields[1]) in parents and fields[0] != "Z"}
 
 
 def _processes() -> list[tuple[int, list[str]]]:

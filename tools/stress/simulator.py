@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from asyncflow.envs.base import EnvSpec
+from asyncflow.simulators.spec import EnvSpec
 
 HORIZON, ACTION_DIM = 12, 2
 _STEP_SIZE, _GOAL_RADIUS = 0.1, 0.25

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from asyncflow.config.observations import IMAGES, POINTS, STATE, TASK, Shapes
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies.networks.image_encoder import ImageEncoder
 from asyncflow.policies.networks.layers import Normalizer
 from asyncflow.policies.networks.point_encoder import PointEncoder
+from asyncflow.simulators.spec import EnvSpec
 
 
 class EncoderEntry(NamedTuple):

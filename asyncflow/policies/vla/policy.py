@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from asyncflow.config.contracts import broken, name_of
 from asyncflow.config.observations import IMAGES
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.policies.base import REDUCED_PRECISION_NATS, Policy
 from asyncflow.policies.flow_sampler import Steps, Velocity
@@ -38,6 +37,7 @@ from asyncflow.policies.vla.foreign import (
     require_row,
 )
 from asyncflow.policies.vla.model import SIZES, VLAModel, VLAShape, tokenize
+from asyncflow.simulators.spec import EnvSpec
 
 Prefix = Tensor | TensorDictBase
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import MEASURED, TASKS
 from asyncflow.config.tasks import resolve_task
-from asyncflow.envs.robosuite.simulator import RobomimicEnv
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator
 from tools.bench.common.parts import FindingParts
 from tools.bench.common.records import choose_place
 from tools.bench.common.report import Finding, Part, isolated
@@ -53,10 +53,10 @@ class Timing:
 
 def measure(task: str, num_blocks: int, num_steps: int, seed: int) -> Timing:
     """Time one task, the first block of both left out; the two ways take turns in going first."""
-    env = RobomimicEnv(resolve_task(EnvConfig(task=task)), seed)  # imports robosuite, and keeps it quiet
-    from asyncflow.envs.robosuite.fast_step import FastStep  # noqa: PLC0415  seconds, and only the measuring processes need it
+    env = RobosuiteSimulator(resolve_task(EnvConfig(task=task)), seed)  # imports robosuite, and keeps it quiet
+    from asyncflow.simulators.robosuite.fast_step import FastStep  # noqa: PLC0415  seconds, and only the measuring processes need it
 
-    steps = {"bare": env.env.env.step, "fast": FastStep(env.env.env).step}
+    steps = {"bare": env.env.step, "fast": FastStep(env.env).step}
     block_ms: dict[str, list[float]] = {name: [] for name in steps}
     for block in range(num_blocks + 1):
         actions = np.random.default_rng(block).uniform(-0.5, 0.5, (num_steps, env.spec.action_dim))

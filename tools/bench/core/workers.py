@@ -19,8 +19,8 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
-from asyncflow.envs.robosuite.simulator import build_env_meta, quiet
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.robosuite.simulator import build_env_meta, quiet
 from tools.bench.common.report import REPORTED, Finding, Part, Turns, count_cores, isolated, take_turns, with_range
 from tools.bench.core.settings import Settings
 

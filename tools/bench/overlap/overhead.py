@@ -11,11 +11,11 @@ import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 from asyncflow.config.sections import Config
+from asyncflow.envs.server import running_workers
 from asyncflow.profile.model import Interval, log_ratio_interval, mean
 from asyncflow.run.evaluate import EvalResult
 from asyncflow.run.launch import train
@@ -48,7 +48,7 @@ class Cost:
 
 def read_clocks() -> Cost:
     """Return the clocks as they stand."""
-    workers = sum(worker_seconds(child.pid) for child in active_children())
+    workers = sum(worker_seconds(process) for process in running_workers())
     return Cost(time.perf_counter(), time.process_time(), workers)
 
 

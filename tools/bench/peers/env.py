@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.tasks import resolve_task
-from asyncflow.envs.robosuite.simulator import RobomimicEnv
 from asyncflow.seeding import derive_seed
+from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator
 from tools.bench.core.workers import CHUNK_LENGTH, HORIZON
 from tools.bench.peers.setting import GAMMA
 
@@ -36,7 +36,7 @@ class ChunkEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
     def __init__(self, plan: EnvPlan, index: int) -> None:
         """Construct the simulator of one environment, with the seeds that asyncflow's own would have."""
         settings = resolve_task(EnvConfig(task="Lift", horizon=HORIZON, fast_step=plan.fast_step))
-        self._simulator = RobomimicEnv(settings, derive_seed(plan.seed, "simulator", index))
+        self._simulator = RobosuiteSimulator(settings, derive_seed(plan.seed, "simulator", index))
         self._seed, self._index, self._episode, self._length = plan.seed, index, 0, 0
         spec = self._simulator.spec
         self._action_dim = spec.action_dim

@@ -9,9 +9,9 @@ import torch
 from torch.distributions import Distribution
 
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import make_policy
 from asyncflow.policies.gaussian import GaussianPolicy
+from asyncflow.simulators.spec import EnvSpec
 from tools.bench.common.report import REPORTED, Finding, Part, isolated
 from tools.bench.core.workers import CHUNK_LENGTH, NUM_ENVS
 from tools.bench.peers.contenders import Contender, make_asyncflow, make_cleanrl, make_rsl_rl, make_sb3_contender

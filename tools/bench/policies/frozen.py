@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asyncflow.config.sections import Config
 from asyncflow.devices import check_memory
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import Policy
 from asyncflow.ppo.ppo import PPO
 from asyncflow.ppo.report import Step
@@ -30,6 +29,7 @@ from asyncflow.profile.leg import change
 from asyncflow.rollout.plan import RingPlan, plan_ring
 from asyncflow.rollout.ring import Rollout, RolloutInfo
 from asyncflow.run.collecting import NUM_OPTIMIZER_COPIES
+from asyncflow.simulators.spec import EnvSpec
 from tools.bench.policies.inference import build, randomised
 
 # How a backbone is treated: `trained`, or frozen and `run_again` by the update on what was observed, or frozen and its

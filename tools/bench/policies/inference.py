@@ -23,7 +23,6 @@ from torch import Tensor
 from asyncflow.config.sections import CompileMode, Config
 from asyncflow.devices import resolve_device
 from asyncflow.envs import make_vec_env
-from asyncflow.envs.base import EnvSpec
 from asyncflow.policies import Policy, make_policy
 from asyncflow.profile.leg import change
 from asyncflow.rollout.inference import Sampler, make_sampler
@@ -31,6 +30,7 @@ from asyncflow.rollout.staging import Staging
 from asyncflow.rollout.streams import collector_stream
 from asyncflow.rollout.weights import make_acting_copy
 from asyncflow.seeding import policy_noise
+from asyncflow.simulators.spec import EnvSpec
 
 BATCHES = (16, 1)
 NUM_WARMUP = 3

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from asyncflow.config.sections import Config
-from asyncflow.envs.base import EnvSpec
 from asyncflow.errors import ConfigError
 from asyncflow.profile.leg import change
+from asyncflow.simulators.spec import EnvSpec
 from tools.bench.common.records import MeasurePart, Place
 from tools.bench.common.report import isolated, run_profile
 from tools.bench.policies.frozen import VARIANTS, extent_of, measure_updates, plan_bytes

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from asyncflow.config.contracts import broken
-from asyncflow.envs.base import EnvSpec, Simulator, StepResult
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.base import Simulator, StepResult
+from asyncflow.simulators.spec import EnvSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SUCCESS_KEYS = ("is_success", "success")  # of `info`, as gymnasium-robotics and Meta-World have them
 PICTURE = 3  # dimensions of a space of uint8 that holds one
@@ -42,6 +45,12 @@ class GymSettings:
     obs_keys: Sequence[str] | None = None
     success_key: str | None = None
     task: str = ""
+
+
+def build(seed: int, env_id: str, horizon: int | None, obs_keys: list[str] | None, task: str) -> GymSimulator:
+    """Make one environment of an id that an installed package registers; see `GymSettings`."""
+    make = partial(make_registered, find_env(env_id))
+    return GymSimulator(GymSettings(make, horizon, obs_keys, None, task), seed)
 
 
 class GymSimulator(Simulator):

@@ -9,10 +9,12 @@ Shapes: P points of a cloud, M points within the box.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 NUM_CHANNELS = 6  # x, y, z, r, g, b
 

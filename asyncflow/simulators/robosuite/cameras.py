@@ -14,17 +14,18 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from ctypes.util import find_library
-from typing import Any
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from asyncflow.config.observations import IMAGES, POINTS, name_in
-from asyncflow.config.tasks import SimulatorSettings, check_camera_names
-from asyncflow.envs.robosuite.point_clouds import Picture, View, cloud_of
+from asyncflow.config.simulator_settings import SimulatorSettings, check_camera_names
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.robosuite.point_clouds import Picture, View, cloud_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
 _ADVICE = (

@@ -1,7 +1,7 @@
-"""One robosuite simulator behind robomimic's wrapper.
+"""One robosuite simulator, whose observations are named as robomimic names them.
 
-The simulator is built and seeded here, and its success and `state` vector are read. Chunks and horizons are `chunks`'s,
-processes `worker`'s. An episode is a function of the constructor's seed, the episode's seed and the actions alone.
+It is built and seeded here, and its success and `state` vector are read. An episode is a function of the constructor's
+seed, the episode's seed and the actions alone.
 
 Shapes: A action size, D size of the `state` observation.
 """
@@ -13,31 +13,46 @@ import difflib
 import inspect
 import io
 import logging
-import sys
-import types
-from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from asyncflow.caches import prepare_caches
 from asyncflow.config.controllers import name_robots
 from asyncflow.config.env_meta import translate_kwargs
 from asyncflow.config.observations import STATE
-from asyncflow.config.task_table import Task
-from asyncflow.config.tasks import SimulatorSettings
-from asyncflow.envs.base import EnvSpec
-from asyncflow.envs.robosuite.cameras import Cameras, choose_gl, import_robosuite
+from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.errors import ConfigError, EnvError
+from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_robosuite
+from asyncflow.simulators.spec import EnvSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from asyncflow.config.task_table import Task
 
 
-class RobomimicEnv:
+def preload() -> None:
+    """Import what simulators need."""
+    prepare_caches()
+    with quiet():
+        import_robosuite()
+        from robosuite import controllers  # noqa: F401, PLC0415
+
+        from asyncflow.simulators.robosuite import fast_step  # noqa: F401, PLC0415
+
+
+def build(seed: int, settings: dict[str, Any]) -> RobosuiteSimulator:
+    """Construct a simulator from settings as JSON holds them."""
+    return RobosuiteSimulator(SimulatorSettings.from_json(settings), seed)
+
+
+class RobosuiteSimulator:
     """A simulator that asks the simulation itself whether the task is solved.
 
     Attributes:
-        env: The underlying `robomimic.envs.env_robosuite.EnvRobosuite`; its `env` is robosuite's.
+        env: robosuite's environment.
         spec: What a policy must fit.
         notices: What the user should know of how it is simulated, a line each.
     """
@@ -60,18 +75,18 @@ class RobomimicEnv:
             import_robosuite()
             env_meta = settings.env_meta or build_env_meta(settings.task)
             with contextlib.nullcontext() if settings.env_meta is None else _refuse_description(env_meta["env_name"]):
-                self.env = _create(env_meta, seed, settings.obs_keys)
-                self._action_limits = _read_action_limits(self.env.env)
+                self.env = _create(env_meta, seed)
+                self._action_limits = _read_action_limits(self.env)
                 if settings.env_meta is not None:
-                    _try_step(self.env.env, self._action_limits)
-                self._raw_obs: dict[str, Any] = self.env.env.reset()
+                    _try_step(self.env, self._action_limits)
+                self._raw_obs: dict[str, Any] = self.env.reset()
             self._obs_keys = settings.obs_keys
-            self._step, self.notices = _find_step(self.env.env, settings.fast_step)
-            self._cameras = Cameras(self.env.env.sim, settings) if settings.rendering_key else None
+            self._step, self.notices = _find_step(self.env, settings.fast_step)
+            self._cameras = Cameras(self.env.sim, settings) if settings.rendering_key else None
         low, high = self._action_limits.tolist()
         self.spec = EnvSpec(
             obs={STATE: self.observe().shape, **settings.rendered},
-            action_dim=self.env.action_dimension,
+            action_dim=len(low),
             action_low=tuple(low),
             action_high=tuple(high),
             horizon=settings.horizon,
@@ -84,14 +99,14 @@ class RobomimicEnv:
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`."""
         # Placement samplers hold the generator itself, so its state is replaced, not the object.
-        self.env.env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
-        self._raw_obs = self.env.env.reset()
+        self.env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+        self._raw_obs = self.env.reset()
 
     def step(self, action: NDArray[Any]) -> tuple[float, bool]:
         """Execute one action, [A] clipped to the spec's limits; return its reward and whether the task is solved."""
         clipped = np.clip(np.asarray(action, np.float64), *self._action_limits)
         self._raw_obs, reward, _, _ = self._step(clipped)
-        return float(reward), bool(self.env.is_success()["task"])
+        return float(reward), self._is_solved()
 
     def observe(self) -> NDArray[np.float32]:
         """Return the `state` observation after the last step, [D]."""
@@ -119,13 +134,19 @@ class RobomimicEnv:
         return self._cameras.render()
 
     def observe_all(self) -> dict[str, NDArray[Any]]:
-        """Return every observation after the last step, as robomimic names them."""
-        obs: dict[str, NDArray[Any]] = self.env.get_observation(self._raw_obs)
-        return obs
+        """Return every observation after the last step, as robomimic names them: `object`, and each robot's own."""
+        prefixes = tuple(robot.robot_model.naming_prefix for robot in self.env.robots)
+        own = {key: np.array(value) for key, value in self._raw_obs.items() if key.startswith(prefixes)}
+        parts = {key: value for key, value in own.items() if not key.endswith("proprio-state")}
+        return {"object": np.array(self._raw_obs["object-state"]), **parts}
+
+    def _is_solved(self) -> bool:
+        answer = self.env._check_success()
+        return bool(answer["task"] if isinstance(answer, dict) else answer)
 
     def simulator_state(self) -> NDArray[np.float64]:
         """Return MuJoCo's state as one vector, as robomimic's datasets store it; `get_state` would write XML files."""
-        state: NDArray[np.float64] = self.env.env.sim.get_state().flatten()
+        state: NDArray[np.float64] = self.env.sim.get_state().flatten()
         return state
 
     def close(self) -> None:
@@ -133,8 +154,18 @@ class RobomimicEnv:
         if self._cameras is not None:
             self._cameras.close()
         if self.env is not None:
-            self.env.env.close()
+            self.env.close()
             self.env = self._step = None
+
+
+_AS_ROBOMIMIC = {
+    "has_renderer": False,
+    "has_offscreen_renderer": False,
+    "use_camera_obs": False,
+    "camera_depths": False,
+    "use_object_obs": True,
+    "ignore_done": True,
+}
 
 
 def build_env_meta(task: Task) -> dict[str, Any]:
@@ -158,17 +189,20 @@ def build_env_meta(task: Task) -> dict[str, Any]:
     }
 
 
-def _create(env_meta: dict[str, Any], seed: int, obs_keys: tuple[str, ...]) -> Any:
-    _register_mujoco_py()
-    from robomimic.utils import env_utils, obs_utils  # noqa: PLC0415
+def _create(env_meta: dict[str, Any], seed: int) -> Any:
+    """Build robosuite's environment as robomimic's wrapper does, without its cameras."""
+    import robosuite  # noqa: PLC0415  seconds
 
-    # Process-wide in robomimic: every simulator of a process has the same observations.
-    obs_utils.initialize_obs_utils_with_obs_specs({"obs": {"low_dim": list(obs_keys), "rgb": []}})
     kwargs = translate_kwargs(deepcopy(env_meta))
     _check_names(env_meta["env_name"], kwargs)
+    kwargs.update(_AS_ROBOMIMIC)
     # A soft reset takes 1 ms instead of 100 and still draws everything anew but the objects' sizes.
-    kwargs |= {"seed": seed, "hard_reset": False}
-    return env_utils.create_env_from_metadata({**env_meta, "env_kwargs": kwargs})
+    kwargs.update(seed=seed, hard_reset=False)
+    env = robosuite.make(env_meta["env_name"], **kwargs)
+    for name in env.observation_names:
+        if "joint_pos" in name or "eef_vel" in name:
+            env.modify_observable(observable_name=name, attribute="active", modifier=True)
+    return env
 
 
 def _check_names(env_name: str, kwargs: dict[str, Any]) -> None:
@@ -244,25 +278,16 @@ def _find_step(env: Any, is_fast: bool) -> tuple[Any, tuple[str, ...]]:
     """Return what steps a robosuite environment, and a line about it if it is slower than it was asked to be."""
     if not is_fast:
         return env.step, ()
-    from asyncflow.envs.robosuite.fast_step import FastStep  # noqa: PLC0415  imports robosuite
+    from asyncflow.simulators.robosuite.fast_step import FastStep  # noqa: PLC0415  imports robosuite
 
     fast = FastStep(env)
     slow = f"env.fast_step = true: robosuite's own step is taken, about half as fast, because {fast.obstacle}"
     return fast.step, (slow,) if fast.obstacle else ()
 
 
-def _register_mujoco_py() -> None:
-    """Register a stand-in for `mujoco_py`, of which robomimic 0.3 imports one exception's name."""
-    if "mujoco_py" not in sys.modules:
-        module, builder = types.ModuleType("mujoco_py"), types.ModuleType("mujoco_py.builder")
-        builder.MujocoException = type("MujocoException", (Exception,), {})  # type: ignore[attr-defined]
-        module.builder = builder  # type: ignore[attr-defined]
-        sys.modules |= {"mujoco_py": module, "mujoco_py.builder": builder}
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Drop what robosuite and robomimic print and log below the level of an error.
+    """Drop what robosuite prints and logs below the level of an error.
 
     robosuite stays quiet afterwards: it repeats its controller warnings at every reset.
     """

@@ -9,7 +9,7 @@ robosuite is imported with this module, which takes seconds: import it where a s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Dict, Tuple
 
 import mujoco
 from numpy.typing import NDArray
@@ -19,10 +19,10 @@ from robosuite.environments.base import MujocoEnv
 from robosuite.environments.robot_env import RobotEnv
 from robosuite.robots.fixed_base_robot import FixedBaseRobot
 
-from asyncflow.envs.robosuite.fast_observables import ObservableClock, has_covered_observables
-from asyncflow.envs.robosuite.fast_osc import ArmControl, is_covered_arm
+from asyncflow.simulators.robosuite.fast_observables import ObservableClock, has_covered_observables
+from asyncflow.simulators.robosuite.fast_osc import ArmControl, is_covered_arm
 
-Step = tuple[dict[str, Any], float, bool, dict[str, Any]]
+Step = Tuple[Dict[str, Any], float, bool, Dict[str, Any]]
 
 
 class FastStep:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import numbers
-from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from asyncflow.config.contracts import broken, check_callable, name_of
 from asyncflow.config.observations import INDEX, KINDS, STATE, TASK, VECTOR, Field, Shape, field_key
-from asyncflow.envs.base import EnvSpec, StepResult
 from asyncflow.errors import ContractError
+from asyncflow.simulators.base import StepResult
+from asyncflow.simulators.spec import EnvSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _REAL = "fiub"  # kinds of dtypes that hold real numbers
 
@@ -44,7 +46,7 @@ class CheckedSimulator:
         for kind in KINDS:
             _check_room(self.spec, kind, rooms.get(kind, (0,)), self._name)
         methods = {"reset": (0,), "step": (np.zeros(self.spec.action_dim, np.float32),), "observe": ()}
-        for method, arguments in (methods | ({"render": ()} if self.spec.rendered else {})).items():
+        for method, arguments in {**methods, **({"render": ()} if self.spec.rendered else {})}.items():
             check_callable(getattr(simulator, method, None), f"{self._name}.{method}", arguments)
 
     def reset(self, seed: int) -> None:
@@ -54,7 +56,7 @@ class CheckedSimulator:
     def step(self, action: NDArray[Any]) -> StepResult:
         """Execute one action, of which the simulator gets a copy."""
         answer = self._simulator.step(action.copy())
-        if isinstance(answer, StepResult) or (isinstance(answer, tuple | list) and len(answer) == 2):
+        if isinstance(answer, StepResult) or (isinstance(answer, (tuple, list)) and len(answer) == 2):
             reward, *flags = _as_number(answer[0]), *map(_as_flag, answer[1:])
             if reward is not None and None not in flags:
                 terminated, truncated, is_success = flags if len(flags) == 3 else (flags[0], False, flags[0])
@@ -136,7 +138,7 @@ def _check_room(spec: EnvSpec, kind: str, room: Shape, owner: str) -> None:
 
 def _check_field(key: Any, field: Field, what: str) -> Field:
     """Return a field with its sizes as plain ints."""
-    if not isinstance(key, str) or not isinstance(field.shape, tuple | list):
+    if not isinstance(key, str) or not isinstance(field.shape, (tuple, list)):
         raise broken(what, f"has for {key}", field.shape, "a name and a shape, a tuple of sizes")
     shape = tuple(_check_size(size, f"{what}[{key!r}]") for size in field.shape)
     if field.kind == INDEX and (key, shape, field.dtype) == (TASK, (), "int64"):
@@ -185,7 +187,7 @@ def _as_number(value: Any) -> float | None:
 
 
 def _as_flag(value: Any) -> bool | None:
-    if isinstance(value, bool | np.bool_):
+    if isinstance(value, (bool, np.bool_)):
         return bool(value)
     number = _as_number(value)
     return bool(number) if number in (0.0, 1.0) else None

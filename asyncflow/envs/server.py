@@ -1,0 +1,217 @@
+"""The parent's side of the interpreters in which simulators run: one server process for each, started once.
+
+A server imports what its simulators need and then forks worker processes (`simulators/server.py`). It serves this
+process until that ends, whichever environments come and go. Any thread may ask for workers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from asyncflow.errors import ConfigError
+from asyncflow.signals import ENDING_SIGNALS
+from asyncflow.simulators import boot_file
+from asyncflow.simulators.messages import Channel
+
+_END_TIMEOUT_S = 2.0
+_NUM_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+_OTHER_PYTHON = ("PYTHONHOME", "__PYVENV_LAUNCHER__")  # of this interpreter, and wrong for any other
+
+
+class Interpreter(NamedTuple):
+    """Where simulators run.
+
+    Attributes:
+        python: The interpreter; None means this process's own.
+        preload: `module:function` that imports what its simulators need; None where nothing is known of them.
+    """
+
+    python: str | None = None
+    preload: str | None = None
+
+    @property
+    def executable(self) -> str:
+        """The program that is started."""
+        return self.python or sys.executable
+
+    def search_path(self) -> dict[str, Any]:
+        """Return where it searches for modules: as here, or after its own folders in this one and the script's."""
+        if self.python is None:
+            return {"path": list(sys.path), "more_path": []}
+        main = sys.modules["__main__"]
+        script = getattr(main, "__file__", None) if getattr(main, "__spec__", None) is None else None
+        return {"path": None, "more_path": [os.getcwd(), *([] if script is None else [str(Path(script).parent)])]}
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, interpreter: Interpreter) -> None:
+        """Start it; it imports while the caller goes on.
+
+        Raises:
+            ConfigError: The program cannot be started.
+        """
+        self.interpreter, self.owner = interpreter, os.getpid()
+        control, theirs = socket.socketpair()
+        self._control = control
+        command = [interpreter.executable, str(boot_file()), str(theirs.fileno())]
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # it and its workers inherit that
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=_environment(interpreter)
+            )
+        except OSError as error:
+            control.close()
+            raise ConfigError(f"env.python = {interpreter.executable}: {error.strerror}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            theirs.close()
+        # The kernel's signal at a parent's end comes when the thread that started the child ends.
+        parent = os.getpid() if threading.current_thread() is threading.main_thread() else None
+        setup = {"parent": parent, "preload": interpreter.preload, **interpreter.search_path()}
+        with contextlib.suppress(OSError):  # it has refused; a worker that is asked for says why
+            Channel(control).send(setup)
+
+    def start_worker(self, board: int) -> Channel:
+        """Ask for a worker; return the parent's end of its channel.
+
+        Args:
+            board: Descriptor of the shared memory.
+
+        Raises:
+            ConnectionError: The server has ended.
+        """
+        mine, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b"w"], [theirs.fileno(), board])
+            except ConnectionError:
+                mine.close()
+                raise
+        return Channel(mine)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def process(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
+    def find_end(self) -> tuple[int | None, str]:
+        """Return its exit code, None while it runs, and what it said before its end; waits a moment for that."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_TIMEOUT_S)
+        if self._process.returncode is None:
+            return None, ""
+        with contextlib.suppress(OSError):
+            return self._process.returncode, self._control.recv(65536).decode(errors="replace")
+        return self._process.returncode, ""
+
+    def end(self) -> None:
+        """Let it end, and its workers with it."""
+        self._control.close()
+        if self.owner != os.getpid():  # a fork of the process that started it
+            return
+        try:
+            self._process.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # it imports something
+            self._process.kill()
+            self._process.wait()
+
+
+_servers: dict[Interpreter, Server] = {}
+_lock = threading.Lock()
+
+
+def start_worker(interpreter: Interpreter, board: int) -> tuple[Server, Channel]:
+    """Start a worker, and its server unless that runs; return the server and the channel to the worker.
+
+    Raises:
+        ConfigError: The interpreter cannot be started.
+    """
+    with _lock:
+        server = _servers.get(interpreter)
+        if server is not None and server.owner == os.getpid():
+            with contextlib.suppress(ConnectionError):
+                return server, server.start_worker(board)
+            server.end()
+        server = _servers[interpreter] = Server(interpreter)
+        with contextlib.suppress(ConnectionError):
+            return server, server.start_worker(board)
+    raise ConfigError(explain_end(server))
+
+
+def explain_end(server: Server) -> str:
+    """Return in one line why an interpreter ended before it could simulate."""
+    code, said = server.find_end()
+    interpreter = server.interpreter
+    if said:
+        return f"env.python: {said}"
+    when = "could simulate" if interpreter.preload is None else f"had imported {interpreter.preload.partition(':')[0]}"
+    return (
+        f"env.python = {interpreter.executable}: it ended with exit code {code} before it {when}; expected Python 3.8 "
+        "or newer, with numpy and the simulator's packages"
+    )
+
+
+def running_servers() -> list[int]:
+    """Return the processes of this process's servers."""
+    own = [server for server in _servers.values() if server.owner == os.getpid()]
+    return [server.process for server in own if server.is_running]
+
+
+def running_workers() -> list[int]:
+    """Return the processes of this process's workers, as Linux lists them."""
+    lists = [Path(f"/proc/{server}/task/{server}/children").read_text() for server in running_servers()]
+    return [int(process) for each in lists for process in each.split()]
+
+
+def find_python(text: str) -> str:
+    """Return the interpreter that `env.python` names: a program, or the folder of a virtual environment.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / "bin" / "python"
+    found = shutil.which(str(path))
+    if found is None:
+        raise ConfigError(
+            f"env.python = {text}: no interpreter there; expected a python, or the folder of a virtual environment"
+        )
+    return os.path.abspath(found)
+
+
+def _environment(interpreter: Interpreter) -> dict[str, str]:
+    """Return the variables of a server: one thread for each numeric library."""
+    variables = {**os.environ, **dict.fromkeys(_NUM_THREADS, "1")}
+    if interpreter.python is not None:
+        variables = {name: value for name, value in variables.items() if name not in _OTHER_PYTHON}
+    return variables
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the variables of a worker: those that this process has now, with one thread for each library."""
+    return {**os.environ, **dict.fromkeys(_NUM_THREADS, "1")}
+
+
+@atexit.register
+def _end_servers() -> None:
+    for server in _servers.values():
+        server.end()
+    _servers.clear()

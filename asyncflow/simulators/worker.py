@@ -1,0 +1,143 @@
+"""One worker process: constructs simulators, executes what it is told, leaves when its channel closes.
+
+Every message to it is answered, in order, under the number that it came with.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import importlib
+import os
+import pickle
+import sys
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable
+
+from asyncflow.errors import AsyncflowError, ConfigError
+from asyncflow.seeding import derive_seed
+from asyncflow.simulators.board import Board, BoardPlan
+from asyncflow.simulators.runner import EpisodeRunner
+
+if TYPE_CHECKING:
+    from asyncflow.simulators.base import Simulator
+    from asyncflow.simulators.messages import Channel
+
+
+def run(channel: Channel, board: int) -> None:
+    """Run a worker process; never returns.
+
+    The simulators' memory goes with the process; closing them and the interpreter first would take seconds.
+
+    Args:
+        channel: To the parent, which sends the setup first.
+        board: Descriptor of the shared memory.
+    """
+    try:
+        channel.send({"kind": "started", "process": os.getpid()})
+        work(channel, board)
+    except ConfigError as error:
+        with contextlib.suppress(OSError):
+            channel.send({"kind": "refused", "text": str(error)})
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            channel.send({"kind": "error", "trace": traceback.format_exc()})
+        os._exit(1)
+    os._exit(0)
+
+
+def work(channel: Channel, descriptor: int) -> None:
+    """Construct the simulators and obey.
+
+    Raises:
+        EOFError: The parent closed the channel, or died.
+    """
+    setup = channel.receive()
+    _adopt(setup)
+    board = Board(BoardPlan.from_json(setup["board"]), descriptor)
+    make_simulator = find_factory(setup["factory"])
+    runners = {}
+    for env in range(*setup["env_ids"]):
+        runners[env] = build_runner(make_simulator, setup["seed"], env, board)
+        channel.send({"kind": "alive"})
+    first = runners[setup["env_ids"][0]]
+    channel.send({"kind": "done", "number": 0, "spec": first.spec.to_json(), "notices": list(first.notices)})
+    while True:
+        try:
+            message = channel.receive()
+        except EOFError:
+            return
+        obey(runners, message, lambda: channel.send({"kind": "alive"}))
+        channel.send({"kind": "done", "number": message["number"]})
+
+
+def _adopt(setup: dict[str, Any]) -> None:
+    """Take over what the parent's process is like now; the server may be older."""
+    os.environ.clear()
+    os.environ.update(setup["environment"])
+    adopt_path(setup)
+    with contextlib.suppress(OSError):  # it may be gone
+        os.chdir(setup["folder"])
+
+
+def adopt_path(setup: dict[str, Any]) -> None:
+    """Search for modules where the parent does; another interpreter does so after its own folders."""
+    if setup["path"] is not None:
+        sys.path[:] = setup["path"]
+    sys.path.extend(folder for folder in setup["more_path"] if folder not in sys.path)
+
+
+def find_factory(factory: dict[str, Any]) -> Callable[[int], Simulator]:
+    """Return what makes a simulator from a seed: `module:name` with arguments, or a function that was sent along.
+
+    Raises:
+        ConfigError: This interpreter cannot import it.
+    """
+    if "pickle" in factory:  # of the parent's own, under the parent's own interpreter
+        made: Callable[[int], Simulator] = pickle.loads(base64.b64decode(factory["pickle"]))
+        return made
+    module, _, name = factory["target"].partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except AsyncflowError:
+        raise
+    except Exception as error:  # whatever a module raises that is imported
+        raise ConfigError(explain_import(error)) from error
+    return partial(found, **factory["arguments"])
+
+
+def explain_import(error: Exception) -> str:
+    """Return in one line why this interpreter cannot import what a simulator needs, and what mends it."""
+    who = f"{sys.executable} (Python {sys.version_info[0]}.{sys.version_info[1]})"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"{who} has no package {package}; run: {sys.executable} -m pip install {package}"
+    return f"{who} cannot import the simulator: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def build_runner(make_simulator: Callable[[int], Simulator], seed: int, env: int, board: Board) -> EpisodeRunner:
+    """Construct one environment's simulator from `derive_seed(seed, "simulator", env)`."""
+    return EpisodeRunner(make_simulator(derive_seed(seed, "simulator", env)), env, board)
+
+
+def obey(
+    runners: dict[int, EpisodeRunner], message: dict[str, Any], tell_alive: Callable[[], None] = lambda: None
+) -> None:
+    """Execute a command; resets may take long, so each of them is told. A chunk is one message.
+
+    Args:
+        runners: By environment.
+        message: `begin` holds a seed and [environment, episode] of each; `step` holds [environment, whether its cameras
+            are rendered] of each.
+        tell_alive: Called after each reset.
+    """
+    if message["command"] == "begin":
+        for env, episode in message["episodes"]:
+            runners[env].begin(message["seed"], episode)
+            tell_alive()
+    else:
+        for env, is_rendered in message["envs"]:
+            runners[env].execute(is_rendered)
