@@ -215,7 +215,8 @@ class Worker:
         if self.process is None and self._exit_code is None:  # its server ended before it could start it
             return ConfigError(explain_end(self._server))
         self.process = None
-        return WorkerFailure("died", f"{self.name} died with exit code {self._exit_code}")
+        how = "its server" if self._exit_code is None else f"exit code {self._exit_code}"
+        return WorkerFailure("died", f"{self.name} died with {how}")
 
     def dismiss(self) -> None:
         """Close the channel, at which the process leaves after the chunk under way; never waits."""

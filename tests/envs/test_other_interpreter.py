@@ -1,18 +1,20 @@
 """Simulators under another interpreter: the same transitions, and every refusal one line that says what mends it."""
 
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from bare_python import make_bare_python
-from worker_cases import SEED, H, N, command, left_behind, process_of, run, tensors
+from worker_cases import SEED, H, N, command, is_running, left_behind, process_of, run, tensors
 
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.worker import Recipe
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError, EnvError
+from tools.stress.bare_python import make_bare_python
 
 FAKE = Path(__file__).parents[1] / "support/fake_simulator.py"
 OTHERS = {name: shutil.which(name) for name in ("python3.8", "python3.9", "python3.12", "python3.13")}
@@ -92,6 +94,20 @@ def test_faults_there_are_survived_like_those_here(bare):
         worker = process_of(env)
     assert left_behind()[0] == before
     assert not Path(f"/proc/{worker}").exists()
+
+
+def test_a_server_that_dies_takes_its_workers_along_and_another_takes_its_place(bare):
+    with make(bare, num_envs=2) as env:
+        env.reset(SEED)
+        before = process_of(env)
+        server = env._workers[0]._server.process
+        os.kill(server, signal.SIGKILL)
+        faults = [fault for _ in range(3) for fault in run(env, torch.zeros(2, H, 6)).faults]  # one may answer before
+        assert [fault.kind for fault in faults] == ["died", "died"]
+        assert all("died with its server" in fault.message for fault in faults)
+        assert not is_running(before)
+        assert not run(env, torch.zeros(2, H, 6)).broken.any()
+        assert env._workers[0]._server.process != server
 
 
 def test_a_journal_of_here_is_rebuilt_there(bare):

@@ -12,12 +12,14 @@ import json
 import random
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from unittest import mock
 
 from asyncflow import cli
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, VecEnv
+from asyncflow.envs.worker import Recipe
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import AsyncflowError
 from asyncflow.profile.slow import Emulation
@@ -26,7 +28,7 @@ from asyncflow.run import build, parts
 from asyncflow.run.trainer import Trainer
 from asyncflow.signals import interrupt_on_signals
 from tools.emulated import put_on_every_run
-from tools.stress.simulator import FaultPlan, FaultySimulator
+from tools.stress.simulator import FaultPlan
 
 
 class DisturbedVecEnv(WorkerVecEnv):
@@ -65,7 +67,8 @@ class WatchingTrainer(Trainer):
 
 
 def _make_vec_env(plan: FaultPlan, config: EnvConfig, chunk_length: int, num_envs: int, seed: int) -> VecEnv:
-    return DisturbedVecEnv(partial(FaultySimulator, plan), config, num_envs, chunk_length, seed)
+    recipe = Recipe("tools.stress.simulator:build", {"plan": asdict(plan)})
+    return DisturbedVecEnv(recipe, config, num_envs, chunk_length, seed)
 
 
 def main() -> int:

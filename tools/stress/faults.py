@@ -76,7 +76,7 @@ class Trial:
     """One run with faults, and what is checked of it.
 
     Attributes:
-        folder: Where its folder and its log lie.
+        folder: Where its folder and its log lie. A program `python` there is the interpreter that simulates.
         name: Of both.
         plan: What goes wrong inside, without its log.
         arguments: Of the command line, besides `SMALL_RUN`.
@@ -105,8 +105,9 @@ class Trial:
 
     def start(self, **changes: Any) -> Command:
         """Start the command."""
-        length = f"trainer.total_updates={self.num_updates}"
-        return self._command(("--out", str(self.run), *SMALL_RUN, length, *self.arguments), changes)
+        length, python = f"trainer.total_updates={self.num_updates}", self.folder / "python"
+        elsewhere = (f"env.python={python}",) if python.exists() else ()
+        return self._command(("--out", str(self.run), *SMALL_RUN, length, *elsewhere, *self.arguments), changes)
 
     def resume(self, **changes: Any) -> Command:
         """Start a command that goes on with the run."""

@@ -14,9 +14,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tools.bench.common.report import REPOSITORY, isolated
+from tools.stress.bare_python import make_bare_python
 from tools.stress.cuts import Lane, draw_cuts, report_cuts, run_uncut
 from tools.stress.disk import fill_disk
 from tools.stress.faults import (
@@ -63,6 +65,18 @@ def _workers(folder: Path, seed: int) -> list[Row]:
     ]
 
 
+def _elsewhere(folder: Path, seed: int) -> list[Row]:
+    """Repeat what befalls simulators under an interpreter that has numpy alone."""
+    make_bare_python(folder)
+    rows = [
+        kill_workers(folder, 12, seed),
+        stop_workers(folder, 4, seed),
+        raise_in_simulators(folder, 20, seed),
+        poison(folder, 60, seed),
+    ]
+    return [replace(row, injected=f"simulators under another interpreter: {row.injected}") for row in rows]
+
+
 def _runs(folder: Path, seed: int) -> list[Row]:
     return [poison(folder, 60, seed), delay(folder, 30, seed), crash_collector(folder, [1, 20, 50], seed)]
 
@@ -87,11 +101,12 @@ PARTS: dict[str, Part] = {
     "lag": _lag,
     "workers": _workers,
     "runs": _runs,
+    "elsewhere": _elsewhere,
     "disk": _disk,
     "cuts": _cuts,
 }
 # Parts of a line run side by side, one after another within a lane.
-STAGES = ((("weights", "ring", "disk"), ("lag",)), (("workers",), ("runs",)), (("cuts",),))
+STAGES = ((("weights", "ring", "disk"), ("lag",)), (("workers",), ("runs", "elsewhere")), (("cuts",),))
 
 
 def run_parts(names: list[str], folder: Path, seed: int) -> list[Row]:

@@ -47,6 +47,11 @@ class FaultPlan:
         os.close(descriptor)
 
 
+def build(seed: int, plan: dict[str, Any]) -> FaultySimulator:
+    """Return a simulator by a plan as JSON holds it."""
+    return FaultySimulator(FaultPlan(**plan), seed)
+
+
 class FaultySimulator:
     """Move in the plane to the origin; state: position, steps so far, and a number that the constructor's seed draws.
 
