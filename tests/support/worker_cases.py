@@ -51,7 +51,11 @@ def process_of(vec_env: WorkerVecEnv) -> int:
 
 
 def is_running(process: int) -> bool:
-    return Path(f"/proc/{process}").exists()
+    """Tell whether a process runs; one that has ended and that nobody asks after does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def wait_for_end(process: int) -> None:
