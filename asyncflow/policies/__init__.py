@@ -21,7 +21,7 @@ from asyncflow.policies.base import Policy, set_eval
 from asyncflow.policies.flow import FlowPolicy
 from asyncflow.policies.gaussian import GaussianPolicy
 from asyncflow.policies.vla.foreign import find_model_class
-from asyncflow.policies.vla.policy import VLAPolicy, build_vla
+from asyncflow.policies.vla.policy import VLAPolicy, build_vla, read_instructions
 from asyncflow.seeding import derive_seed
 from asyncflow.simulators.spec import EnvSpec
 
@@ -95,7 +95,7 @@ def _build_lerobot(config: PolicyConfig, spec: EnvSpec) -> Policy:
 
     from asyncflow.policies.lerobot.policy import build_lerobot  # noqa: PLC0415  an optional extra, seconds to load
 
-    return build_lerobot(config, folder, cameras, spec.shapes(IMAGES))
+    return build_lerobot(config, folder, cameras, spec.shapes(IMAGES), read_instructions(config, spec))
 
 
 def _require_state(config: PolicyConfig, spec: EnvSpec) -> None:

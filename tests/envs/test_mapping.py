@@ -22,6 +22,7 @@ from asyncflow.config.sections import Config, PolicyConfig, VLAConfig, validate,
 from asyncflow.config.task_table import TASKS
 from asyncflow.demos.pretrain import PretrainOptions, pretrain
 from asyncflow.envs.mapping import NameMapping
+from asyncflow.envs.tasks import join_tasks
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.flow_sampler import FlowSampler
@@ -353,12 +354,19 @@ class Told(Critic):
         self.instruction = text
 
 
-def load(name, **keys):
+class ToldAll(Told):
+    """Takes the instructions of several tasks."""
+
+    def set_instructions(self, texts):
+        self.instruction = list(texts)
+
+
+def load(name, spec=None, **keys):
     trust_class(f"mapped.{name}")
     config = PolicyConfig(
         kind="vla", horizon=3, n_action_steps=2, vla=VLAConfig(model_class=f"mapped.{name}"), mapping=mapping(**keys)
     )
-    return make_policy(config, EnvSpec({"state": (4,)}, 5, 10), seed=0)
+    return make_policy(config, spec or EnvSpec({"state": (4,)}, 5, 10), seed=0)
 
 
 @pytest.fixture
@@ -378,6 +386,24 @@ def test_a_model_from_elsewhere_is_told_the_instruction_if_it_takes_one():
     assert load("Told", obs={"language": "lift"}).model.instruction == "lift"
     with pytest.raises(ConfigError, match=r"'lift': mapped.Critic has no method set_instruction\(text\)"):
         load("Critic", obs={"language": "lift"})
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_model_from_elsewhere_is_told_every_tasks_instruction():
+    tasks = {"A": "lift", "B": "push"}
+    spec = join_tasks([EnvSpec({"state": (4,)}, 5, 10, instruction=text) for text in tasks.values()], list(tasks))
+    assert load("ToldAll", spec).model.instruction == ["lift", "push"]
+    assert load("ToldAll", spec, obs={"language": "go"}).model.instruction == "go"
+    assert load("Critic", spec).action_dim == 5  # it may read the index of the observation itself
+    with pytest.raises(ConfigError, match=r"env.tasks: mapped.Told takes one instruction, .* and the tasks have 2"):
+        load("Told", spec)
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_single_tasks_own_instruction_is_told_unless_another_is_configured():
+    spec = EnvSpec({"state": (4,)}, 5, 10, instruction="lift")
+    assert load("Told", spec).model.instruction == "lift"
+    assert load("Told", spec, obs={"language": "go"}).model.instruction == "go"
 
 
 def test_our_own_model_reads_the_instruction():

@@ -12,10 +12,10 @@ from __future__ import annotations
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lerobot.configs.policies import PreTrainedConfig
@@ -29,7 +29,7 @@ from torch.nn.functional import silu
 from transformers import dynamic_module_utils
 
 from asyncflow.config.lerobot_folder import CONFIG, WEIGHTS, LeRobotFolder, select_statistics
-from asyncflow.config.observations import Shapes
+from asyncflow.config.observations import TASK, Shapes
 from asyncflow.errors import CheckpointError
 from asyncflow.files import write_atomically
 from asyncflow.policies.policy_file import check_tensors, find_shared
@@ -81,11 +81,11 @@ class LeRobotModel(nn.Module, ABC):
         """Return what expert and value see of observations."""
 
     @abstractmethod
-    def cache_prefix(self, prefix: Any) -> KeysValues:
+    def cache_prefix(self, prefix: Any) -> SeenPrefix:
         """Return keys and values of a prefix for each layer of the expert."""
 
     @abstractmethod
-    def velocity(self, cache: KeysValues, x: Tensor, time: Tensor) -> Tensor:
+    def velocity(self, cache: SeenPrefix, x: Tensor, time: Tensor) -> Tensor:
         """Return the velocity `[N, J, P, M]` of `x [N, J, P, M]` at `time [N, J]`, from 1 (noise) to 0 (action)."""
 
     @abstractmethod
@@ -111,16 +111,19 @@ class LeRobotModel(nn.Module, ABC):
         with torch.no_grad():
             self.velocity(self.cache_prefix(self.encode_prefix(self.black_obs(image_shapes))), chunk, time)
 
-    def black_obs(self, image_shapes: Shapes) -> TensorDict:
-        """Return one observation of black pictures."""
-        black = {camera: torch.zeros(1, *image_shapes[camera], dtype=torch.uint8) for camera in self.cameras.values()}
-        state = torch.zeros(1, self.lerobot.config.robot_state_feature.shape[0])
-        return TensorDict({"images": TensorDict(black, [1]), "state": state}, [1])
+    def black_obs(self, image_shapes: Shapes, num_obs: int = 1) -> TensorDict:
+        """Return observations of black pictures, [N], of one task after the other."""
+        black = {
+            camera: torch.zeros(num_obs, *image_shapes[camera], dtype=torch.uint8) for camera in self.cameras.values()
+        }
+        state = torch.zeros(num_obs, self.lerobot.config.robot_state_feature.shape[0])
+        seen = {"images": TensorDict(black, [num_obs]), "state": state, TASK: torch.arange(num_obs)}
+        return TensorDict(seen, [num_obs])
 
-    def read_instruction(self, instruction: str) -> tuple[Tensor, Tensor]:
-        """Return its tokens `[1, S]`, and which of them are no padding; the tokenizer is given up."""
-        state = torch.zeros(1, self.lerobot.config.robot_state_feature.shape[0])
-        words, is_word = self.lerobot.prepare_language({OBS_STATE: state, "task": [instruction]})
+    def read_instructions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Return their tokens `[K, S]`, and which of them are no padding; the tokenizer is given up."""
+        state = torch.zeros(len(texts), self.lerobot.config.robot_state_feature.shape[0])
+        words, is_word = self.lerobot.prepare_language({OBS_STATE: state, "task": list(texts)})
         self.lerobot.language_tokenizer = None  # the words are known: it need not be copied for the collector
         return words, is_word
 
@@ -222,6 +225,44 @@ class LeRobotModel(nn.Module, ABC):
             raise CheckpointError(f"{source}: its normalisation is not set: {unset[0]} is not finite")
         self.lerobot.load_state_dict(stored)
         return {name: tensor.dtype for name, tensor in stored.items()}
+
+
+class SeenPrefix(NamedTuple):
+    """What an expert sees of a prefix.
+
+    Attributes:
+        layers: Keys and values for each of its layers.
+        num_tokens: S.
+        is_token: `[N, S]` which tokens are no padding, where instructions differ in length; None where all are.
+    """
+
+    layers: KeysValues
+    num_tokens: int
+    is_token: Tensor | None = None
+
+    def end(self) -> int | Tensor:
+        """Return the place that follows the prefix: one, or `[N, 1]`."""
+        return self.num_tokens if self.is_token is None else self.is_token.sum(1, keepdim=True)
+
+    def mask(self) -> Tensor | None:
+        """Return which tokens of the prefix may be seen, `[N, 1, 1, S]`; None if all of them."""
+        return None if self.is_token is None else self.is_token[:, None, None]
+
+    def mask_with(self, among: Tensor) -> Tensor:
+        """Return which tokens L of the expert's own may see, `[L, S + L]` or `[N, 1, L, S + L]`.
+
+        Args:
+            among: `[L, L]`, of each other.
+        """
+        if self.is_token is None:
+            return torch.cat([among.new_ones(len(among), self.num_tokens), among], 1)
+        seen = self.is_token[:, None].expand(-1, len(among), -1)
+        return torch.cat([seen, among.expand(len(seen), -1, -1)], 2)[:, None]
+
+
+def rows_of(table: Tensor, obs: TensorDictBase) -> Tensor:
+    """Return the row of a table `[K, ...]` that belongs to each observation's task, `[N, ...]`; one row serves all."""
+    return table.expand(len(obs), *table.shape[1:]) if len(table) == 1 else table[obs[TASK]]
 
 
 @contextmanager

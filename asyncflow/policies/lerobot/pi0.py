@@ -14,7 +14,7 @@ evaluated at once, P predicted actions, M action size with the model's padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from lerobot.constants import OBS_STATE
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pi0.paligemma_with_expert import apply_rope
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer
 
 from asyncflow.config.lerobot_folder import LeRobotFolder
 from asyncflow.config.sections import PolicyConfig
 from asyncflow.errors import CheckpointError
-from asyncflow.policies.lerobot.model import LeRobotModel, one_line
+from asyncflow.policies.lerobot.model import LeRobotModel, SeenPrefix, one_line, rows_of
 from asyncflow.policies.vla.model import KeysValues, ValueHead
 
 TOKENIZER = "google/paligemma-3b-pt-224"  # LeRobot's code names it, no folder does
@@ -44,10 +44,13 @@ class Pi0(LeRobotModel):
     """
 
     words: Tensor
+    is_word: Tensor | None
     lerobot_class = PI0Policy
 
-    def __init__(self, folder: LeRobotFolder, cameras: Mapping[str, str], config: PolicyConfig) -> None:
-        """Read a folder; see `LeRobotModel`. `config` gives the instruction and the value head's size.
+    def __init__(
+        self, folder: LeRobotFolder, cameras: Mapping[str, str], config: PolicyConfig, instructions: Sequence[str]
+    ) -> None:
+        """Read a folder; see `LeRobotModel` and `build_lerobot`. `config` gives the value head's size.
 
         Raises:
             CheckpointError: Its model cannot be built, its tensors do not fit it, or there is no tokenizer.
@@ -56,8 +59,10 @@ class Pi0(LeRobotModel):
         super().__init__(folder, cameras)
         self.width: int = self.text_config.hidden_size
         self.value_head = ValueHead(self.width, config.critic_hidden_sizes, folder.state_dim)
-        words, is_word = self.read_instruction(config.instruction)
-        self.register_buffer("words", words[is_word], persistent=False)  # a checkpoint serves another one too
+        words, is_word = self.read_instructions(instructions)
+        words, is_word = words[:, is_word.any(0)], is_word[:, is_word.any(0)]
+        self.register_buffer("words", words, persistent=False)  # a checkpoint serves others too
+        self.register_buffer("is_word", None if bool(is_word.all()) else is_word, persistent=False)
         # No word is predicted. PaliGemma's head is its table of words again, which LeRobot restores from either.
         self.backbone.lm_head = None
         self._with_expert.gemma_expert.lm_head.requires_grad_(False)
@@ -92,61 +97,72 @@ class Pi0(LeRobotModel):
         """Return what the expert and the value see of observations.
 
         `features [N, S, 2 L G F + W]`: for every token the keys and values of each layer, then its last features;
-        `state [N, D]`, normalised.
+        `state [N, D]`, normalised; where the instructions of several tasks differ in length `is_token [N, S]`, which
+        leaves padding out.
         """
         batch, language = self.normalize_obs(obs), self.backbone.language_model
-        tokens = self._embed_prefix(batch)
-        tokens, cache = self._run(language.layers, tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        tokens = self._embed_prefix(batch, rows_of(self.words, obs))
+        place, mask, padding = torch.arange(tokens.shape[1], device=tokens.device)[None], None, {}
+        if self.is_word is not None:
+            is_word = rows_of(self.is_word, obs)
+            is_patch = is_word.new_ones(len(obs), tokens.shape[1] - is_word.shape[1])
+            padding = {"is_token": torch.cat([is_patch, is_word], 1)}
+            place, mask = padding["is_token"].cumsum(1) - 1, padding["is_token"][:, None, None]
+        tokens, cache = self._run(language.layers, tokens, place, is_seen=mask)
         seen = [part.flatten(2) for keys_values in cache for part in keys_values]
         features = torch.cat([*seen, language.norm(tokens)], -1)
-        return TensorDict({"features": features, "state": batch[OBS_STATE]}, batch_size=obs.batch_size)
+        return TensorDict({"features": features, "state": batch[OBS_STATE], **padding}, batch_size=obs.batch_size)
 
-    def _embed_prefix(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return a token per patch of the pictures and per word, `[N, S, W]`."""
+    def _embed_prefix(self, batch: dict[str, Tensor], words: Tensor) -> Tensor:
+        """Return a token per patch of the pictures and per word `[N, words]`, `[N, S, W]`."""
         pictures, _ = self.lerobot.prepare_images(batch)
         pictures = pictures[: len(self.cameras)]  # after which come the folder's empty cameras, which nothing sees
         seen = [self._with_expert.embed_image(picture) for picture in pictures]
-        words = self.backbone.language_model.embed_tokens(self.words).expand(len(pictures[0]), -1, -1)
-        tokens: Tensor = torch.cat([*seen, words], 1) * self.width**0.5
+        embedded = self.backbone.language_model.embed_tokens(words)
+        tokens: Tensor = torch.cat([*seen, embedded], 1) * self.width**0.5
         return tokens
 
-    def cache_prefix(self, prefix: TensorDictBase) -> KeysValues:
+    def cache_prefix(self, prefix: TensorDictBase) -> SeenPrefix:
         """Return keys and values `[N, S + 1, G, F]` of prefix and state for each layer of the expert."""
         shape = (len(self._expert.layers), 2, self.text_config.num_key_value_heads, self.text_config.head_dim)
         parts = prefix["features"][..., : -self.width].unflatten(-1, shape)
-        seen = [(layer[:, :, 0], layer[:, :, 1]) for layer in parts.unbind(2)]
+        is_token = prefix.get("is_token", None)
+        seen = SeenPrefix([(layer[:, :, 0], layer[:, :, 1]) for layer in parts.unbind(2)], parts.shape[1], is_token)
         state = self.flow.state_proj(self.lerobot.prepare_state({OBS_STATE: prefix["state"]}))
-        place = torch.full((1,), parts.shape[1], device=parts.device)
-        _, own = self._run(self._expert.layers, state[:, None], place, seen)
-        return [_join(*pair) for pair in zip(seen, own, strict=True)]
+        place, mask = torch.zeros(1, 1, dtype=torch.int64, device=parts.device) + seen.end(), None
+        if is_token is not None:
+            is_token = nn.functional.pad(is_token, (0, 1), value=True)
+            mask = is_token[:, None, None]
+        _, own = self._run(self._expert.layers, state[:, None], place, seen.layers, mask)
+        joined = [_join(*pair) for pair in zip(seen.layers, own, strict=True)]
+        return SeenPrefix(joined, seen.num_tokens + 1, is_token)
 
-    def velocity(self, cache: KeysValues, x: Tensor, time: Tensor) -> Tensor:
+    def velocity(self, cache: SeenPrefix, x: Tensor, time: Tensor) -> Tensor:
         """Return the velocity `[N, J, P, M]` of `x [N, J, P, M]` at `time [N, J]`, from 1 (noise) to 0 (action).
 
         All actions of a chunk see each other, so that P is what the model was trained with.
         """
         tokens = self.embed_actions(x, time, PERIODS).flatten(1, 2)
-        place, num_seen = torch.arange(tokens.shape[1], device=x.device), cache[0][0].shape[1]
-        chunk = place // x.shape[2]
-        is_own = chunk[:, None] == chunk
-        is_seen = torch.cat([is_own.new_ones(len(is_own), num_seen), is_own], 1)
-        tokens, _ = self._run(self._expert.layers, tokens, num_seen + place % x.shape[2], cache, is_seen)
+        place = torch.arange(tokens.shape[1], device=x.device)
+        chunk, step = place // x.shape[2], (place % x.shape[2])[None]
+        is_seen = cache.mask_with(chunk[:, None] == chunk)
+        tokens, _ = self._run(self._expert.layers, tokens, cache.end() + step, cache.layers, is_seen)
         velocity: Tensor = self.flow.action_out_proj(self._expert.norm(tokens).float())
         return velocity.view(x.shape)
 
     def _run(
         self, layers: Any, tokens: Tensor, place: Tensor, cache: KeysValues | None = None, is_seen: Tensor | None = None
     ) -> tuple[Tensor, KeysValues]:
-        """Return what layers make of tokens `[N, T, E]` at places `[T]`, and their own keys and values `[N, T, G, F]`.
+        """Return what layers make of tokens `[N, T, E]`, and their own keys and values `[N, T, G, F]`.
 
-        They see what `cache` holds for each layer, and themselves; `is_seen` says which token sees which of both.
+        The places are `[N, T]`, or `[1, T]`. The tokens see what `cache` holds for each layer, and themselves;
+        `is_seen` says which token sees which of both.
         """
         own = []
         for number, layer in enumerate(layers):
             attention, normed = layer.self_attn, layer.input_layernorm(tokens)
             query, keys = (
-                apply_rope(self.split_heads(project(normed)), place[None])
-                for project in (attention.q_proj, attention.k_proj)
+                apply_rope(self.split_heads(project(normed)), place) for project in (attention.q_proj, attention.k_proj)
             )
             own.append((keys, self.split_heads(attention.v_proj(normed))))
             seen = own[-1] if cache is None else _join(cache[number], own[-1])
@@ -158,7 +174,8 @@ class Pi0(LeRobotModel):
 
     def value(self, prefix: TensorDictBase) -> Tensor:
         """Return V `[N]` of a prefix."""
-        value: Tensor = self.value_head(prefix["features"][..., -self.width :], prefix["state"])
+        is_token = prefix.get("is_token", None)
+        value: Tensor = self.value_head(prefix["features"][..., -self.width :], prefix["state"], is_token)
         return value
 
 

@@ -7,7 +7,7 @@ loads LeRobot, an optional extra: only `make_policy` imports it, once a folder a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from asyncflow.config.lerobot_folder import EXPORT, LeRobotFolder
@@ -41,7 +41,11 @@ class LeRobotPolicy(VLAPolicy):
 
 
 def build_lerobot(
-    config: PolicyConfig, folder: LeRobotFolder, cameras: Mapping[str, str], image_shapes: Shapes
+    config: PolicyConfig,
+    folder: LeRobotFolder,
+    cameras: Mapping[str, str],
+    image_shapes: Shapes,
+    instructions: Sequence[str],
 ) -> LeRobotPolicy:
     """Return the policy of a LeRobot folder.
 
@@ -50,6 +54,7 @@ def build_lerobot(
         folder: What to read.
         cameras: LeRobot's name of a picture -> its name in an observation.
         image_shapes: Name in an observation -> `(3, height, width)`.
+        instructions: Of each task, which an observation's `task` is the index of; or one for all observations.
 
     Raises:
         CheckpointError: Its model cannot be built, or its tensors do not fit it.
@@ -60,7 +65,7 @@ def build_lerobot(
             f"policy.vla.lora_rank = {config.vla.lora_rank}: a LeRobot folder has no place for adapters; use 0, and "
             "policy.freeze_backbone or the folder's train_expert_only to train less"
         )
-    model = _model_class(folder.type)(folder, cameras, config)
+    model = _model_class(folder.type)(folder, cameras, config, instructions)
     try:
         model.look_at_black(image_shapes)
     except Exception as error:  # LeRobot builds models that its own code cannot run
@@ -71,7 +76,7 @@ def build_lerobot(
     return LeRobotPolicy(config, model)
 
 
-def _model_class(kind: str) -> Callable[[LeRobotFolder, Mapping[str, str], PolicyConfig], LeRobotModel]:
+def _model_class(kind: str) -> Callable[[LeRobotFolder, Mapping[str, str], PolicyConfig, Sequence[str]], LeRobotModel]:
     """Return what reads folders of a type; each loads much of transformers that the others do not need."""
     if kind == "pi0":
         from asyncflow.policies.lerobot.pi0 import Pi0  # noqa: PLC0415

@@ -12,21 +12,21 @@ evaluated at once, P predicted actions, A action size, M action size with the mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy, make_att_2d_masks, standardise_state_dict
 from lerobot.policies.smolvla.smolvlm_with_expert import apply_rope
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from asyncflow.config.lerobot_folder import LeRobotFolder
 from asyncflow.config.observations import Shapes
 from asyncflow.config.sections import PolicyConfig
-from asyncflow.policies.lerobot.model import LeRobotModel
-from asyncflow.policies.vla.model import KeysValues, ValueHead
+from asyncflow.policies.lerobot.model import LeRobotModel, SeenPrefix, rows_of
+from asyncflow.policies.vla.model import ValueHead
 
 
 class ExpertLayer(NamedTuple):
@@ -54,11 +54,14 @@ class SmolVLA(LeRobotModel):
     words: Tensor
     is_word: Tensor
     kept: Tensor | None
+    is_token: Tensor | None
     lerobot_class = SmolVLAPolicy
     overrides = {"load_vlm_weights": False}  # noqa: RUF012  those of the folder take their place
 
-    def __init__(self, folder: LeRobotFolder, cameras: Mapping[str, str], config: PolicyConfig) -> None:
-        """Read a folder; see `LeRobotModel`. `config` gives the instruction and the value head's size.
+    def __init__(
+        self, folder: LeRobotFolder, cameras: Mapping[str, str], config: PolicyConfig, instructions: Sequence[str]
+    ) -> None:
+        """Read a folder; see `LeRobotModel` and `build_lerobot`. `config` gives the value head's size.
 
         Raises:
             CheckpointError: Its model cannot be built, or its tensors do not fit it.
@@ -66,10 +69,11 @@ class SmolVLA(LeRobotModel):
         super().__init__(folder, cameras)
         self.width: int = self.text_config.hidden_size
         self.value_head = ValueHead(self.width, config.critic_hidden_sizes)
-        words, is_word = self.read_instruction(config.instruction)
-        self.register_buffer("words", words, persistent=False)  # a checkpoint serves another instruction too
+        words, is_word = self.read_instructions(instructions)
+        self.register_buffer("words", words, persistent=False)  # a checkpoint serves other instructions too
         self.register_buffer("is_word", is_word, persistent=False)
-        self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("kept", None, persistent=False)  # tokens of the prefix that are no padding in every task
+        self.register_buffer("is_token", None, persistent=False)  # [K, S] of them those that are none in each
         self._with_expert.processor = None  # as the tokenizer
 
     @property
@@ -97,25 +101,28 @@ class SmolVLA(LeRobotModel):
             Exception: Whatever the model's code fails with.
         """
         with torch.no_grad():
-            _, is_token, _ = self._embed_prefix(self.black_obs(image_shapes))
+            _, is_token, _ = self._embed_prefix(self.black_obs(image_shapes, len(self.words)))
         if not bool(is_token.all()):
-            self.kept = is_token[0].nonzero().squeeze(1)
+            self.kept = is_token.any(0).nonzero().squeeze(1)
+            is_token = is_token.index_select(1, self.kept)
+            self.is_token = None if bool(is_token.all()) else is_token
         super().look_at_black(image_shapes)
 
     def _embed_prefix(self, obs: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Return LeRobot's tokens of the prefix, which of them are no padding, and where a causal block begins."""
         batch = self.normalize_obs(obs)
         pictures, is_picture = self.lerobot.prepare_images(batch)
-        words, is_word = (x.expand(len(obs), -1) for x in (self.words, self.is_word))
+        words, is_word = rows_of(self.words, obs), rows_of(self.is_word, obs)
         embedded: tuple[Tensor, Tensor, Tensor] = self.flow.embed_prefix(
             pictures, is_picture, words, is_word, state=self.lerobot.prepare_state(batch)
         )
         return embedded
 
-    def encode_prefix(self, obs: TensorDictBase) -> Tensor:
+    def encode_prefix(self, obs: TensorDictBase) -> Tensor | TensorDict:
         """Return what the expert and the value see of observations, `[N, S, 2 L G F + W]`.
 
-        For every token the keys and values of each layer that the expert attends to, then its last features.
+        For every token the keys and values of each layer that the expert attends to, then its last features. Where the
+        instructions of several tasks differ in length, that is `features`, and `is_token [N, S]` leaves padding out.
         """
         tokens, is_token, is_causal = self._embed_prefix(obs)
         (features, _), cache = self._with_expert.forward(
@@ -128,14 +135,18 @@ class SmolVLA(LeRobotModel):
         )
         seen = [cache[layer.number][part] for layer in self._layers() for part in ("key_states", "value_states")]
         prefix = torch.cat([*(part.flatten(2) for part in seen), features], -1)
-        return prefix if self.kept is None else prefix.index_select(1, self.kept)
+        prefix = prefix if self.kept is None else prefix.index_select(1, self.kept)
+        if self.is_token is None:
+            return prefix
+        return TensorDict({"features": prefix, "is_token": rows_of(self.is_token, obs)}, batch_size=obs.batch_size)
 
-    def cache_prefix(self, prefix: Tensor) -> KeysValues:
+    def cache_prefix(self, prefix: Tensor | TensorDictBase) -> SeenPrefix:
         """Return keys and values `[N, H, S, F]` of a prefix for each layer of the expert."""
-        text, layers = self.text_config, self._layers()
+        text, layers, (features, is_token) = self.text_config, self._layers(), _split(prefix)
         shape = (len(layers), 2, text.num_key_value_heads, text.head_dim)
-        parts = prefix[..., : -self.width].unflatten(-1, shape).unbind(2)
-        return [self._keys_values(layer, *part.unbind(2)) for layer, part in zip(layers, parts, strict=True)]
+        parts = features[..., : -self.width].unflatten(-1, shape).unbind(2)
+        seen = [self._keys_values(layer, *part.unbind(2)) for layer, part in zip(layers, parts, strict=True)]
+        return SeenPrefix(seen, features.shape[1], is_token)
 
     def _keys_values(self, layer: ExpertLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if layer.is_cross:
@@ -144,7 +155,7 @@ class SmolVLA(LeRobotModel):
             keys, values = self.split_heads(keys), self.split_heads(values)
         return self.spread_heads(keys), self.spread_heads(values)
 
-    def velocity(self, cache: KeysValues, x: Tensor, time: Tensor) -> Tensor:
+    def velocity(self, cache: SeenPrefix, x: Tensor, time: Tensor) -> Tensor:
         """Return the velocity `[N, J, P, M]` of `x [N, J, P, M]` at `time [N, J]`, from 1 (noise) to 0 (action).
 
         An action sees those before it alone, so that the first P of a chunk do not depend on the rest of it.
@@ -154,20 +165,25 @@ class SmolVLA(LeRobotModel):
         place = torch.arange(x.shape[1] * x.shape[2], device=x.device)
         chunk, step = place // x.shape[2], (place % x.shape[2])[None]
         is_before = (chunk[:, None] == chunk) & (place[:, None] >= place)
-        for layer, keys_values in zip(self._layers(), cache, strict=True):
-            tokens = tokens + self._attend(layer, tokens, keys_values, step, is_before)
+        place, masks = step + cache.end(), (cache.mask_with(is_before), cache.mask())
+        for layer, keys_values in zip(self._layers(), cache.layers, strict=True):
+            seen = (step, masks[1]) if layer.is_cross else (place, masks[0])
+            tokens = tokens + self._attend(layer, tokens, keys_values, *seen)
             tokens = tokens + layer.modules.mlp(layer.modules.post_attention_layernorm(tokens))
         velocity: Tensor = self.flow.action_out_proj(self._with_expert.lm_expert.norm(tokens).float())
         return velocity.view(x.shape)
 
     def _attend(
-        self, layer: ExpertLayer, tokens: Tensor, keys_values: tuple[Tensor, Tensor], step: Tensor, is_before: Tensor
+        self,
+        layer: ExpertLayer,
+        tokens: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        place: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """Return what the tokens `[N, J P, E]` of J chunks see; all chunks query one cache, which is not repeated."""
         attention, (keys, values) = layer.modules.self_attn, keys_values
-        normed, mask = layer.modules.input_layernorm(tokens), None
-        num_seen = keys.shape[2]
-        place = step if layer.is_cross else step + num_seen
+        normed = layer.modules.input_layernorm(tokens)
         query = apply_rope(self.split_heads(attention.q_proj(normed)), place).transpose(1, 2)
         if not layer.is_cross:
             own = (
@@ -175,7 +191,6 @@ class SmolVLA(LeRobotModel):
                 self.split_heads(attention.v_proj(normed)),
             )
             keys, values = (torch.cat([x, self.spread_heads(y)], 2) for x, y in zip(keys_values, own, strict=True))
-            mask = torch.cat([is_before.new_ones(len(is_before), num_seen), is_before], 1)
         seen = scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         result: Tensor = attention.o_proj(seen.transpose(1, 2).flatten(2))
         return result
@@ -190,7 +205,13 @@ class SmolVLA(LeRobotModel):
             if modules is not None
         ]
 
-    def value(self, prefix: Tensor) -> Tensor:
+    def value(self, prefix: Tensor | TensorDictBase) -> Tensor:
         """Return V `[N]` of a prefix."""
-        value: Tensor = self.value_head(prefix[..., -self.width :])
+        features, is_token = _split(prefix)
+        value: Tensor = self.value_head(features[..., -self.width :], is_token=is_token)
         return value
+
+
+def _split(prefix: Tensor | TensorDictBase) -> tuple[Tensor, Tensor | None]:
+    """Return a prefix's features, and which of its tokens are no padding; None where all are."""
+    return (prefix, None) if isinstance(prefix, Tensor) else (prefix["features"], prefix["is_token"])

@@ -243,9 +243,12 @@ class ValueHead(nn.Module):
         self.score = nn.Linear(width, 1, bias=False)
         self.mlp = mlp([width + num_others, *hidden_sizes, 1], output_gain=0.01)
 
-    def forward(self, features: Tensor, others: Tensor | None = None) -> Tensor:
-        """Return `[N]` of features `[N, S, W]` and other numbers `[N, num_others]`."""
-        pooled = (self.score(features).softmax(1) * features).sum(1)
+    def forward(self, features: Tensor, others: Tensor | None = None, is_token: Tensor | None = None) -> Tensor:
+        """Return `[N]` of features `[N, S, W]`, but those that `is_token [N, S]` leaves out, and `[N, num_others]`."""
+        score = self.score(features)
+        if is_token is not None:
+            score = score.masked_fill(~is_token[..., None], -torch.inf)
+        pooled = (score.softmax(1) * features).sum(1)
         value: Tensor = self.mlp(pooled if others is None else torch.cat([pooled, others], -1))
         return value.squeeze(-1)
 

@@ -168,7 +168,7 @@ def build_vla(config: PolicyConfig, spec: EnvSpec) -> Policy:
     """
     if config.vla.model_class is not None:
         model = load_model(config.vla)
-        _instruct(model, config)
+        _instruct(model, config, read_instructions(config, spec))
         if config.vla.lora_rank:
             add_lora(model, config.vla)
         return _wrap(config, model, spec.action_dim)
@@ -196,10 +196,18 @@ def read_instructions(config: PolicyConfig, spec: EnvSpec) -> list[str]:
     return told[:1] if len(set(told)) == 1 else told
 
 
-def _instruct(model: nn.Module, config: PolicyConfig) -> None:
-    """Tell a loaded model what to do, if it can be told."""
-    if callable(tell := getattr(model, "set_instruction", None)):
-        tell(config.instruction)
+def _instruct(model: nn.Module, config: PolicyConfig, instructions: list[str]) -> None:
+    """Tell a loaded model what to do, if it can be told: each task's instruction, or the one of all."""
+    tell = getattr(model, "set_instruction", None)
+    if len(instructions) > 1 and callable(tell_all := getattr(model, "set_instructions", None)):
+        tell_all(instructions)
+    elif len(instructions) > 1 and callable(tell):
+        raise ConfigError(
+            f"env.tasks: {config.vla.model_class} takes one instruction, by set_instruction(text), and the tasks have "
+            f"{len(instructions)}; give it set_instructions(texts), of which an observation's `task` is the index"
+        )
+    elif callable(tell):
+        tell(instructions[0])
     elif config.mapping.obs.language:
         raise ConfigError(
             f"policy.mapping.obs.language = {config.instruction!r}: {config.vla.model_class} has no method "
