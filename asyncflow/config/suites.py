@@ -11,7 +11,7 @@ from typing import Any
 
 from asyncflow.config.task_table import own_name
 
-TOY_GOALS = {"ToyGreen": "reach the green goal", "ToyBlue": "reach the blue goal"}  # toys, and what they are told
+TOY_GOALS = {"ToyGreen": "go green", "ToyBlue": "go blue"}  # toys, and what they are told
 
 SUITES: dict[str, tuple[str, ...]] = {"ToyLanguage": tuple(TOY_GOALS)}
 MAX_NAMED = 3  # tasks in a label

@@ -31,7 +31,7 @@ TOYS = {
     TOY: "reach a goal in the plane, in pure torch",
     TOY_IMAGES: "the same, seen by a camera from above",
     TOY_POINTS: "the same, seen as a point cloud",
-    **{task: f"{instruction} of two, seen by a camera from above" for task, instruction in TOY_GOALS.items()},
+    **{task: f"two goals, seen by a camera from above; told: {told}" for task, told in TOY_GOALS.items()},
 }
 GYM = "gym:"  # before an id that gymnasium knows, as in `gym:Pendulum-v1`
 ROBOSUITE = 1  # of robomimic's EnvType

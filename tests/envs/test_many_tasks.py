@@ -71,7 +71,7 @@ def test_a_step_is_paid_by_how_much_nearer_it_leads_to_the_goal_of_the_instructi
 def test_one_task_alone_has_no_index():
     env = make_vec_env(EnvConfig(tasks=["ToyBlue"]), H, N, seed=0)
     assert "task" not in env.reset(0).keys()  # noqa: SIM118
-    assert env.spec.task_table == (TaskSpec("ToyBlue", "reach the blue goal", 40),)
+    assert env.spec.task_table == (TaskSpec("ToyBlue", "go blue", 40),)
 
 
 def test_a_suite_stands_for_its_tasks_whichever_key_names_it():

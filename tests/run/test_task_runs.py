@@ -62,7 +62,7 @@ def test_rollouts_and_evaluations_are_counted_by_task(tmp_path):
 def test_a_file_of_a_policy_for_several_tasks_is_evaluated_on_each(tmp_path):
     start(tmp_path / "run", "toy_language", LANGUAGE | {"trainer.total_updates": 1})
     spec = load_policy_file(tmp_path / "run" / "checkpoints" / "last" / "policy.safetensors").env_spec
-    assert [task.instruction for task in spec.tasks] == ["reach the green goal", "reach the blue goal"]
+    assert [task.instruction for task in spec.tasks] == ["go green", "go blue"]
     result = evaluate_checkpoint(str(tmp_path / "run"), load_config("toy", TOY), 5)
     assert [(task.name, task.num_episodes) for task in result.tasks] == [("ToyGreen", 3), ("ToyBlue", 2)]
     with pytest.raises(ConfigError, match="made for 2 tasks"):
