@@ -23,6 +23,7 @@ class SimulatorSettings:
         rendered: What cameras yield, as in `EnvSpec.obs`, for one env step.
         rendered_with: As `EnvSpec.rendered_with`.
         camera_size: Height and width of what cameras render, in pixels.
+        instruction: What the robot is told to do, in words.
     """
 
     task: Task
@@ -33,6 +34,7 @@ class SimulatorSettings:
     rendered: dict[str, Field] = field(default_factory=dict)
     rendered_with: dict[str, Any] = field(default_factory=dict)
     camera_size: tuple[int, int] = (84, 84)
+    instruction: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as a message to a simulator's process holds them."""

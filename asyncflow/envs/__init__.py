@@ -6,6 +6,7 @@ environment is built.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
@@ -15,6 +16,7 @@ from asyncflow.errors import ConfigError
 if TYPE_CHECKING:
     from asyncflow.config.sections import EnvConfig
     from asyncflow.envs.base import VecEnv
+    from asyncflow.envs.worker import Recipe
 
 __all__ = ["make_vec_env", "task_names"]
 
@@ -32,35 +34,37 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
         ConfigError: An unknown task, or an `env.env_meta` that cannot be used; the message is one line.
         EnvError: A simulator could not be constructed.
     """
-    if config.tasks:
-        return _make_spread(config, chunk_length, num_envs)
-    if is_plugin(config):
+    tasks = {each.task: each for each in config.each_task()}
+    if any(is_plugin(each) for each in tasks.values()):
+        if config.tasks:
+            raise ConfigError(f"env.tasks = {config.tasks}: what a package registers as environments stands by itself")
         from asyncflow.envs.checked_env import build_registered  # noqa: PLC0415
 
         return build_registered(config, chunk_length, num_envs, seed)
-    if config.task in TOYS:
+    if all(task in TOYS for task in tasks):
         from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
 
-        return ToyVecEnv(num_envs, chunk_length, config.horizon, [config.task])
-    if config.task.startswith(GYM):
-        from asyncflow.envs.simulators import build_gym  # noqa: PLC0415
-
-        return build_gym(config, chunk_length, num_envs, seed)
-    settings = resolve_task(config)
-    prepare_caches()  # here, so that it is told once and not by every worker
-
-    from asyncflow.envs.worker import Recipe  # noqa: PLC0415
+        return ToyVecEnv(num_envs, chunk_length, config.horizon, list(tasks))
     from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
 
+    recipes = {task: _find_recipe(each, is_alone=not config.tasks) for task, each in tasks.items()}
+    return WorkerVecEnv(recipes if config.tasks else recipes[config.task], config, num_envs, chunk_length, seed)
+
+
+def _find_recipe(config: EnvConfig, is_alone: bool) -> Recipe:
+    """Return how simulators of one task are built; of several, each is told what it is about."""
+    if config.task in TOYS:
+        raise ConfigError(f"env.tasks: {config.task} is a toy; toys can be spread over with other toys alone")
+    if config.task.startswith(GYM):
+        from asyncflow.envs.simulators import find_gym  # noqa: PLC0415
+
+        return find_gym(config)
+    settings = resolve_task(config)
+    prepare_caches()  # here, so that it is told once and not by every worker
+    if not is_alone:
+        settings = replace(settings, instruction=settings.task.summary)
+
+    from asyncflow.envs.worker import Recipe  # noqa: PLC0415
+
     simulator = "asyncflow.simulators.robosuite.simulator"
-    recipe = Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload")
-    return WorkerVecEnv(recipe, config, num_envs, chunk_length, seed)
-
-
-def _make_spread(config: EnvConfig, chunk_length: int, num_envs: int) -> VecEnv:
-    """Build environments of several tasks."""
-    if all(task in TOYS for task in config.tasks):
-        from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415
-
-        return ToyVecEnv(num_envs, chunk_length, config.horizon, config.tasks)
-    raise ConfigError(f"env.tasks = {config.tasks}: only toys are spread over several tasks")
+    return Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload")

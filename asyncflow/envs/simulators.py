@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncflow.config.sections import EnvConfig, validate
 from asyncflow.config.tasks import GYM
-from asyncflow.envs.worker import Recipe, SimulatorFactory
+from asyncflow.envs.worker import Recipe, SimulatorFactories
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
 from asyncflow.simulators.gym import GymSettings, GymSimulator, find_env, import_gymnasium, make_registered
@@ -30,7 +30,7 @@ class SimulatorVecEnv(WorkerVecEnv):
 
     def __init__(  # noqa: PLR0913  what a user may want to say, each by its name
         self,
-        make_simulator: SimulatorFactory,
+        make_simulator: SimulatorFactories,
         num_envs: int = 16,
         n_action_steps: int = 4,
         *,
@@ -46,7 +46,8 @@ class SimulatorVecEnv(WorkerVecEnv):
 
         Args:
             make_simulator: Seed -> simulator, such as its class. It runs in the workers; functions and classes of a
-                script or a notebook are sent along. For another interpreter a `Recipe` that names it.
+                script or a notebook are sent along. For another interpreter a `Recipe` that names it. For several
+                tasks a mapping from their names to what makes each.
             num_envs: Environments, N.
             n_action_steps: Actions of a chunk, H, which must be the policy's.
             num_workers: Processes, of which at most N are used; None means one for each CPU core.
@@ -138,8 +139,8 @@ class GymVecEnv(SimulatorVecEnv):
         )
 
 
-def build_gym(config: EnvConfig, chunk_length: int, num_envs: int, seed: int) -> WorkerVecEnv:
-    """Build the environments of `env.task=gym:ID`; arguments as `make_vec_env`.
+def find_gym(config: EnvConfig) -> Recipe:
+    """Return how the environments of `env.task=gym:ID` are built.
 
     Raises:
         ConfigError: As `GymVecEnv`; or the id names a module, which a policy file must not have imported.
@@ -151,5 +152,4 @@ def build_gym(config: EnvConfig, chunk_length: int, num_envs: int, seed: int) ->
         find_env(name)  # which refuses it before any process is started
     arguments = {"env_id": name, "horizon": config.horizon, "obs_keys": config.obs_keys, "task": config.task}
     simulator = "asyncflow.simulators.gym"
-    recipe = Recipe(f"{simulator}:build", arguments, f"{simulator}:import_gymnasium")
-    return WorkerVecEnv(recipe, config, num_envs, chunk_length, seed)
+    return Recipe(f"{simulator}:build", arguments, f"{simulator}:import_gymnasium")

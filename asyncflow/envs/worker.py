@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Literal
@@ -49,6 +49,8 @@ class Recipe:
 
 
 SimulatorFactory = Callable[[int], Simulator] | Recipe
+SimulatorFactories = SimulatorFactory | Mapping[str, SimulatorFactory]
+"""How simulators are made: those of one task, or task -> those of each."""
 
 
 class WorkerFailure(EnvError):
@@ -90,13 +92,13 @@ class WorkerSetup:
     """The setup that every worker gets.
 
     Attributes:
-        factory: How simulators are made, as `pack_factory` returns it.
+        factories: How simulators of each task are made, as `pack_factory` returns it; environments take turns.
         board: Memory shared with the workers.
         seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
         interpreter: What runs the workers.
     """
 
-    factory: dict[str, Any]
+    factories: list[dict[str, Any]]
     board: ChunkBoard
     seed: int
     interpreter: Interpreter
@@ -104,7 +106,7 @@ class WorkerSetup:
     def message(self, env_ids: range) -> dict[str, Any]:
         """Return what a worker is told first."""
         return {
-            "factory": self.factory,
+            "factories": self.factories,
             "board": self.board.memory.plan.to_json(),
             "seed": self.seed,
             "env_ids": [env_ids.start, env_ids.stop],
@@ -143,10 +145,14 @@ class Worker:
         with contextlib.suppress(OSError):  # it is refused; `receive` says why
             self._channel.send(setup.message(env_ids))
 
-    def wait_ready(self) -> tuple[EnvSpec, tuple[str, ...]]:
-        """Wait until the simulators are constructed; return their spec and their notices, or raise as `receive`."""
+    def wait_ready(self) -> tuple[dict[int, EnvSpec], list[str]]:
+        """Wait until the simulators are constructed, or raise as `receive`.
+
+        Returns:
+            The spec of each task that is simulated here, by its place, and notices.
+        """
         ready = self.receive("ready", _START_TIMEOUT_S, "the time to construct one simulator")
-        return EnvSpec.from_json(ready["spec"]), tuple(ready["notices"])
+        return {task: EnvSpec.from_json(spec) for task, spec in ready["specs"]}, ready["notices"]
 
     def begin(self, key: Any, seed: int, episodes: dict[int, int]) -> None:
         """Start an episode in each environment, environment -> episode; never waits.

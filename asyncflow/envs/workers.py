@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import compress
 from types import TracebackType
@@ -29,8 +29,9 @@ from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, Fault, V
 from asyncflow.envs.chunks import ChunkBoard, check_actions
 from asyncflow.envs.journal import EpisodeJournal
 from asyncflow.envs.server import Interpreter, find_python
-from asyncflow.envs.worker import Recipe, SimulatorFactory, Waker, Worker, WorkerFailure, WorkerSetup, pack_factory
-from asyncflow.errors import EnvError
+from asyncflow.envs.tasks import join_tasks, tell_task
+from asyncflow.envs.worker import Recipe, SimulatorFactories, Waker, Worker, WorkerFailure, WorkerSetup, pack_factory
+from asyncflow.errors import ConfigError, EnvError
 from asyncflow.simulators.spec import EnvSpec
 
 _CLOSE_TIMEOUT_S = 2.0
@@ -45,7 +46,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
     def __init__(
         self,
-        make_simulator: SimulatorFactory,
+        make_simulator: SimulatorFactories,
         config: EnvConfig,
         num_envs: int,
         chunk_length: int,
@@ -55,7 +56,8 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
         Args:
             make_simulator: Seed -> simulator. It runs in the workers, to which cloudpickle sends it: with its code if
-                that is a script's or a notebook's.
+                that is a script's or a notebook's. For several tasks a mapping from their names, which environments
+                have in turn.
             config: Its `num_workers`, of which at most N are used, `n_obs_steps`, what its cameras yield,
                 `step_timeout_s`, `max_restarts` and `restart_window_s` are read.
             num_envs: Environments, N.
@@ -65,12 +67,15 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         Raises:
             EnvError: A simulator could not be constructed.
             ConfigError: It cannot be constructed as asked, breaks its contract or cannot be pickled, or shared memory
-                does not suffice.
+                does not suffice; tasks observe or act otherwise than each other, or are more than environments.
         """
+        factories = dict(make_simulator) if isinstance(make_simulator, Mapping) else {"": make_simulator}
+        if not 0 < len(factories) <= num_envs:
+            raise ConfigError(f"num_envs = {num_envs}: {len(factories)} tasks need one environment each at least")
         python = None if config.python is None else find_python(config.python)
-        preload = make_simulator.preload if isinstance(make_simulator, Recipe) else None
-        interpreter = Interpreter(python, preload)
-        factory = pack_factory(make_simulator, interpreter)
+        preloads = [each.preload for each in factories.values() if isinstance(each, Recipe)]
+        interpreter = Interpreter(python, preloads[0] if preloads else None)
+        packed = [pack_factory(each, interpreter) for each in factories.values()]
         self.num_envs, self.n_action_steps = num_envs, chunk_length
         self._config = config
         self._seed = 0
@@ -83,11 +88,10 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._waker = Waker()
         self._workers: list[Worker] = []
         self._board = ChunkBoard.allocate(num_envs, chunk_length, config.n_obs_steps, rendered_rooms(config))
-        self._setup = WorkerSetup(factory, self._board, seed, interpreter)
+        self._setup = WorkerSetup(packed, self._board, seed, interpreter)
         try:
-            self.spec, self.notices = self._start_workers(
-                min(num_envs, config.num_workers or len(os.sched_getaffinity(0)))
-            )
+            specs, self.notices = self._start_workers(min(num_envs, config.num_workers or len(os.sched_getaffinity(0))))
+            self.spec = specs[0] if len(specs) == 1 else join_tasks(specs, list(factories))
         except BaseException:
             self.close()
             raise
@@ -178,12 +182,18 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
     ) -> None:
         self.close()
 
-    def _start_workers(self, num_workers: int) -> tuple[EnvSpec, tuple[str, ...]]:
+    def _start_workers(self, num_workers: int) -> tuple[list[EnvSpec], tuple[str, ...]]:
+        """Return the spec of each task, and the notices of all."""
         for index in range(num_workers):
             block = range(index * self.num_envs // num_workers, (index + 1) * self.num_envs // num_workers)
             self._workers.append(Worker(index, block, self._setup, self._waker))
-        ready = [worker.wait_ready() for worker in self._workers]
-        return ready[0]  # they are all of one kind
+        specs: dict[int, EnvSpec] = {}
+        notices: dict[str, None] = {}  # each once, in their order
+        for worker in self._workers:
+            own_specs, own_notices = worker.wait_ready()
+            specs |= own_specs
+            notices |= dict.fromkeys(own_notices)
+        return [specs[task] for task in sorted(specs)], tuple(notices)
 
     def _check_usable(self) -> None:
         if self._failure is not None:
@@ -330,4 +340,4 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
                 name: part.clone(memory_format=torch.contiguous_format).view(-1, *s) for (name, s), part in by_camera
             }
             obs[kind] = TensorDict(copies, batch_size=state.shape[:1])
-        return obs
+        return tell_task(obs, self.spec, range(self.num_envs)[rows])

@@ -15,12 +15,13 @@ import torch
 from asyncflow.config.lerobot_folder import KIND as LEROBOT
 from asyncflow.config.lerobot_folder import match_cameras, open_lerobot
 from asyncflow.config.observations import STATE, VECTOR, Field
-from asyncflow.config.sections import Config, PolicyConfig
+from asyncflow.config.sections import Config, EnvConfig, PolicyConfig
 from asyncflow.config.tasks import check_cameras, is_described, resolve_task
 from asyncflow.devices import check_compile, resolve_device
 from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import MappedVecEnv, NameMapping, check_names, map_names
 from asyncflow.envs.source import adopt_environment
+from asyncflow.envs.tasks import join_tasks
 from asyncflow.policies import find_policy_code
 from asyncflow.policies.policy_file import PolicyFile, check_saving
 from asyncflow.ppo.advantages import make_estimator
@@ -78,18 +79,28 @@ def _check_folder(config: PolicyConfig, seen: EnvSpec) -> None:
 
 
 def _foresee_spec(config: Config, start: PolicyFile | None) -> EnvSpec:
-    """Return what the environments will be like, as far as the configuration and the checkpoint say."""
+    """Return what the environments will be like, as far as the configuration and the checkpoint say.
+
+    Raises:
+        ConfigError: Tasks observe or act otherwise than each other.
+    """
     spec = EnvSpec({STATE: (1,)}, action_dim=1, horizon=1) if start is None else start.env_spec
-    if not is_described(config.env):
+    each = [_foresee_task(env, spec) for env in config.env.each_task()]
+    return join_tasks(each, config.env.tasks) if config.env.tasks else each[0]
+
+
+def _foresee_task(env: EnvConfig, spec: EnvSpec) -> EnvSpec:
+    """Return what environments of one task will be like; `spec` is that of the checkpoint."""
+    if not is_described(env):
         return spec
-    settings = resolve_task(config.env)
+    settings = resolve_task(env)
     one_step = replace(
         spec,
         obs={STATE: Field(VECTOR, spec.state_shape[-1:]), **settings.rendered},
         obs_keys=settings.obs_keys,
         rendered_with=settings.rendered_with,
     )
-    if config.env.env_meta is None:
+    if env.env_meta is None:
         sizes = settings.task.obs_sizes()
         widths = tuple(sizes[key] for key in settings.obs_keys)
         one_step = replace(
@@ -100,7 +111,7 @@ def _foresee_spec(config: Config, start: PolicyFile | None) -> EnvSpec:
             action_low=(),
             action_high=(),
         )
-    return one_step.with_history(config.env.n_obs_steps)
+    return one_step.with_history(env.n_obs_steps)
 
 
 def build_trainer(config: Config, resumed: Checkpoint | None = None) -> Trainer:

@@ -29,7 +29,8 @@ class StepResult(NamedTuple):
 class Simulator(Protocol):
     """One simulated environment, which knows neither its horizon nor its index.
 
-    It may have `notices`, a sequence of lines that a run shows when it starts.
+    It may have `notices`, a sequence of lines that a run shows when it starts. Where its `spec` says
+    `num_start_states`, it is a `StartingSimulator`.
     """
 
     spec: EnvSpec
@@ -53,3 +54,10 @@ class Simulator(Protocol):
         class derived from this one needs it only then.
         """
         return {}
+
+
+class StartingSimulator(Simulator, Protocol):
+    """A simulator of a task of which a benchmark keeps start states."""
+
+    def reset_to(self, seed: int, start_state: int) -> None:
+        """Start an episode in one of the `spec.num_start_states` start states, counted from 0; in place of `reset`."""

@@ -45,13 +45,18 @@ class CheckedSimulator:
         self.spec = _check_simulator_spec(simulator, self._name)
         for kind in KINDS:
             _check_room(self.spec, kind, rooms.get(kind, (0,)), self._name)
-        methods = {"reset": (0,), "step": (np.zeros(self.spec.action_dim, np.float32),), "observe": ()}
+        start: dict[str, Any] = {"reset_to": (0, 0)} if self.spec.num_start_states else {"reset": (0,)}
+        methods = {**start, "step": (np.zeros(self.spec.action_dim, np.float32),), "observe": ()}
         for method, arguments in {**methods, **({"render": ()} if self.spec.rendered else {})}.items():
             check_callable(getattr(simulator, method, None), f"{self._name}.{method}", arguments)
 
     def reset(self, seed: int) -> None:
         """Start an episode."""
         self._simulator.reset(seed)
+
+    def reset_to(self, seed: int, start_state: int) -> None:
+        """Start an episode in one of the start states."""
+        self._simulator.reset_to(seed, start_state)
 
     def step(self, action: NDArray[Any]) -> StepResult:
         """Execute one action, of which the simulator gets a copy."""

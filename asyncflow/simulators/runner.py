@@ -54,13 +54,14 @@ class _Frame(NamedTuple):
 class EpisodeRunner:
     """Executes chunks in one simulator, episode after episode, and writes the results into its row of the board."""
 
-    def __init__(self, simulator: Simulator, env: int, board: Board) -> None:
+    def __init__(self, simulator: Simulator, env: int, board: Board, num_tasks: int = 1) -> None:
         """Take over a simulator.
 
         Args:
             simulator: Used by nobody else from now on.
             env: Index of the environment, which keys its seeds and is its row.
             board: Memory shared with the parent.
+            num_tasks: Tasks that the environments have in turn, of which the simulator's is one.
 
         Raises:
             ContractError: As `CheckedSimulator`, or the board has no room for what its spec says.
@@ -70,6 +71,8 @@ class EpisodeRunner:
         self.spec = self._simulator.spec.with_history(self._n_obs_steps)
         self.notices = tuple(map(str, getattr(simulator, "notices", ())))
         self._env = env
+        self._turns = len(range(env % num_tasks, board.plan.num_envs, num_tasks))  # environments of the same task
+        self._turn = env // num_tasks  # its place among them
         self._row = board.row(env)
         self._history: deque[_Frame] = deque(maxlen=self._n_obs_steps)
         self._size = math.prod(self.spec.state_shape)
@@ -159,7 +162,11 @@ class EpisodeRunner:
 
     def _begin_episode(self, episode: int) -> None:
         self._episode, self._length, self._return = episode, 0, 0.0
-        self._simulator.reset(derive_seed(self._seed, "episode", self._env, episode))
+        seed, num_states = derive_seed(self._seed, "episode", self._env, episode), self.spec.num_start_states
+        if num_states:  # in turn over all episodes of the task, so that each state comes as often
+            self._simulator.reset_to(seed, (self._turn + episode * self._turns) % num_states)
+        else:
+            self._simulator.reset(seed)
         try:
             self._look()
         except _NonFiniteError:

@@ -23,6 +23,7 @@ from asyncflow.simulators.runner import EpisodeRunner
 if TYPE_CHECKING:
     from asyncflow.simulators.base import Simulator
     from asyncflow.simulators.messages import Channel
+    from asyncflow.simulators.spec import EnvSpec
 
 
 def run(channel: Channel, board: int) -> None:
@@ -58,13 +59,14 @@ def work(channel: Channel, descriptor: int) -> None:
     setup = channel.receive()
     _adopt(setup)
     board = Board(BoardPlan.from_json(setup["board"]), descriptor)
-    make_simulator = find_factory(setup["factory"])
+    factories = [find_factory(each) for each in setup["factories"]]
     runners = {}
     for env in range(*setup["env_ids"]):
-        runners[env] = build_runner(make_simulator, setup["seed"], env, board)
+        runners[env] = build_runner(factories, setup["seed"], env, board)
         channel.send({"kind": "alive"})
-    first = runners[setup["env_ids"][0]]
-    channel.send({"kind": "done", "number": 0, "spec": first.spec.to_json(), "notices": list(first.notices)})
+    specs, notices = describe(runners, len(factories))
+    stored = [[task, spec.to_json()] for task, spec in specs.items()]
+    channel.send({"kind": "done", "number": 0, "specs": stored, "notices": notices})
     while True:
         try:
             message = channel.receive()
@@ -118,9 +120,16 @@ def explain_import(error: Exception) -> str:
     return f"{who} cannot import the simulator: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def build_runner(make_simulator: Callable[[int], Simulator], seed: int, env: int, board: Board) -> EpisodeRunner:
-    """Construct one environment's simulator from `derive_seed(seed, "simulator", env)`."""
-    return EpisodeRunner(make_simulator(derive_seed(seed, "simulator", env)), env, board)
+def build_runner(factories: list[Callable[[int], Simulator]], seed: int, env: int, board: Board) -> EpisodeRunner:
+    """Construct one environment's simulator, of its task, from `derive_seed(seed, "simulator", env)`."""
+    make_simulator = factories[env % len(factories)]
+    return EpisodeRunner(make_simulator(derive_seed(seed, "simulator", env)), env, board, len(factories))
+
+
+def describe(runners: dict[int, EpisodeRunner], num_tasks: int) -> tuple[dict[int, EnvSpec], list[str]]:
+    """Return the spec of each task that is simulated here, by its place, and what the simulators notice, each once."""
+    specs = {env % num_tasks: runner.spec for env, runner in runners.items()}
+    return specs, list(dict.fromkeys(notice for runner in runners.values() for notice in runner.notices))
 
 
 def obey(

@@ -253,7 +253,7 @@ def work(monkeypatch):
 
     def run(make_simulator, num_envs: int) -> list[str]:
         board = ChunkBoard.allocate(num_envs, H)
-        setup = WorkerSetup(pack_factory(make_simulator, Interpreter()), board, 0, Interpreter())
+        setup = WorkerSetup([pack_factory(make_simulator, Interpreter())], board, 0, Interpreter())
         episodes = [[env, 0] for env in range(num_envs)]
         begin = {"number": 1, "command": "begin", "seed": SEED, "episodes": episodes}
         channel = Script(setup.message(range(num_envs)), begin)

@@ -46,10 +46,10 @@ class InlineWorker:
         self.dismiss()
 
     def _construct(self):
-        make, setup = worker.find_factory(self._setup.factory), self._setup
+        setup = self._setup
+        make = [worker.find_factory(each) for each in setup.factories]
         self._runners = {env: worker.build_runner(make, setup.seed, env, setup.board.memory) for env in self.env_ids}
-        first = self._runners[self.env_ids[0]]
-        return first.spec, first.notices
+        return worker.describe(self._runners, len(make))
 
     def _attempt(self, key, work):
         if self._failure is not None:

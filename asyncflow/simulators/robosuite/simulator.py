@@ -94,6 +94,7 @@ class RobosuiteSimulator:
             obs_keys=settings.obs_keys,
             obs_widths=self._count_numbers(),
             rendered_with=settings.rendered_with,
+            instruction=settings.instruction,
         )
 
     def reset(self, seed: int) -> None:
