@@ -37,38 +37,45 @@ def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, per_decision, 0.0).sum() / valid.sum().clamp(min=1)
 
 
-def mean_shares(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the share of every decision in a mean over the valid ones, [B]; zero where it is not."""
-    return valid.to(dtype) / valid.sum().clamp(min=1)
-
-
 def _like(per_decision: Tensor, x: Tensor) -> Tensor:
     return per_decision.unsqueeze(-1) if x.dim() > per_decision.dim() else per_decision
 
 
-def surrogate_loss(
-    log_probs: Tensor, batch: TensorDictBase, clip_coef: float | Tensor, dual_clip: float | None
-) -> Tensor:
+def add_gains(batch: TensorDictBase, dual_clip: float | None) -> None:
+    """Add what the ratios are multiplied by. No weight of the policy enters it: once for all minibatches of an epoch.
+
+    Args:
+        batch: [..., B] `advantages`, which may also be [..., B, K]; `weights`, which correct for staleness; `valid`;
+            and `proximal`, log-probs of the weights at the update's start, [..., B] or [..., B, K]. It gets `gain`,
+            like `proximal`: the weighted advantage over the number of valid log-probs, so that a mean is a sum. With a
+            dual clip it gets `floor` as well, the least objective.
+        dual_clip: Bound of the ratio for negative advantages; None for none.
+    """
+    valid, proximal = batch["valid"], batch["proximal"]
+    advantages = _like(batch["advantages"], proximal)
+    shares = valid.to(advantages.dtype) / valid.sum(-1, keepdim=True).clamp(min=1)
+    gain = torch.where(_like(valid, proximal), _like(shares * batch["weights"], proximal) * advantages, 0.0)
+    if proximal.dim() > valid.dim():
+        gain = gain / proximal.shape[-1]
+    batch["gain"] = gain
+    if dual_clip is not None:
+        batch["floor"] = torch.where(advantages < 0, dual_clip * gain, -torch.inf)
+
+
+def surrogate_loss(log_probs: Tensor, batch: TensorDictBase, clip_coef: float | Tensor) -> Tensor:
     """Return the decoupled, dual-clipped surrogate of PPO, negated, [].
 
     Args:
         log_probs: [B] or [B, K], today's weights.
-        batch: [B] `advantages`, which may also be [B, K]; `weights`, which correct for staleness; `valid`; and
-            `proximal`, log-probs of the weights at the update's start, like `log_probs`.
+        batch: [B] `proximal`, `valid`, and what `add_gains` added.
         clip_coef: Half-width of the ratio's interval around 1; a tensor like `log_probs` gives each its own.
-        dual_clip: Bound of the ratio for negative advantages; None for none.
     """
-    valid, advantages = batch["valid"], _like(batch["advantages"], log_probs)
-    # w A, divided by the number of terms: the mean over valid ones is then a sum. Nothing here needs a gradient.
-    shares = _like(mean_shares(valid, advantages.dtype) * batch["weights"], log_probs)
-    gain = torch.where(_like(valid, log_probs), shares * advantages, 0.0)
-    if log_probs.dim() > 1:
-        gain = gain / log_probs.shape[-1]
     clip: Any = clip_coef  # of which clamp takes both kinds, but not a union of them
-    ratio = log_ratio(log_probs, batch["proximal"], valid).exp()
+    ratio, gain = log_ratio(log_probs, batch["proximal"], batch["valid"]).exp(), batch["gain"]
     objective = torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain)
-    if dual_clip is not None:
-        objective = torch.maximum(objective, torch.where(advantages < 0, dual_clip * gain, -torch.inf))
+    floor = batch.get("floor", None)
+    if floor is not None:
+        objective = torch.maximum(objective, floor)
     return -objective.sum()
 
 

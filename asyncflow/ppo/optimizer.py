@@ -2,8 +2,8 @@
 
 The gradients may come from any loss.
 
-`clip_gradients` and `step_if` compute what `clip_grad_norm_` and `Adam.step` do, bit for bit. They do not call those: a
-minibatch of a small network costs little more than the bookkeeping around Adam's kernel.
+`drop_gradients`, `clip_gradients` and `step_if` do what `Adam.zero_grad`, `clip_grad_norm_` and `Adam.step` do, bit for
+bit. They do not call those: a minibatch of a small network costs little more than the bookkeeping around Adam's kernel.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ class GuardedAdam(torch.optim.Adam):
             state = {f"{name}.{key}": tensor for key, tensor in _initial_state(parameter).items()}
             self._copies |= {name: torch.empty_like(parameter.detach())} | state
         self._remembered: dict[str, Tensor] = {}
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients, and free their memory."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     @torch.no_grad()
     def clip_gradients(self, limit: float) -> Tensor:

@@ -25,6 +25,7 @@ from asyncflow.ppo.average import WeightAverage
 from asyncflow.ppo.denoising import treat_steps_differently
 from asyncflow.ppo.gae import Transitions
 from asyncflow.ppo.losses import (
+    add_gains,
     behavior_weights,
     can_be_squared,
     masked_mean,
@@ -214,7 +215,7 @@ class PPO:
         return steps, minibatches.select(*LOGGED, strict=False)
 
     def _shuffle(self, batch: TensorDict, order: Tensor) -> TensorDict:
-        """Return an epoch's minibatches, [num_minibatches, B]: one copy of the rollout in another order."""
+        """Return an epoch's minibatches, [num_minibatches, B]: one copy of the rollout in another order, with gains."""
         size = [self.config.num_minibatches, len(batch) // self.config.num_minibatches]
 
         def pick(x: Tensor) -> Tensor:
@@ -222,6 +223,7 @@ class PPO:
 
         minibatches = batch.exclude(*_OUTCOME).apply(pick, batch_size=size)
         assert minibatches is not None  # only an `apply` to nothing returns that
+        add_gains(minibatches, self.config.dual_clip)
         return minibatches
 
     def _count_skipped(self, num_skipped: int) -> None:
@@ -320,7 +322,7 @@ class PPO:
         """Take one optimizer step, unless a number is not finite or no decision is valid. Reads nothing back."""
         config, valid = self.config, batch["valid"]
         out = self.policy.default_forward(batch)
-        surrogate = surrogate_loss(out["log_probs"], batch, self._clip_of(batch), config.dual_clip)
+        surrogate = surrogate_loss(out["log_probs"], batch, self._clip_of(batch))
         value = value_loss(out["values"], batch, config.clip_coef if config.clip_value_loss else None)
         entropy = masked_mean(out["entropy"], valid)
         auxiliary = [each(self.policy, batch, out) for each in self.auxiliary]
@@ -331,7 +333,7 @@ class PPO:
                 loss = loss - config.ent_coef * entropy
             for weight, each in zip(self._weights, auxiliary, strict=True):
                 loss = loss + weight * each
-        self.optimizer.zero_grad()
+        self.optimizer.drop_gradients()
         if loss.requires_grad:  # frozen parameters may leave nothing to train
             loss.backward()
         norms = self.optimizer.clip_gradients(config.max_grad_norm)

@@ -15,7 +15,7 @@ from asyncflow.config.sections import AlgorithmConfig
 from asyncflow.errors import ConfigError
 from asyncflow.ppo.average import WeightAverage
 from asyncflow.ppo.denoising import step_clips, step_discounts, treat_steps_differently
-from asyncflow.ppo.losses import surrogate_loss
+from asyncflow.ppo.losses import add_gains, surrogate_loss
 from asyncflow.ppo.ppo import PPO
 from asyncflow.ppo.reward_scale import EPSILON, RewardScale
 from asyncflow.ppo.schedules import learning_rate_factor
@@ -39,7 +39,8 @@ def test_the_surrogate_of_steps_that_are_treated_differently_by_hand() -> None:
     batch = TensorDict({"log_probs": ratios.log(), "proximal": torch.zeros(2, 2)}, [2])
     batch.update({"advantages": torch.tensor([2.0, -4.0]), "weights": torch.ones(2), "valid": torch.tensor([True] * 2)})
     treat_steps_differently(batch, config, 2)
-    loss = float(surrogate_loss(ratios.log(), batch, batch["clip_coef"], None))
+    add_gains(batch, None)
+    loss = float(surrogate_loss(ratios.log(), batch, batch["clip_coef"]))
     assert loss == pytest.approx(-(1.1 * 2 * 0.5 + 1.2 * 2 - 0.9 * 4 * 0.5 - 0.8 * 4) / 4)
 
 

@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.ppo.losses import (
+    add_gains,
     behavior_weights,
     kl_estimate,
     masked_mean,
@@ -24,6 +25,13 @@ def differentiate(loss, inputs, *arguments):
     value = loss(inputs, *arguments)
     (gradient,) = torch.autograd.grad(value, inputs)
     return float(value.detach()), gradient
+
+
+def surrogate(log_probs, batch, clip_coef, dual_clip):
+    """Return the loss of a batch whose gains are computed from the fields that it has now."""
+    batch = batch.copy()
+    add_gains(batch, dual_clip)
+    return surrogate_loss(log_probs, batch, clip_coef)
 
 
 def loss_batch(proximal, advantages, weights=None, valid=None):
@@ -44,7 +52,7 @@ def test_clipped_objective_by_hand():
     batch = loss_batch([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, -1.0, -1.0])
     log_probs = torch.tensor([1.5, 0.5, 1.5, 0.5]).log()
     # objectives: min(1.5, 1.2), min(.5, .8), min(-1.5, -1.2), min(-.5, -.8)
-    value, gradient = differentiate(surrogate_loss, log_probs, batch, 0.2, None)
+    value, gradient = differentiate(surrogate, log_probs, batch, 0.2, None)
     assert value == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8) / 4)
     assert gradient.tolist() == pytest.approx([0.0, -0.5 / 4, 1.5 / 4, 0.0])
     assert float(policy_statistics(log_probs, batch, 0.2, None).clip_fraction) == 1.0
@@ -53,7 +61,7 @@ def test_clipped_objective_by_hand():
 def test_dual_clip_bounds_what_a_negative_advantage_costs():
     batch = loss_batch([0.0, 0.0], [-1.0, -1.0])
     log_probs = torch.tensor([10.0, 2.0]).log()
-    value, gradient = differentiate(surrogate_loss, log_probs, batch, 0.2, 3.0)
+    value, gradient = differentiate(surrogate, log_probs, batch, 0.2, 3.0)
     assert value == pytest.approx((3.0 + 2.0) / 2)
     assert gradient.tolist() == pytest.approx([0.0, 2.0 / 2])
     assert float(policy_statistics(log_probs, batch, 0.2, 3.0).dual_clip_fraction) == 0.5
@@ -66,7 +74,7 @@ def test_without_a_dual_clip_nothing_counts_as_clipped_by_it():
 
 def test_invalid_decisions_are_in_neither_numerator_nor_denominator():
     batch = loss_batch([0.0, 0.0], [2.0, 100.0], valid=[True, False])
-    assert differentiate(surrogate_loss, torch.zeros(2), batch, 0.2, None)[0] == -2.0
+    assert differentiate(surrogate, torch.zeros(2), batch, 0.2, None)[0] == -2.0
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3)])
@@ -74,7 +82,7 @@ def test_an_invalid_decision_whose_ratio_overflows_leaves_no_trace(shape):
     log_probs = torch.zeros(shape)
     log_probs[1] = 1000.0
     batch = loss_batch(torch.zeros(shape).tolist(), [2.0, 0.0], valid=[True, False])
-    value, gradient = differentiate(surrogate_loss, log_probs, batch, 0.2, 3.0)
+    value, gradient = differentiate(surrogate, log_probs, batch, 0.2, 3.0)
     logged = policy_statistics(log_probs, batch, 0.2, 3.0)
     assert (value, float(logged.approx_kl), float(logged.prox_kl)) == (-2.0, 0.0, 0.0)
     assert float(gradient[0].sum()) == pytest.approx(-2.0)
@@ -84,7 +92,7 @@ def test_an_invalid_decision_whose_ratio_overflows_leaves_no_trace(shape):
 def test_without_a_valid_decision_loss_and_gradient_are_zero():
     batch = loss_batch([0.0, 0.0], [1.0, 1.0], valid=[False, False])
     batch["returns"] = torch.zeros(2)
-    for loss, arguments in ((surrogate_loss, (0.2, 3.0)), (value_loss, (None,))):
+    for loss, arguments in ((surrogate, (0.2, 3.0)), (value_loss, (None,))):
         value, gradient = differentiate(loss, torch.ones(2), batch, *arguments)
         assert value == 0.0
         assert not gradient.any()
@@ -92,13 +100,13 @@ def test_without_a_valid_decision_loss_and_gradient_are_zero():
 
 def test_weights_multiply():
     batch = loss_batch([0.0, 0.0], [1.0, 1.0], weights=[2.0, 0.0])
-    assert differentiate(surrogate_loss, torch.zeros(2), batch, 0.2, None)[1].tolist() == [-1.0, 0.0]
+    assert differentiate(surrogate, torch.zeros(2), batch, 0.2, None)[1].tolist() == [-1.0, 0.0]
 
 
 def test_per_step_ratios_share_their_decision_s_advantage():
     batch = loss_batch([[0.0, 0.0], [0.0, 0.0]], [1.0, -2.0])
     log_probs = torch.tensor([[1.1, 1.0], [1.0, 1.0]]).log()
-    assert float(surrogate_loss(log_probs, batch, 0.2, None)) == pytest.approx(-(1.1 + 1.0 - 2.0 - 2.0) / 4)
+    assert float(surrogate(log_probs, batch, 0.2, None)) == pytest.approx(-(1.1 + 1.0 - 2.0 - 2.0) / 4)
 
 
 def test_kl_estimate_is_zero_at_no_change_and_positive_elsewhere():
@@ -173,7 +181,7 @@ def test_the_decoupled_loss_equals_a_float64_reference_on_stale_data(shape):
     log_probs, batch = random_batch(shape)
     behavior, proximal, valid = batch["behavior"], batch["proximal"], batch["valid"]
     logged = policy_statistics(log_probs, batch, 0.2, 3.0)
-    loss = surrogate_loss(log_probs, batch, 0.2, 3.0)
+    loss = surrogate(log_probs, batch, 0.2, 3.0)
     assert float(loss) == pytest.approx(reference_loss(log_probs, batch, 0.2, 3.0), rel=1e-12)
     assert float(logged.approx_kl) == pytest.approx(float(masked_mean(kl_estimate(log_probs - behavior), valid)))
     assert float(logged.prox_kl) == pytest.approx(float(masked_mean(kl_estimate(log_probs - proximal), valid)))
@@ -184,7 +192,7 @@ def test_the_decoupled_loss_equals_a_float64_reference_on_stale_data(shape):
 def test_the_surrogates_gradient_is_the_slope_of_the_float64_reference(shape, dual):
     """Compared with central differences of the decision-by-decision loss in Python floats."""
     log_probs, batch = random_batch(shape)
-    _, gradient = differentiate(surrogate_loss, log_probs, batch, 0.2, dual)
+    _, gradient = differentiate(surrogate, log_probs, batch, 0.2, dual)
     flat, step = log_probs.view(-1), 1e-6
     for index in range(0, len(flat), 7):
         sides = []
@@ -222,8 +230,7 @@ def test_an_invalid_decision_that_is_not_finite_leaves_no_trace(name, clip):
     today = batch["values"] + 0.1
 
     def losses():
-        surrogate = differentiate(surrogate_loss, log_probs, batch, 0.2, 3.0)
-        return [surrogate, differentiate(value_loss, today, batch, clip)]
+        return [differentiate(surrogate, log_probs, batch, 0.2, 3.0), differentiate(value_loss, today, batch, clip)]
 
     clean = losses()
     batch[name][~batch["valid"]] = torch.inf
@@ -251,3 +258,14 @@ def test_advantages_of_each_task_are_normalised_by_themselves():
     assert out[1, 2] == 0.0
     alone = normalize_by_task(given.flatten(), valid.flatten(), num_tasks=1, num_envs=3)
     assert torch.equal(alone, normalize(given.flatten(), valid.flatten()))
+
+
+@pytest.mark.parametrize("shape", [(50,), (50, 4)])
+def test_gains_of_several_minibatches_are_those_of_each(shape):
+    _, batch = random_batch(shape)
+    together = batch.view(5, 10)
+    add_gains(together, 3.0)
+    for index, part in enumerate(batch.split(10)):
+        add_gains(part, 3.0)
+        assert torch.equal(together["gain"][index], part["gain"])
+        assert torch.equal(together["floor"][index], part["floor"])

@@ -275,7 +275,7 @@ def test_the_median_is_held_against_the_target(update, ratios, is_met):
 
 def test_a_row_has_the_median_and_the_quartiles(update):
     assert update.compare("update", [5.0, 1.0, 4.0, 2.0, 3.0], 1.0).measured == "3.00 (2.00 to 4.00, half of 5 turns)"
-    assert update.compare("update", [2.0], None).measured == "2.00 (2.00 to 2.00, half of 1 turns)"
+    assert update.compare("update", [2.0], 1.0).measured == "2.00 (2.00 to 2.00, half of 1 turns)"
 
 
 SECONDS = {
@@ -292,13 +292,13 @@ def test_a_slower_peer_has_a_ratio_above_1_within_a_round(update):
     rows = update.describe_update(960, SECONDS).findings
     assert [row.what.rpartition("times as fast as ")[2] for row in rows] == list(SECONDS)[2:]
     assert [row.measured[:4] for row in rows] == ["2.00", "0.90", "1.00"]
-    assert [row.is_met for row in rows] == [True, False, True]
-    assert [row.target for row in rows] == [">= 1.2", ">= 1.0", ">= 1.0"]
+    assert [row.is_met for row in rows] == [True, False, False]
+    assert [row.target for row in rows] == [">= 1.15", ">= 1.2", ">= 1.1"]
 
 
-def test_a_large_rollout_is_reported_and_not_judged(update):
+def test_a_large_rollout_has_targets_of_its_own(update):
     rows = update.describe_update(8192, SECONDS).findings
-    assert {(row.target, row.is_met) for row in rows} == {("reported", True)}
+    assert [(row.target, row.is_met) for row in rows] == [(">= 1.05", True), (">= 1.05", False), (">= 1.05", False)]
 
 
 def test_the_note_has_the_median_milliseconds_of_everyone(update):
@@ -313,5 +313,5 @@ def test_both_sizes_are_measured_the_small_one_five_times_as_often(update, monke
     calls = []
     monkeypatch.setattr(update, "isolated", lambda _, *arguments: calls.append(arguments) or SECONDS)
     part = update.bench_update(Settings(turns=6))
-    assert calls == [(960, 30), (8192, 6)]
+    assert calls == [(960, 30), (8192, 12)]
     assert len(part.findings) == 6
