@@ -23,6 +23,7 @@ class PPOSettings(TypedDict, total=False):
     n_step: int
     reward_scaling: bool
     normalize_advantages: bool
+    advantage_scope: Literal["all", "task"]
     update_epochs: int
     num_minibatches: int
     learning_rate: float
