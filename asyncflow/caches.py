@@ -31,10 +31,19 @@ def prepare_caches() -> None:
             wanted.append(variable)
     if not wanted:
         return
-    folder = next(folder for folder in _candidates() if _can_write(folder))
+    folder = cache_folder()
     os.environ.update({variable: str(folder / variable.lower()) for variable in wanted})
     if folder != Path(home or "").expanduser():
         tell_once("caches", f"the packages' folders or the home folder cannot be written; caches are kept in {folder}")
+
+
+def cache_folder(name: str = "") -> Path:
+    """Return a folder for caches that can be written: `$ASYNCFLOW_HOME` if that is set, else one of the user's.
+
+    Args:
+        name: Of a folder within it.
+    """
+    return next(folder for folder in _candidates() if _can_write(folder)) / name
 
 
 def _numba_folders() -> Iterator[Path]:

@@ -38,6 +38,7 @@ _CONFIG_KEYS = {
     "seed": "trainer.seed",
     "num_envs": "env.num_envs",
     "num_workers": "env.num_workers",
+    "python": "env.python",
     "checkpoint": "policy.checkpoint",
     "out": "logging.out",
     "logger": "logging.logger",
@@ -153,6 +154,7 @@ def profile(overrides: Overrides = None, config: Preset = None, **flags: Any) ->
     seed=_flag("Seed of start states and noise.", int),
     num_envs=_flag("Environments stepped at once.", int),
     num_workers=_flag("Simulator processes; one per core if not given.", int),
+    python=_flag("Interpreter that simulates; this one if not given.", metavar="PATH"),
     device=_flag("Where to infer.", metavar="auto|cpu|cuda|cuda:N"),
     trust_class=_TRUST_CLASS,
 )
@@ -255,6 +257,7 @@ def pretrain(overrides: Overrides = None, config: Preset = None, **flags: Any) -
 @app.command()
 def tasks() -> int:
     """List the tasks."""
+    from asyncflow.config.libero import LIBERO_SUITES
     from asyncflow.config.plugins import ENVS, plugin_names
     from asyncflow.config.suites import SUITES
     from asyncflow.config.task_table import TASKS
@@ -262,10 +265,14 @@ def tasks() -> int:
     from asyncflow.metrics.console import ConsoleReporter
 
     rows = [[name, "-", summary] for name, summary in TOYS.items()]
-    rows += [[name, "-", f"a suite: {', '.join(members)}"] for name, members in SUITES.items()]
+    rows += [
+        [name, "-", f"a suite: {', '.join(members)}"] for name, members in SUITES.items() if name not in LIBERO_SUITES
+    ]
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
     rows += [[name, "-", "registered by an installed package"] for name in plugin_names(ENVS)]
-    ConsoleReporter().table(["task", "horizon", "what the robot has to do"], rows)
+    libero = [[f"{n}/0 to {s.num_tasks - 1}, or {n}: all", str(s.horizon), s.summary] for n, s in LIBERO_SUITES.items()]
+    for heading, listed in (("task", rows), ("task of LIBERO", libero)):
+        ConsoleReporter().table([heading, "horizon", "what the robot has to do"], listed)
     return 0
 
 

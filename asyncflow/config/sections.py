@@ -25,6 +25,7 @@ from asyncflow.config.policy import (
     Section,
     VLAConfig,
 )
+from asyncflow.config.removed import show, take_removed
 from asyncflow.config.suites import label, settle_tasks
 from asyncflow.errors import ConfigError
 
@@ -51,16 +52,7 @@ __all__ = [
     "values_by_key",
 ]
 
-# Keys of version 0.1.0: their defaults, and what takes their place.
-REMOVED: dict[str, tuple[Any, str]] = {
-    "env.emulated_latency_s": (0.0, "`asyncflow profile --env-latency-s` has them"),
-    "policy.emulated_latency_s": (0.0, "`asyncflow profile --inference-latency-s` has them"),
-    "algorithm.emulated_latency_s": (0.0, "`asyncflow profile --update-latency-s` has them"),
-    "trainer.emulated_spread": ("constant", "`asyncflow profile --spread` has them"),
-    "trainer.emulated_variation": (0.5, "`asyncflow profile --variation` has them"),
-}
 BufferType = Literal["vla", "standard"]
-MAX_SHOWN = 200  # characters of a value in a refusal
 MIN_PIXELS, MAX_PIXELS = 16, 1024  # less than an image encoder can take; more than a simulator's frame buffer
 
 
@@ -110,6 +102,12 @@ class EnvConfig(Section):
         min_length=6,
         max_length=6,
         description="Box in the world whose points are kept, metres: low x, y, z, then high x, y, z.",
+    )
+    rotate_images: bool = Field(
+        True, description="Turn LIBERO's images by 180 degrees: published policies were trained on them so."
+    )
+    num_steps_wait: int = Field(
+        10, ge=0, le=1000, description="Env steps in which the things of a LIBERO task settle before an episode begins."
     )
     fast_step: bool = Field(True, description="Leave out what changes nothing in an OSC step; the same bits, sooner.")
     step_timeout_s: float = Field(
@@ -324,18 +322,6 @@ def validate(values: dict[str, Any]) -> Config:
         raise ConfigError(explain(error)) from None
 
 
-def take_removed(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return nested values without keys of version 0.1.0 that are gone, and a line about each that had been changed."""
-    kept, told = dict(values), []
-    for key, (default, now) in REMOVED.items():
-        section, _, name = key.partition(".")
-        if isinstance(kept.get(section), dict) and name in kept[section]:
-            if kept[section][name] != default:
-                told.append(f"{key} = {_show(kept[section][name])}: a run has no emulated stages any more; {now}")
-            kept[section] = {other: value for other, value in kept[section].items() if other != name}
-    return kept, told
-
-
 def describe_keys() -> Iterator[tuple[str, Any, str]]:
     """Yield (dotted key, default, meaning) of every key."""
     return _describe("", Config())
@@ -371,16 +357,7 @@ def explain(error: ValidationError) -> str:
         return f"unknown key {key}{_suggest(key)}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{key} = {_show(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _show(value: Any) -> str:
-    """Return a value as it is written, cut where a file made it endless."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return "a huge number"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return f"{key} = {show(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _suggest(key: str) -> str:

@@ -9,11 +9,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from asyncflow.config.libero import LIBERO_SUITES
 from asyncflow.config.task_table import own_name
 
 TOY_GOALS = {"ToyGreen": "go green", "ToyBlue": "go blue"}  # toys, and what they are told
 
-SUITES: dict[str, tuple[str, ...]] = {"ToyLanguage": tuple(TOY_GOALS)}
+SUITES: dict[str, tuple[str, ...]] = {
+    "ToyLanguage": tuple(TOY_GOALS),
+    **{name: tuple(f"{name}/{index}" for index in range(suite.num_tasks)) for name, suite in LIBERO_SUITES.items()},
+}
 MAX_NAMED = 3  # tasks in a label
 
 

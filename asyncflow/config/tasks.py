@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncflow.config.controllers import name_robots
 from asyncflow.config.env_meta import check_robots, translate_kwargs
+from asyncflow.config.libero import is_libero
 from asyncflow.config.observations import KINDS, asked_cameras, read_settings, rendered_fields
 from asyncflow.config.plain_values import MAX_DEPTH, is_deep
 from asyncflow.config.plugins import ENVS, plugin_names, refuse_taken_name
@@ -65,14 +66,18 @@ def name_of_env(env_meta: Any) -> str:
 
 
 def is_described(config: EnvConfig) -> bool:
-    """Tell whether `resolve_task` knows what is simulated: not toys, gymnasium's ids, or tasks of other packages.
+    """Tell whether `resolve_task` knows what is simulated: not toys, gymnasium's ids, LIBERO, or other packages' tasks.
 
     Raises:
         ConfigError: As `is_plugin`.
     """
     if config.tasks:
         return all(is_described(each) for each in config.each_task())
-    return not is_plugin(config) and config.task not in TOYS and not config.task.startswith(GYM)
+    return not is_plugin(config) and not _is_undescribed(config.task)
+
+
+def _is_undescribed(task: str) -> bool:
+    return task in TOYS or task.startswith(GYM) or is_libero(task)
 
 
 def is_plugin(config: EnvConfig) -> bool:
@@ -82,7 +87,7 @@ def is_plugin(config: EnvConfig) -> bool:
         ConfigError: It is not clear what is meant: the package took a name of asyncflow's own, or there is also an
             `env.env_meta`, which describes something else.
     """
-    is_undescribed = config.task in TOYS or config.task.startswith(GYM)
+    is_undescribed = _is_undescribed(config.task)
     is_own = is_undescribed or own_name(config.task) in TASKS
     if config.env_meta is None and is_own:
         refuse_taken_name(ENVS, config.task, "env.task")

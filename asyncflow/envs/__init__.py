@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
+from asyncflow.config.libero import is_libero
 from asyncflow.config.tasks import GYM, TOYS, is_plugin, resolve_task, task_names
 from asyncflow.errors import ConfigError
 
@@ -59,6 +60,10 @@ def _find_recipe(config: EnvConfig, is_alone: bool) -> Recipe:
         from asyncflow.envs.simulators import find_gym  # noqa: PLC0415
 
         return find_gym(config)
+    if is_libero(config.task):
+        from asyncflow.envs.libero import find_libero  # noqa: PLC0415
+
+        return find_libero(config)
     settings = resolve_task(config)
     prepare_caches()  # here, so that it is told once and not by every worker
     if not is_alone:

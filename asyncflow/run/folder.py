@@ -22,7 +22,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from asyncflow.config.presets import PATH_KEYS, anchor, apply_overrides, read_sections, trust_named_class
-from asyncflow.config.sections import Config, take_removed, validate, values_by_key
+from asyncflow.config.removed import take_removed
+from asyncflow.config.sections import Config, validate, values_by_key
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.files import lock_file, make_new_folder, write_atomically
 from asyncflow.terminal import command

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncflow.config.lerobot_folder import is_lerobot_folder
+from asyncflow.config.libero import is_libero, list_tasks
 from asyncflow.config.overrides import write_value
 from asyncflow.config.presets import apply_overrides, load_config, parse_overrides, preset_names, read_preset
 from asyncflow.config.sections import values_by_key
@@ -37,6 +38,10 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     task = own_name(task)
     if task.startswith(GYM):
         return "gym"
+    if is_libero(task):
+        for name in values.get("env.tasks") or [task]:
+            list_tasks(name)  # which refuses what is none
+        return "libero"
     presets = {name.replace("_", ""): name for name in preset_names()}
     if (task in TASKS or task in TOYS or task in SUITES) and task.lower() in presets:
         return presets[task.lower()]

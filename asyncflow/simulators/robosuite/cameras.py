@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import sys
 from ctypes.util import find_library
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 import numpy as np
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
+_CONTEXTS = {"egl": "EGLGLContext", "osmesa": "OSMesaGLContext"}
 _ADVICE = (
     "a GPU's driver brings EGL; without one install EGL (Debian: libegl1 libegl-mesa0) or OSMesa (Debian: libosmesa6); "
     "MUJOCO_GL=egl or MUJOCO_GL=osmesa chooses"
@@ -44,8 +48,24 @@ def import_robosuite() -> Any:
     """
     if "robosuite" not in sys.modules:
         with _variables(MUJOCO_GL="disable", **dict.fromkeys(_READ_ON_IMPORT)):
+            _switch_gpu_off()
             importlib.import_module("robosuite")
     return sys.modules["robosuite"]
+
+
+def _switch_gpu_off() -> None:
+    """Let robosuite 1.4 heed `MUJOCO_GL=disable`: unless a macro of its own says so, it imports EGL with itself."""
+    found = importlib.util.find_spec("robosuite")
+    if found is None or found.origin is None or not importlib.metadata.version("robosuite").startswith("1.4"):
+        return
+    name = "robosuite.macros"
+    spec = importlib.util.spec_from_file_location(name, Path(found.origin).parent / "macros.py")
+    assert spec is not None  # it is a file
+    assert spec.loader is not None
+    macros = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(macros)
+    setattr(macros, "MUJOCO_GPU_RENDERING", False)  # noqa: B010  which mypy does not know
+    sys.modules[name] = macros
 
 
 def choose_gl(key: str = "env.cameras") -> None:
@@ -77,12 +97,13 @@ MADE_OF_PICTURES: dict[str, Callable[[Picture, Mapping[str, Any]], NDArray[Any]]
 class Cameras:
     """Renders some cameras of a simulation."""
 
-    def __init__(self, sim: Any, settings: SimulatorSettings) -> None:
+    def __init__(self, sim: Any, settings: SimulatorSettings, data: Any = None) -> None:
         """Create an OpenGL context of its own.
 
         Args:
             sim: robosuite's `MjSim`, which must outlive this.
             settings: What is rendered, and how large; where points are kept.
+            data: robosuite's `MjData` of the moment that is seen; None means the simulation's present one.
 
         Raises:
             ConfigError: The simulation lacks one of the cameras, or OpenGL does not work here.
@@ -95,6 +116,7 @@ class Cameras:
             check_camera_names(field.kind, (camera,), available)
             self._ids.setdefault(field.kind, []).append(sim.model.camera_name2id(camera))
         self._context = _create_context(sim, settings.rendering_key)
+        self._context.data = sim.data if data is None else data
         self._context.vopt.geomgroup[0] = 0  # what collides is not what is seen
 
     def render(self) -> dict[str, NDArray[Any]]:
@@ -141,6 +163,8 @@ def _create_context(sim: Any, key: str | None) -> Any:
     try:
         if gl == "egl":
             _open_egl_display()
+        module = importlib.import_module(f"robosuite.renderers.context.{gl}_context")
+        binding_utils.GLContext = getattr(module, _CONTEXTS[gl])  # robosuite 1.4 has chosen with its import, too
         return binding_utils.MjRenderContextOffscreen(sim, device_id=-1)
     except Exception as error:  # whatever OpenGL, its loader or MuJoCo find missing
         reason = " ".join(str(error).split()) or type(error).__name__
