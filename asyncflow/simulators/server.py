@@ -43,6 +43,7 @@ def serve(descriptor: int) -> None:
     worker.adopt_path(setup)
     problem = _preload(setup["preload"])
     gc.collect()
+    _trim()
     gc.freeze()  # or the collector would write to every object, and so copy the pages that workers share
     _Server(control.socket, problem).run()
     os._exit(0)  # closing the interpreter would take seconds
@@ -71,6 +72,12 @@ def _preload(name: str | None) -> str | None:
     except Exception as error:  # whatever a package raises that is imported
         return worker.explain_import(error)
     return None
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, as far as its C library can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Server:

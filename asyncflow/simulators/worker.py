@@ -10,10 +10,13 @@ import contextlib
 import importlib
 import os
 import pickle
+import random
 import sys
 import traceback
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable
+
+import numpy as np
 
 from asyncflow.errors import AsyncflowError, ConfigError
 from asyncflow.seeding import derive_seed
@@ -59,6 +62,7 @@ def work(channel: Channel, descriptor: int) -> None:
     setup = channel.receive()
     _adopt(setup)
     board = Board(BoardPlan.from_json(setup["board"]), descriptor)
+    _seed_global_generators(setup)
     factories = [find_factory(each) for each in setup["factories"]]
     runners = {}
     for env in range(*setup["env_ids"]):
@@ -83,6 +87,13 @@ def _adopt(setup: dict[str, Any]) -> None:
     adopt_path(setup)
     with contextlib.suppress(OSError):  # it may be gone
         os.chdir(setup["folder"])
+
+
+def _seed_global_generators(setup: dict[str, Any]) -> None:
+    """Seed what careless simulators draw from; workers were forked with one and the same state of it."""
+    seed = derive_seed(setup["seed"], "worker", setup["env_ids"][0])
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def adopt_path(setup: dict[str, Any]) -> None:

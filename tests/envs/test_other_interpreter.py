@@ -82,6 +82,29 @@ def test_other_versions_of_python_give_the_same_transitions(version, tmp_path):
         assert_equal(play(other), play(own))
 
 
+CARELESS = """
+import random
+import numpy as np
+from elsewhere import FakeSimulator
+
+class Careless(FakeSimulator):
+    def reset(self, seed):
+        super().reset(seed)
+        self.state[3] = np.random.uniform() + 10 * random.random()
+"""
+
+
+def test_workers_that_draw_from_global_generators_do_not_draw_alike(bare, folder_of_simulators):
+    """They are forked from one process."""
+    (folder_of_simulators / "careless.py").write_text(CARELESS)
+    seen = []
+    for _ in range(2):
+        with make(bare, "careless:Careless", num_envs=2) as env:
+            seen.append(env.reset(SEED)["state"][:, 3])
+    assert seen[0][0] != seen[0][1]
+    assert torch.equal(*seen)
+
+
 def test_faults_there_are_survived_like_those_here(bare):
     before = left_behind()[0]
     with make(bare, num_workers=1, num_envs=2) as env:

@@ -23,6 +23,7 @@ from asyncflow.config.controllers import name_robots
 from asyncflow.config.env_meta import translate_kwargs
 from asyncflow.config.observations import STATE
 from asyncflow.config.simulator_settings import SimulatorSettings
+from asyncflow.config.task_table import TASKS
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_robosuite
 from asyncflow.simulators.spec import EnvSpec
@@ -34,13 +35,18 @@ if TYPE_CHECKING:
 
 
 def preload() -> None:
-    """Import what simulators need."""
+    """Import what simulators need, and have numba load its functions: workers then share that memory.
+
+    A simulator is built, stepped and thrown away for that. It has neither cameras nor a context of OpenGL.
+    """
     prepare_caches()
     with quiet():
         import_robosuite()
-        from robosuite import controllers  # noqa: F401, PLC0415
-
-        from asyncflow.simulators.robosuite import fast_step  # noqa: F401, PLC0415
+    task = TASKS["Lift"]
+    with contextlib.suppress(Exception):  # a worker that builds its own simulator says what is wrong
+        warm = RobosuiteSimulator(SimulatorSettings(task, task.horizon, task.obs_keys), 0)
+        warm.step(np.zeros(warm.spec.action_dim))
+        warm.close()
 
 
 def build(seed: int, settings: dict[str, Any]) -> RobosuiteSimulator:
