@@ -87,6 +87,10 @@ class Score(Protocol):
     def num_start_states(self) -> int:
         """Start states that the episodes took in turn; 0: each drew its own."""
 
+    @property
+    def num_broken(self) -> int:
+        """Episodes that were lost, and do not count."""
+
 
 class TaskScore(Score, Protocol):
     """How good it is at one of several tasks."""
@@ -321,7 +325,9 @@ def _describe_starts(result: Score) -> str:
     if not result.num_start_states:
         return ""
     times, rest = divmod(result.num_episodes, result.num_start_states)
-    often = f"{times} to {times + 1} times" if rest else f"{times} times"
+    often = f"{times} to {times + 1} times" if rest else "once" if times == 1 else f"{times} times"
+    if result.num_broken:
+        often += f", but for {result.num_broken} lost with a simulator"
     return f"each of {result.num_start_states} start states {often}, "
 
 

@@ -37,6 +37,7 @@ class TaskResult:
     Attributes:
         name: The task's.
         num_start_states: Start states that its episodes took in turn, in their order; 0: each drew its own.
+        num_broken: Episodes that were lost with a simulator or given up, and do not count.
     """
 
     name: str
@@ -48,6 +49,7 @@ class TaskResult:
     episode_length: float
     episode_return: float
     num_start_states: int = 0
+    num_broken: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class _Tally:
             "success_high": high,
             "episode_length": self.total_length / num_episodes,
             "episode_return": self.total_return / num_episodes,
+            "num_broken": self.num_broken,
         }
 
 
@@ -195,7 +198,6 @@ def evaluate(
     return EvalResult(
         **total.summarise(num_episodes, spec.has_success),
         wall_s=time.perf_counter() - start,
-        num_broken=total.num_broken,
         faults=tuple(faults),
         has_success=spec.has_success,
         tasks=tuple(results) if spec.tasks else (),

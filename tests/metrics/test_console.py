@@ -33,7 +33,7 @@ ROW = dict.fromkeys(GLOSSARY, 1.0) | {
 }
 RESULT = SimpleNamespace(
     num_episodes=50, num_successes=42, success_rate=0.84, success_low=0.71, success_high=0.92, episode_length=61.25,
-    episode_return=-150.26, has_success=True, wall_s=6.2, tasks=(), num_start_states=0,
+    episode_return=-150.26, has_success=True, wall_s=6.2, tasks=(), num_start_states=0, num_broken=0,
 )  # fmt: skip
 RUN = Path("runs/Lift_vla_seed0_20260101-000000")
 
@@ -246,3 +246,39 @@ def test_a_table_is_tab_separated_in_a_pipe_and_whole_on_a_terminal() -> None:
     for file, line in ((io.StringIO(), "Lift\t400"), (Terminal(), "Lift")):
         ConsoleReporter(file).table(["task", "horizon"], [["Lift", "400"]])
         assert line in file.getvalue()
+
+
+def task(name, **keys):
+    return SimpleNamespace(**(vars(RESULT) | {"name": name} | keys))
+
+
+def test_an_evaluation_of_several_tasks_has_a_line_for_each() -> None:
+    file = io.StringIO()
+    tasks = (task("Lift"), task("libero_goal/3", num_successes=10, success_rate=0.2, num_start_states=50))
+    ConsoleReporter(file).evaluation(5, SimpleNamespace(**(vars(RESULT) | {"tasks": tasks})))
+    first, *lines = file.getvalue().splitlines()
+    assert first.startswith("evaluation after update 5: success_rate 84.0%")
+    assert lines[0].strip() == "Lift: success_rate 84.0% (95% interval 71.0% to 92.0%), 50 episodes"
+    assert lines[1].strip().endswith("each of 50 start states once, 50 episodes")
+
+
+@pytest.mark.parametrize(
+    ("num_episodes", "num_broken", "words"),
+    [
+        (100, 0, "each of 50 start states 2 times, wall_s"),
+        (120, 0, "each of 50 start states 2 to 3 times, wall_s"),
+        (100, 1, "each of 50 start states 2 times, but for 1 lost with a simulator, wall_s"),
+    ],
+)
+def test_an_evaluation_says_how_often_each_start_state_was_run(num_episodes, num_broken, words) -> None:
+    keys = {"num_start_states": 50, "num_episodes": num_episodes, "num_broken": num_broken}
+    assert words in describe_evaluation(SimpleNamespace(**(vars(RESULT) | keys)))
+
+
+def test_an_update_names_the_success_of_a_few_tasks_and_the_ends_of_many() -> None:
+    few = {f"rollout/success_rate/{name}": rate for name, rate in {"A": 0.5, "B": 0.25}.items()}
+    many = {f"rollout/success_rate/suite/{n}": n / 10 for n in range(10)}
+    for rates, words in ((few, "A 50.0% B 25.0%"), (many, "lowest suite/0 0.0% highest suite/9 90.0%")):
+        for file in (io.StringIO(), Terminal()):
+            ConsoleReporter(file).update(ROW | rates)
+            assert words in file.getvalue()
