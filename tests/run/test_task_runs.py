@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from silent import TOY, Silent, assert_equal, build, go_on, outcome, start
+from silent import LIFT, TOY, Silent, assert_equal, build, go_on, outcome, start
 from test_trainer import assert_same, run
 
 from asyncflow.config.presets import load_config
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file
+from asyncflow.run.build import check_start
 from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.launch import train
 
@@ -105,3 +106,35 @@ def test_a_frozen_backbone_reads_the_instruction_too(tmp_path):
     done = train(load_config("toy_language", changes | {"algorithm.advantage_scope": "task"}), reporter)
     assert set(done.trainer.collecting.plan.obs.keys()) == {"prefix"}
     assert "rollout/success_rate/ToyGreen" in reporter.rows[-1]
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_vla_equals_standard_with_several_tasks_of_robosuite(tmp_path):
+    """Each robot is told what its task is about, and meets its own horizon."""
+    keys = ["robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"]
+    own = {"env.tasks": ["Lift", "Door"], "env.obs_keys": keys, "policy.kind": "gaussian", "policy.checkpoint": None}
+    sizes = {"policy.hidden_sizes": [16], "policy.critic_hidden_sizes": [16], "env.horizon": None}
+    changes = LIFT | own | sizes | {"buffer.max_policy_lag": 1, "trainer.total_updates": 2}
+    vla = run(tmp_path, "lift", changes | {"trainer.buffer_type": "vla"})
+    standard = run(tmp_path, "lift", changes | {"trainer.buffer_type": "standard", "env.num_workers": 1})
+    assert_same(vla, standard)
+    spec = load_policy_file(tmp_path / "run0" / "checkpoints" / "last" / "policy.safetensors").env_spec
+    assert [(task.name, task.instruction, task.horizon) for task in spec.tasks] == [
+        ("Lift", "lift a cube from the table", 400),
+        ("Door", "turn the handle and open the door", 400),
+    ]
+    config = load_config("lift", {"env.num_envs": 2, "env.num_workers": 1, "trainer.device": "cpu"})
+    assert evaluate_checkpoint(str(tmp_path / "run0"), config, 2).tasks[1].num_episodes == 1
+
+
+def test_robosuite_tasks_that_observe_otherwise_are_refused_before_a_simulator_is_built(tmp_path):
+    config = load_config(None, LIFT | {"env.tasks": ["Lift", "Stack"], "logging.out": str(tmp_path / "run")})
+    with pytest.raises(ConfigError, match=r"^env\.tasks: Lift and Stack differ in obs: .*19.* and .*32"):
+        check_start(config)
+
+
+def test_fewer_observations_may_make_tasks_alike(tmp_path):
+    keys = ["robot0_eef_pos", "robot0_eef_quat"]
+    own = {"env.tasks": ["Lift", "Stack"], "env.obs_keys": keys, "logging.out": str(tmp_path / "run")}
+    check_start(load_config(None, LIFT | own))

@@ -29,7 +29,7 @@ from tools.bench.common.report import (
 from tools.bench.language.page import CONDITIONS, PAGES, judge, write_page
 
 DATA = PAGES / "data" / "language"
-ALWAYS = ("trainer.eval_interval=5", "trainer.eval_episodes=200", "trainer.save_interval=100")
+ALWAYS = ("trainer.eval_episodes=200", "trainer.save_interval=100")
 
 
 def train(folder: Path, condition: str, seed: int) -> dict[str, Any]:
