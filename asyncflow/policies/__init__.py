@@ -54,6 +54,7 @@ def make_policy(config: PolicyConfig, spec: EnvSpec, seed: int, *, num_stored: i
         # torch.manual_seed would also reseed CUDA, which the fork does not restore.
         torch.default_generator.manual_seed(derive_seed(seed, "init"))
         policy = _build(config, spec)
+    policy.num_tasks = len(spec.task_table)
     set_eval(policy)  # an update evaluates the decisions that were taken: without dropout, with fixed statistics
     return policy
 

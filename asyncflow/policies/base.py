@@ -53,6 +53,7 @@ class Policy(nn.Module, ABC):
         returns_gaussians: Whether it does; set by who needs them, as each entry of an answer takes time.
         ratio_tolerance: Nats by which joint log-probs of the same weights may differ between acting and training. The
             default is for float32; a class that computes in reduced precision, TF32 included, sets a larger one.
+        num_tasks: Tasks that it was made for; of several, an observation's `task` is one.
         made_from: The keys of `policy` that build it again; None for a policy of a user's own.
         made_for: The environments that the file describes of which it was loaded, in the simulator's names.
     """
@@ -66,6 +67,7 @@ class Policy(nn.Module, ABC):
     has_gaussian_steps: bool = False
     returns_gaussians: bool = False
     ratio_tolerance: float = 0.01
+    num_tasks: int = 1
     made_from: PolicyConfig | None = None
     made_for: EnvSpec | None = None
 

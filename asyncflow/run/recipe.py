@@ -250,7 +250,7 @@ def check_agreement(policy: Policy, env: VecEnv, ppo: PPO) -> None:
 
 
 def check_sizes(policy: Policy, env: VecEnv) -> None:
-    """Refuse a policy that decides other chunks or other actions than environments execute.
+    """Refuse a policy that decides other chunks or other actions than environments execute, or for other tasks.
 
     Raises:
         ConfigError: See above; says how to make them agree.
@@ -264,6 +264,11 @@ def check_sizes(policy: Policy, env: VecEnv) -> None:
     if env.spec.action_dim != policy.action_dim:
         raise ConfigError(
             f"the environments' actions have {env.spec.action_dim} dimensions and the policy's {policy.action_dim}; "
+            "make the policy for these environments: make_policy(kind, env)"
+        )
+    if 1 < policy.num_tasks != len(env.spec.task_table):
+        raise ConfigError(
+            f"the policy was made for {policy.num_tasks} tasks and the environments have {len(env.spec.task_table)}; "
             "make the policy for these environments: make_policy(kind, env)"
         )
 

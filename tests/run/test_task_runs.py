@@ -5,6 +5,7 @@ import torch
 from silent import LIFT, TOY, Silent, assert_equal, build, go_on, outcome, start
 from test_trainer import assert_same, run
 
+import asyncflow as af
 from asyncflow.config.presets import load_config
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
@@ -138,3 +139,13 @@ def test_fewer_observations_may_make_tasks_alike(tmp_path):
     keys = ["robot0_eef_pos", "robot0_eef_quat"]
     own = {"env.tasks": ["Lift", "Stack"], "env.obs_keys": keys, "logging.out": str(tmp_path / "run")}
     check_start(load_config(None, LIFT | own))
+
+
+def test_a_program_trains_and_evaluates_on_a_suite_and_no_policy_of_it_on_one_task_alone():
+    env = af.make_env("ToyLanguage", num_envs=4, n_action_steps=2)
+    policy = af.make_policy("gaussian", env, hidden_sizes=[8], critic_hidden_sizes=[8])
+    with af.Trainer(policy, env, buffer_size=16, buffer_type="standard") as trainer:
+        assert "rollout/num_episodes/ToyBlue" in trainer.train(total_updates=1)
+    assert [task.name for task in af.evaluate(policy, "ToyLanguage", 4, num_envs=2).tasks] == ["ToyGreen", "ToyBlue"]
+    with pytest.raises(ConfigError, match="made for 2 tasks and the environments have 1"):
+        af.evaluate(policy, "ToyGreen", 4)

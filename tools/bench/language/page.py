@@ -103,11 +103,10 @@ def write_page(records: Sequence[Record]) -> None:
 INTRODUCTION = """![Success over env steps, with the instruction and without](language.png)
 
 `toy_language` shows a position and two goals, in one picture and in one state. The instruction says which goal to
-reach; the other one ends the episode without success. Environments are spread over both tasks. The tiny VLA starts from
-scratch. The control is the same run with one instruction for both tasks (`policy.vla.instruction=go`): all that it
-lacks is which goal is meant, so that half of its episodes can succeed. Both train on fresh data (lag 0), so that both
-modes give the same curves. Thin lines are seeds, thick ones their mean, the
-dotted line is one half.
+reach; the other one ends the episode without success. Environments are spread over both tasks. The tiny VLA starts
+from scratch. The control is the same run with one instruction for both tasks (`policy.vla.instruction=go`): all that
+it lacks is which goal is meant, so that half of its episodes can succeed at most. Both train on fresh data (lag 0),
+so that both modes give the same curves. Thin lines are seeds, thick ones their mean, the dotted line is one half.
 """
 NOTES = """Every run evaluates itself every ten updates on 200 episodes, 100 of each task, without exploration and on
 start states that training never sees. The data are in [`data/language/`](data/language), a file a run.
