@@ -119,7 +119,7 @@ $(STAMP): pyproject.toml
 		[ -f "$$($$python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] || \
 		{ echo "asyncflow needs Python's headers to build evdev; $$python has no Python.h (python3-dev)"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,docs,robosuite]'
 	@touch $@
 
 # A second environment: LeRobot 0.3 holds torch below 2.8.
@@ -127,7 +127,7 @@ $(LEROBOT)/.installed: pyproject.toml
 	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || \
 		{ echo "asyncflow needs Python 3.10 to 3.12 with the venv module; found none"; exit 1; }
 	@[ -x $(LEROBOT)/bin/python ] || $(PYTHON) -m venv $(LEROBOT)
-	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,lerobot]'
+	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,lerobot,robosuite]'
 	@touch $@
 
 # LIBERO's own environment: robosuite 1.4 and MuJoCo 2.3.7, which has no wheels for Python 3.12.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from asyncflow import __version__
+from asyncflow import __version__, cli_envs
 from asyncflow.errors import ConfigError
 from asyncflow.files import check_output
 from asyncflow.flags import Checkpoint, Overrides, Preset, split
@@ -52,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cli_envs.app, name="envs")
 _TRUST_CLASS = _flag(
     "Model's class that the checkpoint or run may have imported, which runs its code; may be repeated.",
     list[str],

@@ -21,7 +21,7 @@ ROOMS = [
     "ground",
 ]  # fmt: skip
 CAPTIONS = {"doors": "What a program imports; commands, flags and exit codes", "ground": "What every room may use"}
-DOORS = {"__main__", "cli", "flags", "library"}
+DOORS = {"__main__", "cli", "cli_envs", "flags", "library"}
 
 
 def module_name(path: Path) -> str:

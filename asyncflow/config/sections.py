@@ -71,8 +71,9 @@ class EnvConfig(Section):
     num_envs: int = Field(16, ge=1, description="Environments collected from, N.")
     python: PathText | None = Field(
         None,
-        description="Interpreter that simulates, or the folder of its virtual environment; null means this one. It "
-        "needs Python 3.8 or newer, numpy and the simulator's packages, and neither torch nor asyncflow.",
+        description="Interpreter that simulates, the folder of its virtual environment, or a kind of `asyncflow envs`, "
+        "such as robosuite14; null means the one that `asyncflow envs` remembers for the task, else this one. It needs "
+        "Python 3.8 or newer, numpy and the simulator's packages, and neither torch nor asyncflow.",
     )
     num_workers: int | None = Field(None, ge=1, description="Simulator processes; null means one per CPU core.")
     horizon: int | None = Field(

@@ -72,4 +72,4 @@ def _find_recipe(config: EnvConfig, is_alone: bool) -> Recipe:
     from asyncflow.envs.worker import Recipe  # noqa: PLC0415
 
     simulator = "asyncflow.simulators.robosuite.simulator"
-    return Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload")
+    return Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload", "robosuite")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from asyncflow.config.interpreters import KINDS
 from asyncflow.errors import ConfigError
 from asyncflow.signals import ENDING_SIGNALS
 from asyncflow.simulators import boot_file
@@ -34,10 +34,12 @@ class Interpreter(NamedTuple):
     Attributes:
         python: The interpreter; None means this process's own.
         preload: `module:function` that imports what its simulators need; None where nothing is known of them.
+        kind: As `Recipe.kind`.
     """
 
     python: str | None = None
     preload: str | None = None
+    kind: str | None = None
 
     @property
     def executable(self) -> str:
@@ -69,7 +71,11 @@ class Server:
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)  # it and its workers inherit that
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=_environment(interpreter)
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=_error_output(),  # what an interpreter prints when it starts is no part of the output
+                pass_fds=[theirs.fileno()],
+                env=_environment(interpreter),
             )
         except OSError as error:
             control.close()
@@ -161,11 +167,34 @@ def explain_end(server: Server) -> str:
     interpreter = server.interpreter
     if said:
         return f"env.python: {said}"
-    when = "could simulate" if interpreter.preload is None else f"had imported {interpreter.preload.partition(':')[0]}"
-    return (
-        f"env.python = {interpreter.executable}: it ended with exit code {code} before it {when}; expected Python 3.8 "
-        "or newer, with numpy and the simulator's packages"
-    )
+    return f"env.python = {interpreter.executable}: it ended {describe_exit(code)} {_describe_moment(interpreter)}"
+
+
+def _describe_moment(interpreter: Interpreter) -> str:
+    """Return when a server that said nothing ended, and what mends it."""
+    if interpreter.kind is not None:
+        install = f"asyncflow envs install {interpreter.kind}"
+        return f"before it had imported {KINDS[interpreter.kind].package}; run: {install}"
+    if interpreter.preload is not None:
+        return f"before it had imported {interpreter.preload.partition(':')[0]}"
+    return "before it could simulate; expected Python 3.8 or newer, with numpy and the simulator's packages"
+
+
+def describe_exit(code: int | None) -> str:
+    """Return in words how a process ended: "with exit code 3", "by SIGSEGV"."""
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"by {signal.Signals(-code).name}"
+    return f"with exit code {code}"
+
+
+def _error_output() -> int:
+    """Return where errors are written; nowhere, if that is closed."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return 2
 
 
 def running_servers() -> list[int]:
@@ -178,23 +207,6 @@ def running_workers() -> list[int]:
     """Return the processes of this process's workers, as Linux lists them."""
     lists = [Path(f"/proc/{server}/task/{server}/children").read_text() for server in running_servers()]
     return [int(process) for each in lists for process in each.split()]
-
-
-def find_python(text: str) -> str:
-    """Return the interpreter that `env.python` names: a program, or the folder of a virtual environment.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    path = Path(text).expanduser()
-    if path.is_dir():
-        path = path / "bin" / "python"
-    found = shutil.which(str(path))
-    if found is None:
-        raise ConfigError(
-            f"env.python = {text}: no interpreter there; expected a python, or the folder of a virtual environment"
-        )
-    return os.path.abspath(found)
 
 
 def _environment(interpreter: Interpreter) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from asyncflow.config.interpreters import choose_interpreter
 from asyncflow.config.sections import EnvConfig, validate
 from asyncflow.config.tasks import GYM
 from asyncflow.envs.worker import Recipe, SimulatorFactories
@@ -148,8 +149,8 @@ def find_gym(config: EnvConfig) -> Recipe:
     name = config.task.removeprefix(GYM)
     if ":" in name:
         raise ConfigError(f"env.task = {config.task}: expected an id that an installed package registers, as it is")
-    if config.python is None:
+    if choose_interpreter(config.python, "gym") is None:
         find_env(name)  # which refuses it before any process is started
     arguments = {"env_id": name, "horizon": config.horizon, "obs_keys": config.obs_keys, "task": config.task}
     simulator = "asyncflow.simulators.gym"
-    return Recipe(f"{simulator}:build", arguments, f"{simulator}:import_gymnasium")
+    return Recipe(f"{simulator}:build", arguments, f"{simulator}:import_gymnasium", "gym")

@@ -22,7 +22,7 @@ import cloudpickle
 
 from asyncflow.envs.base import EnvInterrupted
 from asyncflow.envs.chunks import ChunkBoard
-from asyncflow.envs.server import Interpreter, explain_end, start_worker, worker_environment
+from asyncflow.envs.server import Interpreter, describe_exit, explain_end, start_worker, worker_environment
 from asyncflow.errors import ConfigError, ContractError, EnvError
 from asyncflow.simulators.base import Simulator
 from asyncflow.simulators.spec import EnvSpec
@@ -41,11 +41,13 @@ class Recipe:
         target: `module:name` of what is called with a seed and the arguments.
         arguments: Keyword arguments, as JSON holds them.
         preload: `module:function` that imports what it needs, called once for all workers; None where there is none.
+        kind: Which of `asyncflow envs` it is, so that its interpreter may be a remembered one; None where it is none.
     """
 
     target: str
     arguments: dict[str, Any] = field(default_factory=dict)
     preload: str | None = None
+    kind: str | None = None
 
 
 SimulatorFactory = Callable[[int], Simulator] | Recipe
@@ -124,6 +126,7 @@ class Worker:
         env_ids: The environments that it simulates.
         name: What messages call it.
         process: Its number in the operating system; None until it has started, and after its end.
+        versions: Of Python and of the packages that simulate, by name.
     """
 
     def __init__(self, index: int, env_ids: range, setup: WorkerSetup, waker: Waker) -> None:
@@ -136,8 +139,10 @@ class Worker:
         self.env_ids = env_ids
         self.name = f"worker {index} (environments {env_ids.start} to {env_ids.stop - 1})"
         self.process: int | None = None
+        self.versions: dict[str, str] = {}
         self._waker = waker
         self._exit_code: int | None = None
+        self._importing: str | None = None  # the module that it imports at present
         self._num_sent = 0
         self._keys: dict[int, Any] = {0: "ready"}  # number of a message -> what it is received under
         self._answers: dict[Any, Any] = {}
@@ -146,12 +151,13 @@ class Worker:
             self._channel.send(setup.message(env_ids))
 
     def wait_ready(self) -> tuple[dict[int, EnvSpec], list[str]]:
-        """Wait until the simulators are constructed, or raise as `receive`.
+        """Wait until the simulators are constructed, or raise as `receive`; then `versions` are known.
 
         Returns:
             The spec of each task that is simulated here, by its place, and notices.
         """
         ready = self.receive("ready", _START_TIMEOUT_S, "the time to construct one simulator")
+        self.versions = ready["versions"]
         return {task: EnvSpec.from_json(spec) for task, spec in ready["specs"]}, ready["notices"]
 
     def begin(self, key: Any, seed: int, episodes: dict[int, int]) -> None:
@@ -213,6 +219,8 @@ class Worker:
         message = self._channel.take()
         if message["kind"] == "started":
             self.process = message["process"]
+        elif message["kind"] in ("importing", "imported"):
+            self._importing = message.get("module")
         elif message["kind"] == "ended":
             self.process, self._exit_code = None, message["code"]
         return message
@@ -221,6 +229,9 @@ class Worker:
         if self.process is None and self._exit_code is None:  # its server ended before it could start it
             return ConfigError(explain_end(self._server))
         self.process = None
+        if self._importing and self._exit_code is not None:
+            ended = f"it ended {describe_exit(self._exit_code)} while it imported {self._importing}"
+            return ConfigError(f"env.python = {self._server.interpreter.executable}: {ended}")
         how = "its server" if self._exit_code is None else f"exit code {self._exit_code}"
         return WorkerFailure("died", f"{self.name} died with {how}")
 

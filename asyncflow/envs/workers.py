@@ -23,12 +23,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from asyncflow.config.interpreters import choose_interpreter
 from asyncflow.config.observations import STATE, rendered_rooms
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.base import ChunkResult, ChunkSpan, EnvInterrupted, Fault, VecEnv, as_slice
 from asyncflow.envs.chunks import ChunkBoard, check_actions
 from asyncflow.envs.journal import EpisodeJournal
-from asyncflow.envs.server import Interpreter, find_python
+from asyncflow.envs.server import Interpreter
 from asyncflow.envs.tasks import join_tasks, tell_task
 from asyncflow.envs.worker import Recipe, SimulatorFactories, Waker, Worker, WorkerFailure, WorkerSetup, pack_factory
 from asyncflow.errors import ConfigError, EnvError
@@ -42,6 +43,10 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
     A worker that fails is replaced at the next call that waits for it. Its episodes are lost, whosever chunks were
     under way: until `step_wait` has reported an environment as broken, `step_async` starts nothing there.
+
+    Attributes:
+        interpreter: The program that simulates.
+        notices: Lines that a run shows when it starts.
     """
 
     def __init__(
@@ -72,10 +77,9 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         factories = dict(make_simulator) if isinstance(make_simulator, Mapping) else {"": make_simulator}
         if not 0 < len(factories) <= num_envs:
             raise ConfigError(f"num_envs = {num_envs}: {len(factories)} tasks need one environment each at least")
-        python = None if config.python is None else find_python(config.python)
-        preloads = [each.preload for each in factories.values() if isinstance(each, Recipe)]
-        interpreter = Interpreter(python, preloads[0] if preloads else None)
+        interpreter = _choose(config.python, [each for each in factories.values() if isinstance(each, Recipe)])
         packed = [pack_factory(each, interpreter) for each in factories.values()]
+        self.interpreter = interpreter.executable
         self.num_envs, self.n_action_steps = num_envs, chunk_length
         self._config = config
         self._seed = 0
@@ -95,6 +99,11 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         except BaseException:
             self.close()
             raise
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of Python and of the packages that simulate, by name."""
+        return self._workers[0].versions
 
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
         """Start episode 0 of every environment, or rebuild a journal's open episodes; waits for all workers.
@@ -341,3 +350,16 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
             }
             obs[kind] = TensorDict(copies, batch_size=state.shape[:1])
         return tell_task(obs, self.spec, range(self.num_envs)[rows])
+
+
+def _choose(python: str | None, recipes: list[Recipe]) -> Interpreter:
+    """Return what simulates; functions of the user's own have no recipe.
+
+    Raises:
+        ConfigError: There is none, or tasks of one run need several.
+    """
+    kinds = list(dict.fromkeys(recipe.kind for recipe in recipes)) or [None]
+    chosen = {choose_interpreter(python, kind) for kind in kinds}
+    if len(chosen) > 1:
+        raise ConfigError(f"env.tasks: {' and '.join(map(str, kinds))} are simulated by different interpreters")
+    return Interpreter(chosen.pop(), recipes[0].preload if recipes else None, kinds[0])

@@ -19,12 +19,18 @@ def refuse(reason):  # type: (str) -> None
     os._exit(1)
 
 
+try:  # noqa: SIM105  for Python 2
+    os.dup2(2, 1)  # what simulators and their packages print is no part of the program's output
+except OSError:  # both are closed
+    pass
+
 if sys.version_info < (3, 8):  # noqa: UP036
     refuse("is too old to simulate: Python 3.8 or newer is needed")
 try:
     import numpy  # noqa: F401
-except Exception as error:  # whatever a broken installation raises
-    refuse("cannot import numpy: %s; run: %s -m pip install numpy" % (error, sys.executable))  # noqa: UP031
+except BaseException as error:  # whatever a broken installation raises
+    said = " ".join(str(error).split())[:300]  # numpy's own explanation has forty lines
+    refuse("cannot import numpy: %s; run: %s -m pip install numpy" % (said, sys.executable))  # noqa: UP031
 
 import importlib.util  # noqa: E402
 

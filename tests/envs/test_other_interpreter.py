@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from worker_cases import SEED, H, N, command, is_running, left_behind, process_of, run, tensors
@@ -13,7 +15,7 @@ from worker_cases import SEED, H, N, command, is_running, left_behind, process_o
 from asyncflow.config.sections import EnvConfig
 from asyncflow.envs.worker import Recipe
 from asyncflow.envs.workers import WorkerVecEnv
-from asyncflow.errors import ConfigError, EnvError
+from asyncflow.errors import ConfigError
 from tools.stress.bare_python import make_bare_python
 
 FAKE = Path(__file__).parents[1] / "support/fake_simulator.py"
@@ -180,19 +182,23 @@ def test_an_interpreter_without_numpy_says_what_to_install(tmp_path):
 
 
 def test_a_missing_package_is_named_with_what_installs_it(bare):
-    with pytest.raises(ConfigError, match=r"^.* \(Python .*\) has no package missing; run: .* -m pip install missing$"):
+    with pytest.raises(
+        ConfigError, match=r"^.* \(Python .*\) has no package missing; run: .* -m pip install missing, or"
+    ):
         make(bare, "missing.simulators:Reach")
 
 
 def test_a_module_that_raises_is_one_line(bare, folder_of_simulators):
     (folder_of_simulators / "raising.py").write_text("raise RuntimeError('numpy is too new\\nfor this')")
-    with pytest.raises(ConfigError, match=r"cannot import the simulator: RuntimeError: numpy is too new for this$"):
+    with pytest.raises(
+        ConfigError, match=r"^.* \(Python .*\) cannot import raising: RuntimeError: numpy is too new for"
+    ):
         make(bare, "raising:Reach")
 
 
 def test_a_module_that_crashes_the_interpreter_is_named(bare, folder_of_simulators):
     (folder_of_simulators / "crashing.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
-    with pytest.raises(EnvError, match=r"^worker 0 .* died with exit code -11"):
+    with pytest.raises(ConfigError, match=r"^env.python = .*: it ended by SIGSEGV while it imported crashing$"):
         make(bare, "crashing:Reach", num_workers=1)
 
 
@@ -201,10 +207,63 @@ def test_a_crash_while_all_workers_packages_are_imported_is_one_line(bare, folde
         "def preload():\n    import os, signal\n    os.kill(os.getpid(), 11)"
     )
     recipe = Recipe("elsewhere:FakeSimulator", preload="fragile:preload")
-    with pytest.raises(
-        ConfigError, match=r"^env.python = .*: it ended with exit code -11 before it had imported fragile"
-    ):
+    with pytest.raises(ConfigError, match=r"^env.python = .*: it ended by SIGSEGV before it had imported fragile$"):
         WorkerVecEnv(recipe, EnvConfig(python=str(bare), num_workers=1), 1, H, SEED)
+
+
+def test_a_module_that_leaves_is_one_line(bare, folder_of_simulators):
+    """Both where a worker imports it and where the server does."""
+    (folder_of_simulators / "leaving.py").write_text("import sys\nsys.exit(3)")
+    complaint = r"^.* \(Python .*\) cannot import leaving: SystemExit: 3$"
+    with pytest.raises(ConfigError, match=complaint):
+        make(bare, "leaving:Reach")
+    recipe = Recipe("elsewhere:FakeSimulator", preload="leaving:preload")
+    with pytest.raises(ConfigError, match=complaint):
+        WorkerVecEnv(recipe, EnvConfig(python=str(bare), num_workers=1), 1, H, SEED)
+
+
+def test_an_installed_package_that_fails_in_its_import_is_named_with_the_command_that_mends_it(tmp_path):
+    """Its own simulator imports it: the package is at fault, not the simulator."""
+    packages = tmp_path / "site-packages"
+    packages.mkdir()
+    (packages / "physics.py").write_text("raise AttributeError('module numpy has no attribute bool')")
+    (packages / "reach.py").write_text("import physics")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    complaint = (
+        r"cannot import physics: AttributeError: module numpy has no attribute bool; run: .* pip install physics$"
+    )
+    with pytest.raises(ConfigError, match=complaint):
+        make(python, "reach:Reach")
+
+
+@pytest.mark.parametrize("numpy", ["import sys; sys.exit('not today')", "raise ImportError('one line' + chr(10) * 9)"])
+def test_a_numpy_that_cannot_be_imported_is_one_line(numpy, tmp_path):
+    (tmp_path / "numpy.py").write_text(numpy)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with pytest.raises(
+        ConfigError, match=r"^env.python: .* cannot import numpy: .*; run: .* -m pip install num"
+    ) as info:
+        make(python)
+    assert "\n" not in str(info.value)
+
+
+def test_an_interpreter_that_prints_when_it_starts_does_not_reach_standard_output(bare, tmp_path, capfd):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho a banner\nexec {bare} "$@"\n')
+    python.chmod(0o755)
+    with make(python) as env:
+        env.reset(SEED)
+    assert capfd.readouterr().out == ""
+
+
+def test_versions_are_those_of_the_interpreter_that_simulates(bare):
+    with make(bare) as env:
+        assert set(env.versions) == {"python", "numpy"}
+        assert env.versions["numpy"] == np.__version__
 
 
 def test_a_function_cannot_cross_to_another_interpreter(bare):
