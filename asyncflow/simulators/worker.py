@@ -70,7 +70,7 @@ def work(channel: Channel, descriptor: int) -> None:
     _adopt(setup)
     board = Board(BoardPlan.from_json(setup["board"]), descriptor)
     _seed_global_generators(setup)
-    factories = [find_factory(each) for each in setup["factories"]]
+    factories = [_import_factory(each, channel) for each in setup["factories"]]
     runners = {}
     for env in range(*setup["env_ids"]):
         runners[env] = build_runner(factories, setup["seed"], env, board)
@@ -86,6 +86,16 @@ def work(channel: Channel, descriptor: int) -> None:
             return
         obey(runners, message, lambda: channel.send({"kind": "alive"}))
         channel.send({"kind": "done", "number": message["number"]})
+
+
+def _import_factory(factory: dict[str, Any], channel: Channel) -> Callable[[int], Simulator]:
+    """Return `find_factory`; while it imports a module, the parent knows which, as that may crash the process."""
+    if "target" in factory:
+        channel.send({"kind": "importing", "module": factory["target"].partition(":")[0]})
+    found = find_factory(factory)
+    if "target" in factory:
+        channel.send({"kind": "imported"})
+    return found
 
 
 def _adopt(setup: dict[str, Any]) -> None:
