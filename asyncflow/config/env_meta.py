@@ -26,11 +26,12 @@ _MAX_CONTROL_FREQ = 500  # Hz: one step of the simulation an action
 _FLAGS = ("lite_physics", "reward_shaping", "use_camera_obs", "use_object_obs")
 
 
-def translate_kwargs(env_meta: Mapping[str, Any]) -> dict[str, Any]:
+def translate_kwargs(env_meta: Mapping[str, Any], *, is_converted: bool = True) -> dict[str, Any]:
     """Return the keywords with which robosuite builds a description's environment.
 
     Args:
         env_meta: Has `env_name`, text, and `env_kwargs`, a mapping.
+        is_converted: Whether it is put into the words of robosuite 1.5; else it stays in those of 1.4.
 
     Raises:
         ConfigError: A keyword that no robosuite could use, as far as that is known without it.
@@ -38,10 +39,11 @@ def translate_kwargs(env_meta: Mapping[str, Any]) -> dict[str, Any]:
     given = env_meta["env_kwargs"]
     if given.get("env_name", env_meta["env_name"]) != env_meta["env_name"]:
         raise ConfigError(f"env_kwargs.env_name = {given['env_name']!r}: the description is of {env_meta['env_name']}")
-    renamed = {new: given[old] for old, new in _RENAMED.items() if old in given}
-    kwargs = {**renamed, **{key: value for key, value in given.items() if key not in (*_UNUSED, *_RENAMED)}}
+    names = _RENAMED if is_converted else {}
+    renamed = {new: given[old] for old, new in names.items() if old in given}
+    kwargs = {**renamed, **{key: value for key, value in given.items() if key not in (*_UNUSED, *names)}}
     _check_types(kwargs)
-    if kwargs.get("controller_configs") is not None:
+    if is_converted and kwargs.get("controller_configs") is not None:
         has_grippers = kwargs.get("gripper_types", "default") is not None
         kwargs["controller_configs"] = convert_controllers(
             kwargs["controller_configs"], name_robots(kwargs), has_grippers

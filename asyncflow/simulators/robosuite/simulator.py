@@ -14,7 +14,7 @@ import inspect
 import io
 import logging
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 
@@ -26,6 +26,13 @@ from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.config.task_table import TASKS
 from asyncflow.errors import ConfigError, EnvError
 from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_robosuite
+from asyncflow.simulators.robosuite.robosuite14 import (
+    check_controllers,
+    drawing_from,
+    is_robosuite_14,
+    load_controller,
+    read_action_limits,
+)
 from asyncflow.simulators.spec import EnvSpec
 
 if TYPE_CHECKING:
@@ -78,14 +85,17 @@ class RobosuiteSimulator:
             choose_gl(settings.rendering_key)
         prepare_caches()
         with quiet():
-            import_robosuite()
+            self._is_old = is_robosuite_14(import_robosuite())
             env_meta = settings.env_meta or build_env_meta(settings.task)
             with contextlib.nullcontext() if settings.env_meta is None else _refuse_description(env_meta["env_name"]):
-                self.env = _create(env_meta, seed)
-                self._action_limits = _read_action_limits(self.env)
+                create, read_limits = (
+                    (_create_14, read_action_limits) if self._is_old else (_create, _read_action_limits)
+                )
+                self.env = create(env_meta, seed)
+                self._action_limits = read_limits(self.env)
                 if settings.env_meta is not None:
-                    _try_step(self.env, self._action_limits)
-                self._raw_obs: dict[str, Any] = self.env.reset()
+                    self._draw(seed, lambda: _try_step(self.env, self._action_limits))
+                self._raw_obs: dict[str, Any] = self._draw(seed, self.env.reset)
             self._obs_keys = settings.obs_keys
             self._step, self.notices = _find_step(self.env, settings.fast_step)
             self._cameras = Cameras(self.env.sim, settings) if settings.rendering_key else None
@@ -105,9 +115,15 @@ class RobosuiteSimulator:
 
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`."""
-        # Placement samplers hold the generator itself, so its state is replaced, not the object.
-        self.env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
-        self._raw_obs = self.env.reset()
+        if not self._is_old:
+            # Placement samplers hold the generator itself, so its state is replaced, not the object.
+            self.env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+        self._raw_obs = self._draw(seed, self.env.reset)
+
+    def _draw(self, seed: int, reset: Callable[[], Any]) -> Any:
+        """Call what draws; robosuite 1.4 does so from numpy's global generator."""
+        with drawing_from(seed) if self._is_old else contextlib.nullcontext():
+            return reset()
 
     def step(self, action: NDArray[Any]) -> tuple[float, bool]:
         """Execute one action, [A] clipped to the spec's limits; return its reward and whether the task is solved."""
@@ -179,9 +195,7 @@ def build_env_meta(task: Task) -> dict[str, Any]:
     """Return robomimic's description of a task: sparse reward, 20 Hz, robosuite's default arm controller."""
     with quiet():
         robosuite = import_robosuite()
-        from robosuite.controllers import load_composite_controller_config  # noqa: PLC0415
-
-        controller = load_composite_controller_config(controller="BASIC", robot=task.robots[0])
+        controller = load_controller() if is_robosuite_14(robosuite) else _load_controller(task.robots[0])
     return {
         "env_name": task.env_name,
         "env_version": robosuite.__version__,
@@ -196,16 +210,33 @@ def build_env_meta(task: Task) -> dict[str, Any]:
     }
 
 
+def _load_controller(robot: str) -> Any:
+    from robosuite.controllers import load_composite_controller_config  # noqa: PLC0415  seconds
+
+    return load_composite_controller_config(controller="BASIC", robot=robot)
+
+
 def _create(env_meta: dict[str, Any], seed: int) -> Any:
-    """Build robosuite's environment as robomimic's wrapper does, without its cameras."""
+    """Build the environment of robosuite 1.5."""
+    kwargs = translate_kwargs(deepcopy(env_meta))
+    return _make(env_meta["env_name"], {**kwargs, "seed": seed})
+
+
+def _create_14(env_meta: dict[str, Any], seed: int) -> Any:
+    """Build the environment of robosuite 1.4, whose controllers are taken as they are."""
+    kwargs = translate_kwargs(deepcopy(env_meta), is_converted=False)
+    check_controllers(kwargs)
+    with drawing_from(seed):
+        return _make(env_meta["env_name"], kwargs)
+
+
+def _make(env_name: str, kwargs: dict[str, Any]) -> Any:
+    """Build an environment as robomimic's wrapper does, without its cameras."""
     import robosuite  # noqa: PLC0415  seconds
 
-    kwargs = translate_kwargs(deepcopy(env_meta))
-    _check_names(env_meta["env_name"], kwargs)
-    kwargs.update(_AS_ROBOMIMIC)
+    _check_names(env_name, {key: value for key, value in kwargs.items() if key != "seed"})
     # A soft reset takes 1 ms instead of 100 and still draws everything anew but the objects' sizes.
-    kwargs.update(seed=seed, hard_reset=False)
-    env = robosuite.make(env_meta["env_name"], **kwargs)
+    env = robosuite.make(env_name, **{**kwargs, **_AS_ROBOMIMIC, "hard_reset": False})
     for name in env.observation_names:
         if "joint_pos" in name or "eef_vel" in name:
             env.modify_observable(observable_name=name, attribute="active", modifier=True)
@@ -285,6 +316,8 @@ def _find_step(env: Any, is_fast: bool) -> tuple[Any, tuple[str, ...]]:
     """Return what steps a robosuite environment, and a line about it if it is slower than it was asked to be."""
     if not is_fast:
         return env.step, ()
+    if is_robosuite_14(import_robosuite()):
+        return env.step, ("env.fast_step = true: robosuite's own step is taken, because robosuite is 1.4",)
     from asyncflow.simulators.robosuite.fast_step import FastStep  # noqa: PLC0415  imports robosuite
 
     fast = FastStep(env)
