@@ -67,7 +67,7 @@ def check(kind: str, python: str | None = None) -> Built:
             env.reset(0)
             low, high = env.spec.action_limits
             env.step_async(((low + high) / 2).view(1, 1, -1), range(1))
-            faults = env.step_wait(range(1)).faults
+            faults, versions = env.step_wait(range(1)).faults, env.versions
         finally:
             env.close()
     except ConfigError:
@@ -76,8 +76,8 @@ def check(kind: str, python: str | None = None) -> Built:
         raise ConfigError(f"{chosen or sys.executable} cannot simulate {task}: {_last_line(str(error))}") from error
     if faults:
         raise ConfigError(f"{chosen or sys.executable} cannot simulate {task}: {_last_line(faults[0].message)}")
-    _check_versions(kind, env.versions, chosen or sys.executable)
-    return Built(chosen or sys.executable, env.versions, task, time.monotonic() - start)
+    _check_versions(kind, versions, chosen or sys.executable)
+    return Built(chosen or sys.executable, versions, task, time.monotonic() - start)
 
 
 def _last_line(text: str) -> str:

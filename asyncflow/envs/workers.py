@@ -102,7 +102,7 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The versions of Python and of the packages that simulate, by name."""
+        """The versions of Python and of the packages that simulate, by name; until `close`."""
         return self._workers[0].versions
 
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
