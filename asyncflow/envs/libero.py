@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from asyncflow.config.libero import ARM_KEYS, INSTALL, find_benchmark, list_tasks
+from asyncflow.config.libero import ARM_KEYS, list_tasks
 from asyncflow.config.observations import read_settings, rendered_fields
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.config.task_table import Task
 from asyncflow.envs.worker import Recipe
-from asyncflow.errors import ConfigError
 
 SIMULATOR = "asyncflow.simulators.libero.simulator"
 
@@ -17,14 +16,9 @@ def find_libero(config: EnvConfig) -> Recipe:
     """Return how simulators of `env.task=libero_spatial/3` and its like are built.
 
     Raises:
-        ConfigError: There is no such task, or no interpreter that has LIBERO.
+        ConfigError: There is no such task.
     """
     (task,) = list_tasks(config.task)
-    if config.python is None and find_benchmark() is None:
-        raise ConfigError(
-            f"env.task = {config.task}: LIBERO needs robosuite 1.4, and so an interpreter of its own; make a virtual "
-            f"environment, there {INSTALL}, and set env.python to its folder"
-        )
     obs_keys = ARM_KEYS if config.obs_keys is None else tuple(config.obs_keys)
     height, width = config.camera_size
     settings = SimulatorSettings(
@@ -41,4 +35,4 @@ def find_libero(config: EnvConfig) -> Recipe:
         "num_steps_wait": config.num_steps_wait,
         "rotate_images": config.rotate_images,
     }
-    return Recipe(f"{SIMULATOR}:build", arguments, f"{SIMULATOR}:preload")
+    return Recipe(f"{SIMULATOR}:build", arguments, f"{SIMULATOR}:preload", "libero")

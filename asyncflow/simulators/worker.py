@@ -15,12 +15,11 @@ import random
 import sys
 import traceback
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
-from asyncflow.config.interpreters import how_to_install, installed_version
+from asyncflow.config.interpreters import how_to_install, installed_version, is_there
 from asyncflow.errors import AsyncflowError, ConfigError
 from asyncflow.seeding import derive_seed
 from asyncflow.simulators.board import Board, BoardPlan
@@ -150,7 +149,7 @@ def explain_import(error: BaseException, module: str) -> str:
     who = f"{sys.executable} (Python {sys.version_info[0]}.{sys.version_info[1]})"
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        if package in sys.modules or find_spec(package) is not None:
+        if error.name != package and is_there(package):
             found = f"its {package} {installed_version(package) or ''}".rstrip()
             return f"{who}: {found} has no module {error.name}; run: {how_to_install(package)}"
         own = ", or if it is a file of yours start in its folder" if package == module.partition(".")[0] else ""

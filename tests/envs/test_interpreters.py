@@ -148,7 +148,7 @@ def test_env_python_wins_over_what_is_remembered():
 
 
 def test_a_task_whose_packages_nobody_has_names_the_command_that_brings_them(monkeypatch):
-    monkeypatch.setattr(kinds, "_is_there", lambda package: False)
+    monkeypatch.setattr(kinds, "is_there", lambda package, inside="": False)
     with pytest.raises(
         ConfigError, match=r"cannot simulate robosuite: it has no .*; run: pip install 'asyncflow\[robos"
     ):

@@ -19,13 +19,15 @@ import importlib.metadata
 import json
 import math
 import os
+import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 
 from asyncflow.caches import cache_folder, prepare_caches
-from asyncflow.config.libero import INSTALL, LiberoTask, describe, find_benchmark, list_tasks
+from asyncflow.config.interpreters import how_to_install
+from asyncflow.config.libero import LiberoTask, describe, find_benchmark, list_tasks
 from asyncflow.config.observations import IMAGES, ROTATE_IMAGES, STATE
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.errors import ConfigError
@@ -281,8 +283,9 @@ def import_libero() -> Any:
             benchmark = importlib.import_module("libero.libero.benchmark")
             importlib.import_module("libero.libero.envs.env_wrapper")
         except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
             raise ConfigError(
-                f"LIBERO needs the package {error.name}, which this interpreter lacks; {INSTALL}"
+                f"{sys.executable} has no package {package}, which LIBERO needs; run: {how_to_install(package)}"
             ) from error
         return benchmark.get_benchmark_dict()
 

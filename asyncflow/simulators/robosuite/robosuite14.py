@@ -44,13 +44,17 @@ def drawing_from(seed: int) -> Iterator[None]:
         np.random.set_state(saved)
 
 
-def describe_task(env_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return keywords of a task of the table as robosuite 1.4 has them, with its default controller of an arm."""
+def load_controller() -> Any:
+    """Return robosuite's default controller of an arm."""
     from robosuite.controllers import load_controller_config  # noqa: PLC0415  seconds
 
+    return load_controller_config(default_controller="OSC_POSE")
+
+
+def translate_task(env_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords of a task of the table as robosuite 1.4 has them."""
     placed = env_kwargs.get("env_configuration")
-    named = {} if placed is None else {"env_configuration": f"single-arm-{placed}"}
-    return {"controller_configs": load_controller_config(default_controller="OSC_POSE"), **env_kwargs, **named}
+    return env_kwargs if placed is None else {**env_kwargs, "env_configuration": f"single-arm-{placed}"}
 
 
 def check_controllers(kwargs: dict[str, Any]) -> None:

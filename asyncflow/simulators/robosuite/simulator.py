@@ -28,10 +28,11 @@ from asyncflow.errors import ConfigError, EnvError
 from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_robosuite
 from asyncflow.simulators.robosuite.robosuite14 import (
     check_controllers,
-    describe_task,
     drawing_from,
     is_robosuite_14,
+    load_controller,
     read_action_limits,
+    translate_task,
 )
 from asyncflow.simulators.spec import EnvSpec
 
@@ -196,18 +197,19 @@ def build_env_meta(task: Task) -> dict[str, Any]:
     with quiet():
         robosuite = import_robosuite()
         if is_robosuite_14(robosuite):
-            kwargs = describe_task(task.env_kwargs)
+            controller, env_kwargs = load_controller(), translate_task(task.env_kwargs)
         else:
-            kwargs = {"controller_configs": _load_controller(task.robots[0]), **task.env_kwargs}
+            controller, env_kwargs = _load_controller(task.robots[0]), task.env_kwargs
     return {
         "env_name": task.env_name,
         "env_version": robosuite.__version__,
         "type": 1,  # robomimic's EnvType.ROBOSUITE_TYPE
         "env_kwargs": {
             "robots": list(task.robots),
+            "controller_configs": controller,
             "control_freq": 20,
             "reward_shaping": False,
-            **kwargs,
+            **env_kwargs,
         },
     }
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from asyncflow.config.interpreters import remembered
 from asyncflow.config.libero import LIBERO_SUITES
 from tools.bench.common.parts import FindingParts
 from tools.bench.common.records import PartSettings, choose_place
@@ -76,7 +77,7 @@ def main() -> int:
     """Measure, write, and say whether all tasks are fast enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", help=f"none means {', '.join(TASKS)}")
-    parser.add_argument("--python", help="interpreter that has LIBERO")
+    parser.add_argument("--python", default=remembered("libero"), help="interpreter that has LIBERO")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--out", type=Path, help="folder for page and data, instead of the documentation's")
     parser.add_argument("--blocks", type=int, default=Settings.blocks, help="blocks of each way")
@@ -85,7 +86,7 @@ def main() -> int:
     if options.tasks and options.out is None:
         parser.error("some tasks alone need --out: the page in the documentation has all of them")
     if not options.python and not options.page:
-        parser.error("--python is missing")
+        parser.error("--python is missing; or run: asyncflow envs install libero")
     settings = Settings(options.python or "", tuple(options.tasks or TASKS), options.blocks, options.chunks)
     place = choose_place(LIBERO.name, options.out or Path(), options.out is not None)
     return LIBERO.run([] if options.page else ["tasks"], settings, place)
