@@ -24,6 +24,7 @@ from typing import Any
 from asyncflow.errors import AsyncflowError
 from asyncflow.signals import ENDING_SIGNALS
 from asyncflow.simulators import worker
+from asyncflow.simulators.imports import explain_import
 from asyncflow.simulators.messages import Channel
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -68,7 +69,7 @@ def _preload(name: str | None) -> str | None:
     except AsyncflowError as error:
         return str(error)
     except BaseException as error:  # whatever a package raises that is imported, `SystemExit` included
-        return worker.explain_import(error, module)
+        return explain_import(error, module)
     return None
 
 

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
-from asyncflow.config.interpreters import how_to_install, installed_version, is_there
+from asyncflow.config.interpreters import installed_version
 from asyncflow.errors import AsyncflowError, ConfigError
 from asyncflow.seeding import derive_seed
 from asyncflow.simulators.board import Board, BoardPlan
+from asyncflow.simulators.imports import explain_import
 from asyncflow.simulators.runner import EpisodeRunner
 
 if TYPE_CHECKING:
@@ -137,37 +138,6 @@ def find_factory(factory: dict[str, Any]) -> Callable[[int], Simulator]:
     except BaseException as error:  # whatever a module raises that is imported, `SystemExit` included
         raise ConfigError(explain_import(error, module)) from error
     return partial(found, **factory["arguments"])
-
-
-def explain_import(error: BaseException, module: str) -> str:
-    """Return in one line why this interpreter cannot import what a simulator needs, and what mends it.
-
-    Args:
-        error: What was raised.
-        module: The simulator's, which was to be imported.
-    """
-    who = f"{sys.executable} (Python {sys.version_info[0]}.{sys.version_info[1]})"
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        if error.name != package and is_there(package):
-            found = f"its {package} {installed_version(package) or ''}".rstrip()
-            return f"{who}: {found} has no module {error.name}; run: {how_to_install(package)}"
-        own = ", or if it is a file of yours start in its folder" if package == module.partition(".")[0] else ""
-        return f"{who} has no package {package}; run: {how_to_install(package)}{own}"
-    package, is_installed = _find_culprit(error, module)
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{who} cannot import {package}: {said}" + (f"; run: {how_to_install(package)}" if is_installed else "")
-
-
-def _find_culprit(error: BaseException, module: str) -> tuple[str, bool]:
-    """Return the package in which an import failed, and whether it is an installed one."""
-    trace, found = error.__traceback__, (module, False)
-    while trace is not None:
-        name = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        if name and name not in ("asyncflow", "importlib"):
-            found = (name, "site-packages" in trace.tb_frame.f_code.co_filename)
-        trace = trace.tb_next
-    return found
 
 
 def list_versions() -> dict[str, str]:

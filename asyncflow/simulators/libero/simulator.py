@@ -19,18 +19,17 @@ import importlib.metadata
 import json
 import math
 import os
-import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 
 from asyncflow.caches import cache_folder, prepare_caches
-from asyncflow.config.interpreters import how_to_install
 from asyncflow.config.libero import LiberoTask, describe, find_benchmark, list_tasks
 from asyncflow.config.observations import IMAGES, ROTATE_IMAGES, STATE
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.imports import explain_import
 from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_robosuite
 from asyncflow.simulators.robosuite.simulator import quiet
 from asyncflow.simulators.spec import EnvSpec
@@ -283,10 +282,7 @@ def import_libero() -> Any:
             benchmark = importlib.import_module("libero.libero.benchmark")
             importlib.import_module("libero.libero.envs.env_wrapper")
         except ModuleNotFoundError as error:
-            package = str(error.name).partition(".")[0]
-            raise ConfigError(
-                f"{sys.executable} has no package {package}, which LIBERO needs; run: {how_to_install(package)}"
-            ) from error
+            raise ConfigError(explain_import(error, "asyncflow")) from error
         return benchmark.get_benchmark_dict()
 
 

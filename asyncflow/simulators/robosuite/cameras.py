@@ -25,6 +25,7 @@ import numpy as np
 from asyncflow.config.observations import IMAGES, POINTS, name_in
 from asyncflow.config.simulator_settings import SimulatorSettings, check_camera_names
 from asyncflow.errors import ConfigError
+from asyncflow.simulators.imports import explain_import
 from asyncflow.simulators.robosuite.point_clouds import Picture, View, cloud_of
 
 if TYPE_CHECKING:
@@ -45,11 +46,17 @@ def import_robosuite() -> Any:
 
     Both read it on import and fail where it names what is not installed, though nothing may be going to be rendered.
     What renders chooses for itself.
+
+    Raises:
+        ConfigError: It is not installed, or cannot be imported; one line.
     """
     if "robosuite" not in sys.modules:
         with _variables(MUJOCO_GL="disable", **dict.fromkeys(_READ_ON_IMPORT)):
             _switch_gpu_off()
-            importlib.import_module("robosuite")
+            try:
+                importlib.import_module("robosuite")
+            except Exception as error:  # whatever it or a package below it raises
+                raise ConfigError(explain_import(error, "asyncflow")) from error
     return sys.modules["robosuite"]
 
 
