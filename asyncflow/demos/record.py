@@ -206,7 +206,7 @@ def collect_demos(
 
 
 def _find_expert(env_config: EnvConfig) -> Callable[[float], Expert]:
-    task = resolve_task(env_config).task.env_name if env_config.env_meta else env_config.task
+    task = resolve_task(env_config).task.env_name if env_config.env_meta else env_config.task_label
     if task not in EXPERTS:
         raise ConfigError(f"env.task = {task}: no scripted expert; tasks that have one: {', '.join(EXPERTS)}")
     if env_config.env_meta:

@@ -32,6 +32,7 @@ from asyncflow.profile.model import (
 from asyncflow.profile.read import Leg, Mode, Window, stage_times
 from asyncflow.profile.slow import Emulation, Spread
 from asyncflow.run.build import check_start
+from asyncflow.run.folder import name_tasks
 
 WRITTEN = ("profile.json", "profile.csv", "profile.png", "trace.json")
 RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)  # Tt / Tc of a sweep
@@ -164,6 +165,7 @@ class Profile:
         standard = self.legs("standard")
         sums = [leg.samples[name] for leg in standard for name in ("collect", "trainer")]
         cores = len(os.sched_getaffinity(0))
+        is_toy = all(each.task in TOYS for each in self.config.env.each_task())
         return advise(
             Situation(
                 alone=self.alone,
@@ -173,7 +175,7 @@ class Profile:
                 variation=max(spread(samples) / mean(samples) for samples in sums),
                 num_env_groups=self.num_env_groups,
                 max_policy_lag=vla_lag(self.config),
-                num_workers=0 if self.config.env.task in TOYS else self.config.env.num_workers or cores,
+                num_workers=0 if is_toy else self.config.env.num_workers or cores,
                 num_cores=cores,
             )
         )
@@ -273,7 +275,7 @@ def prepare(config: Config, options: ProfileOptions, out: str | None) -> Path:
     options.check()
     emulate(config, options).check()
     check_start(config)
-    folder = Path(out or f"runs/profile_{config.env.task_label}_{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(out or f"runs/profile_{name_tasks(config)}_{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         if out is None:
             return make_new_folder(folder)

@@ -50,11 +50,15 @@ def name_run_folder(config: Config) -> Path:
         ConfigError: The folder already holds a run, or files that a run would write to.
     """
     trainer = config.trainer
-    task = re.sub(r"[:/]", "-", config.env.task_label)  # of gymnasium's ids
-    default = f"runs/{task}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    default = f"runs/{name_tasks(config)}_{trainer.buffer_type}_seed{trainer.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.logging.out or default)
     _refuse_run(folder)
     return folder
+
+
+def name_tasks(config: Config) -> str:
+    """Return what a folder calls a run's tasks; ids of gymnasium and members of a suite have `:` and `/` in them."""
+    return re.sub(r"[:/]", "-", config.env.task_label)
 
 
 def _refuse_run(folder: Path) -> None:

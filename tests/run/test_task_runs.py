@@ -7,11 +7,13 @@ from test_trainer import assert_same, run
 
 import asyncflow as af
 from asyncflow.config.presets import load_config
+from asyncflow.demos.record import DemoOptions, collect_demos
 from asyncflow.errors import ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import load_policy_file
 from asyncflow.run.build import check_start
 from asyncflow.run.evaluate_file import evaluate_checkpoint
+from asyncflow.run.folder import name_tasks
 from asyncflow.run.launch import train
 
 LANGUAGE = TOY | {"env.horizon": 8, "trainer.total_updates": 3}
@@ -149,3 +151,13 @@ def test_a_program_trains_and_evaluates_on_a_suite_and_no_policy_of_it_on_one_ta
     assert [task.name for task in af.evaluate(policy, "ToyLanguage", 4, num_envs=2).tasks] == ["ToyGreen", "ToyBlue"]
     with pytest.raises(ConfigError, match="made for 2 tasks and the environments have 1"):
         af.evaluate(policy, "ToyGreen", 4)
+
+
+def test_nothing_is_done_with_the_default_task_where_several_are_named(tmp_path):
+    env = load_config(None, {"env.tasks": ["Lift", "Door"]}).env
+    with pytest.raises(ConfigError, match=r"env\.task = Lift\+Door: no scripted expert"):
+        collect_demos(env, tmp_path / "demos.hdf5", DemoOptions(num_demos=1))
+    assert (
+        name_tasks(load_config(None, {"env.tasks": ["libero_goal/0", "libero_goal/1"]}))
+        == "libero_goal-0+libero_goal-1"
+    )
