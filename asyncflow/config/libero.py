@@ -9,14 +9,14 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Mapping, NamedTuple
+from typing import Any, NamedTuple
 
 from asyncflow.errors import ConfigError
 
 PREFIX = "libero_"  # of every suite's name
 ARM_KEYS = ("robot0_eef_pos", "robot0_eef_axis_angle", "robot0_gripper_qpos")  # the 8 numbers of published policies
 CAMERAS = ("agentview", "robot0_eye_in_hand")  # those of published policies
-ENV_NAME, NUM_STEPS_WAIT, PACKAGE = "env_name", "num_steps_wait", "package"  # of `EnvSpec.env_meta`
+DEFAULTS: dict[str, Any] = {"num_steps_wait": 10, "rotate_images": True}  # of what a policy file keeps otherwise
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,3 @@ def find_benchmark() -> Path | None:
     spec = find_spec("libero")
     folders = [] if spec is None else [Path(place) / "libero" for place in spec.submodule_search_locations or []]
     return next((folder for folder in folders if (folder / "__init__.py").is_file()), None)
-
-
-def describe(task: str, num_steps_wait: int, package: str) -> dict[str, Any]:
-    """Return what a policy file keeps of a simulator besides its spec, as `EnvSpec.env_meta`."""
-    return {ENV_NAME: task, NUM_STEPS_WAIT: num_steps_wait, PACKAGE: package}
-
-
-def read_description(env_meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of `env` that a description tells, and their values; a value that cannot be is left out."""
-    waited = env_meta.get(NUM_STEPS_WAIT)
-    return {NUM_STEPS_WAIT: waited} if type(waited) is int and waited >= 0 else {}

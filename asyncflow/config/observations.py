@@ -120,8 +120,7 @@ KINDS = {
         settings=("num_points", "point_bounds", "camera_size"),
     ),
 }
-ROTATE_IMAGES = "rotate_images"  # kept where it is false
-SETTINGS = {ROTATE_IMAGES, *(setting for kind in KINDS.values() for setting in kind.settings)}
+SETTINGS = {setting for kind in KINDS.values() for setting in kind.settings}
 
 
 def field_key(kind: str, name: str) -> str:

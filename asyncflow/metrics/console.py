@@ -179,6 +179,8 @@ class ConsoleReporter:
         words: list[str | Path] = ["train", "--resume", run_dir]
         if not is_stopped:
             words = ["eval", checkpoint, "--num-episodes", "200"]
+            if self._config is not None and self._config.env.python is not None:
+                words += ["--python", self._config.env.python]
         words += trusting_words(self._config.policy.vla.model_class if self._config else None)
         self._print(f"next: {command(*words)}")  # outside the card, to be copied
 

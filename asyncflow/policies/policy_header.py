@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from asyncflow.config.libero import DEFAULTS
 from asyncflow.config.observations import IMAGES, SETTINGS, Field, field_key, make_field
 from asyncflow.config.sections import PolicyConfig, explain, validate
 from asyncflow.config.suites import TaskSpec
@@ -99,8 +100,9 @@ def _check_sizes(spec: EnvSpec) -> None:
         raise ValueError(f"env: a size of {largest}; at most {MAX_SIZE}")
     if spec.horizon > MAX_HORIZON:
         raise ValueError(f"env.horizon = {spec.horizon}: at most {MAX_HORIZON}")
-    if unknown := sorted(spec.rendered_with.keys() - SETTINGS):
+    if unknown := sorted(spec.rendered_with.keys() - SETTINGS - DEFAULTS.keys()):
         raise ValueError(f"env.rendered_with: unknown key {unknown[0]!r}")
+    validate({"env": spec.rendered_with})
     width = spec.state_shape[-1]
     if spec.obs_widths and (len(spec.obs_widths) != len(spec.obs_keys) or sum(spec.obs_widths) != width):
         raise ValueError(

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from asyncflow.config.libero import is_libero, read_description
 from asyncflow.config.observations import read_cameras, read_sizes
 from asyncflow.config.sections import Config, EnvConfig
 from asyncflow.config.tasks import TOYS
@@ -18,7 +17,7 @@ from asyncflow.devices import resolve_device
 from asyncflow.envs import make_vec_env
 from asyncflow.envs.base import VecEnv
 from asyncflow.envs.mapping import map_names
-from asyncflow.envs.source import read_description as read_env_meta
+from asyncflow.envs.source import read_description
 from asyncflow.errors import CheckpointError, ConfigError
 from asyncflow.policies import make_policy
 from asyncflow.policies.policy_file import PolicyFile, load_into, load_policy_file, resolve_checkpoint
@@ -87,10 +86,9 @@ def _rebuild_env(file: PolicyFile, config: Config, num_envs: int, seed: int) -> 
     changes |= {"n_obs_steps": spec.n_obs_steps} | read_cameras(spec.obs) | spec.rendered_with | read_sizes(spec.obs)
     if spec.task:
         changes |= {"task": spec.task, "env_meta": None}
-        changes |= read_description(spec.env_meta) if is_libero(spec.task) else {}
         return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
     # The default task, in whose place env_meta stands.
-    changes |= {"task": EnvConfig().task, "env_meta": read_env_meta(spec)}
+    changes |= {"task": EnvConfig().task, "env_meta": read_description(spec)}
     return make_vec_env(config.env.model_copy(update=changes), chunk_length, num_envs, seed)
 
 

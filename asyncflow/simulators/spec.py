@@ -36,7 +36,8 @@ class EnvSpec:
         task: Name of the task, where `env_meta` does not describe it.
         action_low: The lowest action in each dimension, -1 everywhere if empty; -inf where there is no limit.
         action_high: The highest; 1 everywhere if empty.
-        rendered_with: The keys of `env` with which cameras' fields are made and which no shape tells, and their values.
+        rendered_with: The keys of `env` with which cameras' fields are made and which no shape tells, and their values;
+            of LIBERO those that are not the defaults.
         has_success: Whether episodes can succeed; False where only their returns tell how good they are.
         instruction: What the robot is told to do, in words; empty if nothing is.
         num_start_states: Start states that a benchmark keeps of the task; 0: every episode draws its own.

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asyncflow.config.libero import LIBERO_SUITES, list_tasks, read_description
+from asyncflow.config.libero import DEFAULTS, LIBERO_SUITES, list_tasks
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.tasks import is_described, task_names
 from asyncflow.envs import make_vec_env
@@ -40,6 +40,10 @@ def test_horizons_are_those_of_the_published_evaluations():
     assert [suite.horizon for suite in LIBERO_SUITES.values()] == [220, 280, 300, 520, 400]
 
 
+def test_the_defaults_are_those_of_the_configuration():
+    assert {key: getattr(EnvConfig(), key) for key in DEFAULTS} == DEFAULTS
+
+
 def test_tasks_have_a_preset_and_are_no_ones_but_their_simulators_to_describe():
     assert choose_preset({"env.task": "libero_spatial/3"}) == "libero"
     assert not is_described(EnvConfig(task="libero_spatial/3"))
@@ -52,12 +56,6 @@ def test_without_an_interpreter_that_has_it_one_line_says_how_to_get_one(monkeyp
         make_vec_env(EnvConfig(task="libero_spatial/3"), 1, 1, 0)
     assert "has no package libero; run: asyncflow envs install libero" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("waited", [-1, "10", 1.5, None, True])
-def test_a_policy_file_cannot_say_what_is_no_number_of_steps(waited):
-    assert read_description({"num_steps_wait": waited}) == {}
-    assert read_description({"num_steps_wait": 5}) == {"num_steps_wait": 5}
 
 
 def test_a_rotation_is_its_axis_times_its_angle():

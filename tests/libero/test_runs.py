@@ -28,11 +28,26 @@ def test_one_update_of_the_tiny_vla_is_the_same_in_both_modes_and_its_file_is_ev
     files = [tmp_path / mode / "checkpoints/last/policy.safetensors" for mode in ("standard", "vla")]
     assert files[0].read_bytes() == files[1].read_bytes()
     spec = read_env_spec(files[0])
-    assert (spec.task, spec.env_meta["num_steps_wait"]) == ("libero_spatial/9", 3)
-    assert spec.rendered_with == {"rotate_images": False}
+    assert spec.rendered_with == {"num_steps_wait": 3, "rotate_images": False}
+    assert spec.task == "libero_spatial/9"
     answer = run_here("eval", "vla", "--num-episodes", "1", "--python", libero_python)
     assert answer.returncode == 0, answer.stderr
     assert "episode_length 20.0" in answer.stdout
+
+
+def test_a_run_of_two_suites_tasks_tells_each_its_instruction_and_is_evaluated(libero_python, run_here, tmp_path):
+    words = ["env.tasks=[libero_spatial/0,libero_goal/7]", "env.num_steps_wait=0", f"env.python={libero_python}"]
+    answer = run_here("train", *words, "--out", "run", *SMALL)
+    assert answer.returncode == 0, answer.stderr
+    spec = read_env_spec(tmp_path / "run/checkpoints/last/policy.safetensors")
+    assert [task.instruction for task in spec.tasks] == [
+        "pick up the black bowl between the plate and the ramekin and place it on the plate",
+        "turn on the stove",
+    ]
+    assert ([task.num_start_states for task in spec.tasks], spec.rendered_with) == ([50, 50], {"num_steps_wait": 0})
+    answer = run_here("eval", "run", "--num-episodes", "2", "--num-envs", "2", "--python", libero_python)
+    assert answer.returncode == 0, answer.stderr
+    assert "libero_goal/7" in answer.stdout
 
 
 def test_images_are_turned_and_low_dimensional_observations_need_no_camera(libero_python):

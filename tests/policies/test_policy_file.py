@@ -226,6 +226,12 @@ def test_a_header_whose_settings_of_what_is_rendered_are_no_keys_is_refused(save
     assert "written by another version of asyncflow: env.rendered_with = " in refusal_of(saved)
 
 
+@pytest.mark.parametrize("settings", [{"num_points": "many"}, {"num_steps_wait": -1}, {"rotate_images": 3}])
+def test_a_header_whose_settings_env_would_not_take_is_refused(saved, settings):
+    change_header(saved, lambda env: env | {"rendered_with": settings})
+    assert f"env.{next(iter(settings))} = " in refusal_of(saved)
+
+
 def test_a_file_of_0_1_0_describes_the_same_environment_in_its_own_words(saved):
     settings = {"num_points": 64, "point_bounds": [-1.0, -1.0, 0.0, 1.0, 1.0, 1.0], "camera_size": [28, 28]}
     old = {

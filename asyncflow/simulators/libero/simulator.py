@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 import numpy as np
 
 from asyncflow.caches import cache_folder, prepare_caches
-from asyncflow.config.libero import LiberoTask, describe, find_benchmark, list_tasks
-from asyncflow.config.observations import IMAGES, ROTATE_IMAGES, STATE
+from asyncflow.config.libero import DEFAULTS, LiberoTask, find_benchmark, list_tasks
+from asyncflow.config.observations import IMAGES, STATE
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.errors import ConfigError
 from asyncflow.simulators.imports import explain_import
@@ -219,19 +219,18 @@ class LiberoSimulator:
         self.env.robots[0].gripper.current_action = self._gripper_action.copy()
 
     def _describe(self, settings: SimulatorSettings, task: LiberoTask) -> EnvSpec:
-        obs = self.observe_all()
-        state = self.observe()
+        obs, own = self.observe_all(), {"num_steps_wait": self._num_steps_wait, "rotate_images": self._rotate_images}
         return EnvSpec(
-            {STATE: state.shape, **settings.rendered},
+            {STATE: self.observe().shape, **settings.rendered},
             action_dim=ACTION_DIM,
             horizon=settings.horizon,
-            env_meta=describe(task.name, self._num_steps_wait, _name_package()),
+            env_meta={"env_name": task.name, "env_version": _name_package()},
             obs_keys=settings.obs_keys,
             obs_widths=tuple(np.size(obs[key]) for key in settings.obs_keys),
             task=task.name,
             instruction=self.instruction,
             num_start_states=len(self.initial_states),
-            rendered_with={**settings.rendered_with, **({} if self._rotate_images else {ROTATE_IMAGES: False})},
+            rendered_with={**settings.rendered_with, **{key: own[key] for key in own if own[key] != DEFAULTS[key]}},
         )
 
 
