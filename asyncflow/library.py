@@ -1,4 +1,4 @@
-"""What a program types: environments by their task, policies by name or file, and evaluation.
+"""The functions for programs: make environments by task, make and load policies, evaluate.
 
 `import asyncflow as af` shows these functions beside the classes; a program needs no configuration tree. The command
 line builds the same objects from its configuration (`run.build`).

@@ -1,4 +1,4 @@
-"""What signals that ask a program to end do: end it at once, or first end a run with a checkpoint.
+"""Handle signals that ask a program to end: end it at once, or first end a run with a checkpoint.
 
 Besides Ctrl-C and SIGTERM these are a closed terminal's and those that batch systems send some time before the end.
 

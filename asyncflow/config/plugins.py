@@ -1,4 +1,4 @@
-"""What other packages add: policies, environments and advantages, by entry points, and classes by their import path.
+"""Load what other packages add: policies, environments and advantages by entry point, classes by import path.
 
 Importing a module runs its code, so a name is imported only on the user's word, never on a file's: entry points are
 those of installed packages, and a class is imported only if it is asyncflow's own or was passed to `trust_class`.

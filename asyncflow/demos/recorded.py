@@ -1,4 +1,4 @@
-"""How datasets in robomimic's layout hold numbers, and what cameras saw: names, shapes, checks, both ways.
+"""Read and write numbers, images and point clouds in robomimic's layout: names, shapes and checks.
 
 Images are stored as robomimic does, point clouds beside them. A new kind is an entry of `RECORDED`.
 

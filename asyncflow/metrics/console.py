@@ -1,4 +1,4 @@
-"""What a run shows: a start card, a block per update, an end card; plain lines where the output is no terminal.
+"""Show a run: a start card, a block per update, an end card; plain lines where the output is no terminal.
 
 It also shows how far a long command is. Metrics appear under the last part of their glossary name, and nothing needs
 colour to be understood.

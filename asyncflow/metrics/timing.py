@@ -1,6 +1,6 @@
-"""Where the seconds of a run go: busy time of the collector and of the trainer, and of both at once.
+"""Clocks that add up the busy time of the collector, of the trainer, and of both at once.
 
-Busy, waiting and overlapping time of two lanes are computed here, whatever the lanes do.
+They compute busy, waiting and overlapping time of two lanes, whatever the lanes do.
 """
 
 from __future__ import annotations

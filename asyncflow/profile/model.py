@@ -1,4 +1,4 @@
-"""What overlap can give: ceilings from stage times, a model of the ring, intervals, and the advice that follows.
+"""Predict how much time overlap can save: ceilings from stage times, a model of the ring, intervals, advice.
 
 This file is arithmetic only.
 

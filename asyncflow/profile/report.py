@@ -1,4 +1,4 @@
-"""What a profile leaves behind: tables on the terminal, `profile.json`, CSV, a trace and a picture.
+"""Report a profile: tables on the terminal, `profile.json`, CSV, a trace and a picture.
 
 Every table is made from the numbers of `profile.json`.
 """

@@ -1,6 +1,4 @@
-"""How often a policy succeeds: a fixed number of episodes, fixed start states, and an interval for the rate.
-
-This file holds the quotas of episodes and the statistics.
+"""Evaluate a policy: a fixed number of episodes, fixed start states, and an interval for the success rate.
 
 Every environment has a quota of episodes; several tasks share the episodes evenly. Taking the first episodes to finish
 anywhere would favour short ones, and with them success; a quota also makes the result independent of timing and of the

@@ -1,7 +1,4 @@
-"""What a row of metrics says besides the update: seconds, lag, rates, busy shares and memory.
-
-Counters become rates here.
-"""
+"""Turn counters into the part of a row that is not the update's: seconds, lag, rates, busy shares, memory."""
 
 from __future__ import annotations
 

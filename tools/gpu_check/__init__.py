@@ -1,1 +1,1 @@
-"""What the tests show on a CPU, checked on a GPU."""
+"""Check on a GPU what the tests check on a CPU."""

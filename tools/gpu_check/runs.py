@@ -1,4 +1,4 @@
-"""What the GPU check trains, and what has to hold of it: equal modes, a ratio of 1, a ring of the planned size.
+"""Train on a GPU and check the result: equal modes, a ratio of 1, a ring of the planned size.
 
 Shapes: T decisions, N environments.
 """

@@ -1,4 +1,4 @@
-"""What the GPU check times: a decision as it is, compiled and captured, and the profile of both modes."""
+"""Time a decision on a GPU, as it is, compiled and captured, and profile both modes."""
 
 from __future__ import annotations
 

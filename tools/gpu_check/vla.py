@@ -1,4 +1,4 @@
-"""What the GPU check measures of a VLA at `base` size: decisions, updates with and without its backbone, both modes.
+"""Measure a VLA of `base` size on a GPU: decisions, updates with and without its backbone, both modes.
 
 Two pictures of 224 x 224, a state and an instruction for decisions and updates, which need no simulator; the toy seen
 by a camera for both modes.

@@ -1,4 +1,4 @@
-"""What the samples of `tools.soak` say: slopes with their intervals, a page and a picture.
+"""Report the samples of `tools.soak`: slopes with their intervals, a page and a picture.
 
 Owns the columns of the samples, the arithmetic and the verdicts. Nothing is measured here.
 """

@@ -1,4 +1,4 @@
-"""What the parts of the stress suite share: failed checks, rows of the table, and the page."""
+"""The stress suite's common parts: failed checks, rows of the table, and the page."""
 
 from __future__ import annotations
 

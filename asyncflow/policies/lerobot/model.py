@@ -1,6 +1,6 @@
-"""What LeRobot's vision-language-action models have in common, with the methods of a velocity field.
+"""The common base of LeRobot's vision-language-action models, with the methods of a velocity field.
 
-LeRobot's model is built here, and its folder is read and written. This file loads LeRobot, an optional extra.
+It builds LeRobot's model, and reads and writes its folder. This file loads LeRobot, an optional extra.
 
 Shapes: N decisions, S tokens of the prefix, H attention heads, G of them for keys and values, F size of a head, E width
 of the expert, J denoising steps evaluated at once, P predicted actions, A action size, M action size with the model's

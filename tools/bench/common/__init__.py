@@ -1,1 +1,1 @@
-"""What all benchmarks share: settings and records, verdicts, pages."""
+"""The common parts of all benchmarks: settings and records, verdicts, pages."""

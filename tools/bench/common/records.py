@@ -1,4 +1,4 @@
-"""What benchmarks of several parts share: where they write, records of finished parts, and what a page says of them.
+"""Benchmarks of several parts: where they write, records of finished parts, and how a page reports them.
 
 Owns the files under `docs/benchmarks/data/`. It must not know what a part measures: a benchmark's settings say what a
 part depends on, and its own modules what follows from the figures.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of a table, fresh processes, turns, and the setting that a page has to name."""
+"""The benchmarks' common parts: rows of a table, fresh processes, turns, and the setting that a page names."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the parts of a run cost: ring, weights, collector, workers, the fast simulator step."""
+"""Time the parts of a run: ring, weights, collector, workers, the fast simulator step."""

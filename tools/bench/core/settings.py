@@ -1,4 +1,4 @@
-"""How long the parts of `tools.bench.core` and the comparison of steps measure, and on what a part depends."""
+"""The settings of `tools.bench.core` and the comparison of steps: how long parts measure, on what they depend."""
 
 from __future__ import annotations
 

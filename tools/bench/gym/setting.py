@@ -1,4 +1,4 @@
-"""What both libraries train with: tasks, budgets, hyperparameters, and the episodes that judge the result.
+"""The settings of both libraries: tasks, budgets, hyperparameters, and the episodes that judge the result.
 
 It imports neither of them, so that each runs in an environment of its own.
 """

@@ -1,1 +1,1 @@
-"""What overlapping collection and training gives, and what it costs."""
+"""Measure how much time overlapping collection and training saves, and what it costs."""

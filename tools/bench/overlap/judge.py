@@ -1,4 +1,4 @@
-"""What the records of `tools.bench.overlap` say about its targets, as rows of a table.
+"""Hold the records of `tools.bench.overlap` against its targets; return rows of a table.
 
 Owns the targets and the verdicts. A row that an estimate decides says so by its target; intervals stand beside it.
 """

@@ -1,4 +1,4 @@
-"""What recording costs: two equal runs, in which it is switched on and off between updates.
+"""Measure the cost of recording: two equal runs, in which it is switched on and off between updates.
 
 Owns the switch and the clocks. The windows of the first run take turns off, on, on, off, those of the second one on,
 off, off, on. With fixed lag both do the same work in the same window, bit for bit, so that neither the work nor drift

@@ -1,4 +1,4 @@
-"""What the parts of `tools.bench.overlap` share: how long they measure, and on what a part depends.
+"""The settings of `tools.bench.overlap`: how long its parts measure, and on what a part depends.
 
 Owns the settings. It must not know what a part measures.
 """

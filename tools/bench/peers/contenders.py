@@ -1,4 +1,4 @@
-"""Who trains in `tools.bench.peers`: asyncflow, stable-baselines3, rsl_rl and a loop of CleanRL's shape.
+"""Build everyone that trains in `tools.bench.peers`: asyncflow, stable-baselines3, rsl_rl, a loop of CleanRL's shape.
 
 Owns how each of them comes to the same network, weights, rollout and number of optimizer steps. An update begins with
 a finished rollout and ends with trained weights, advantages included, whoever computes them elsewhere.

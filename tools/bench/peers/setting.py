@@ -1,4 +1,4 @@
-"""What everyone trains in `tools.bench.peers`: sizes, the numbers of PPO, and one rollout that all of them are given.
+"""The common task of `tools.bench.peers`: sizes, PPO's settings, and one rollout that everyone is given.
 
 Shapes: T decisions, N environments, D state size, H executed actions, A action size.
 """

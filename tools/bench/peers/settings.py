@@ -1,4 +1,4 @@
-"""How long the parts of `tools.bench.peers` measure, and on what a part depends."""
+"""The settings of `tools.bench.peers`: how long its parts measure, and on what a part depends."""
 
 from __future__ import annotations
 

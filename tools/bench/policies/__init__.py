@@ -1,1 +1,1 @@
-"""What policies of several sizes cost: decisions, updates, frozen backbones."""
+"""Time policies of several sizes: decisions, updates, frozen backbones."""

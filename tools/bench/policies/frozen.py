@@ -1,4 +1,4 @@
-"""What an update costs with a backbone that is trained, run again, or not run at all; and what the ring holds.
+"""Time updates with a backbone that is trained, run again, or not run at all, and count the ring's bytes.
 
 Owns the rollouts that are updated on, which hold random numbers: only their shapes cost anything. It must not know
 which configurations are compared. Needs no simulator.

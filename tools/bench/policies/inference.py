@@ -1,4 +1,4 @@
-"""What a decision costs: as it is, compiled, and replayed from a CUDA graph.
+"""Time a decision: as it is, compiled, and replayed from a CUDA graph.
 
 Owns the clock around a decision, from the observation to the actions on the CPU. It must not know which policies are
 compared. Needs no simulator, but for `find_spec` of a simulated task.

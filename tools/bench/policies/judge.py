@@ -1,4 +1,4 @@
-"""What the records of `tools.bench.policies` say about the target of frozen backbones, as rows of a table.
+"""Hold the records of `tools.bench.policies` against the target of frozen backbones; return rows of a table.
 
 Owns the target and the verdicts.
 """

@@ -1,4 +1,4 @@
-"""What `tools.bench.policies` measures: the policies, how long, and on what a part depends.
+"""The settings of `tools.bench.policies`: the policies, how long each is measured, and on what a part depends.
 
 Owns the subjects and the settings. It must not know how anything is measured.
 
