@@ -74,7 +74,7 @@ def test_rates_have_the_intervals_of_newcombes_examples(page, successes, episode
 )
 def test_the_verdict_flips_at_either_target(page, curve, successes, verdict):
     judged = page.judge("vla", {seed: curve(k) for seed, k in enumerate(successes)})
-    assert (judged.what.split(":")[0], judged.verdict) == ("`vla`", verdict)
+    assert (judged.what.split(":")[0], judged.verdict) == ("asynchronous", verdict)
     worst = min(range(3), key=lambda seed: successes[seed])
     pooled = f"{sum(successes) / 6:.1f} % pooled"
     assert judged.measured.startswith(f"{pooled}, worst seed ({worst}) {min(successes) / 2:.1f} %")
@@ -194,13 +194,13 @@ def test_each_run_stands_in_the_row_of_its_mode_and_seed(write, tmp_path, monkey
     write_curve(tmp_path, "vla", 1, [(16, 60609, 62.2, 200, 193)])
     write_meta(tmp_path)
     text = write()
-    assert "| `standard` | 0 | 64.0 % (50.1 to 75.9) | 96.0 % (92.3 to 98.0) | 200 | 60,438 | 120 |  |" in text
-    assert "| `standard` | 1 | - | 94.0 % (89.8 to 96.5) | 200 | 60,533 | 124 |  |" in text
-    assert "| **`standard`** | **all** |  | 95.0 % (92.4 to 96.7) | 400 |  | 122 (mean) |  |" in text
-    assert "| `vla` | 0 | 64.0 % (50.1 to 75.9) | 97.5 % (94.3 to 98.9) | 200 | 60,579 | 60 | 2.00 |" in text
-    assert "| `vla` | 1 | - | 96.5 % (93.0 to 98.3) | 200 | 60,609 | 62 | 2.00 |" in text
-    assert "| **`vla`** | **all** |  | 97.0 % (94.8 to 98.3) | 400 |  | 61 (mean) | 2.00 |" in text
-    assert "| `vla`: success after the last update, seeds 0, 1 and 2, 200 episodes each | not measured |" in text
+    assert "| synchronous | 0 | 64.0 % (50.1 to 75.9) | 96.0 % (92.3 to 98.0) | 200 | 60,438 | 120 |  |" in text
+    assert "| synchronous | 1 | - | 94.0 % (89.8 to 96.5) | 200 | 60,533 | 124 |  |" in text
+    assert "| **synchronous** | **all** |  | 95.0 % (92.4 to 96.7) | 400 |  | 122 (mean) |  |" in text
+    assert "| asynchronous | 0 | 64.0 % (50.1 to 75.9) | 97.5 % (94.3 to 98.9) | 200 | 60,579 | 60 | 2.00 |" in text
+    assert "| asynchronous | 1 | - | 96.5 % (93.0 to 98.3) | 200 | 60,609 | 62 | 2.00 |" in text
+    assert "| **asynchronous** | **all** |  | 97.0 % (94.8 to 98.3) | 400 |  | 61 (mean) | 2.00 |" in text
+    assert "| asynchronous: success after the last update, seeds 0, 1 and 2, 200 episodes each | not measured |" in text
     assert "- Hardware: Abacus, 2 cores, 3 GiB\n- Commit: `beef`, `c0ffee`\n- Versions: python 3.11, torch 2.9" in text
     assert "What stale data cost" not in text
     assert drawn == [tmp_path / "learning.png"]

@@ -239,7 +239,7 @@ def test_everyone_has_the_same_rollouts_and_updates(runs, monkeypatch):
     told = {name: run.keywords for name, run in runs.make_runs(480, 6).items()}
     size = {"rollout_size": 480, "num_updates": 6}
     assert told == {
-        "asyncflow vla": size,
+        "asyncflow (asynchronous)": size,
         "stable-baselines3": size | {"num_envs": 16},
         "stable-baselines3, few environments": size | {"num_envs": 2},
         "TorchRL": size | {"num_workers": 2},
@@ -248,7 +248,7 @@ def test_everyone_has_the_same_rollouts_and_updates(runs, monkeypatch):
 
 def make_rates(ours, sb3, few, torchrl):
     """Return rates of each as (with robosuite's step, with the fast one), thrice, the median in the middle."""
-    names = ("asyncflow vla", "stable-baselines3", "stable-baselines3, few environments", "TorchRL")
+    names = ("asyncflow (asynchronous)", "stable-baselines3", "stable-baselines3, few environments", "TorchRL")
     pairs = zip(names, (ours, sb3, few, torchrl), strict=True)
     return {(name, fast): [pair[fast] - 90.0, pair[fast], 9e9] for name, pair in pairs for fast in (False, True)}
 
@@ -265,10 +265,10 @@ def test_the_faster_peer_is_chosen_for_each_step_and_faster_is_above_1(runs):
     few = "stable-baselines3, few environments"
     pairs = [(fast, few, robosuite), (robosuite, few, robosuite), (fast, "TorchRL", fast)]
     for row, (ours, peer, theirs) in zip(part.findings, pairs, strict=True):
-        assert row.what.endswith(f": asyncflow vla with {ours} over {peer} with {theirs}, the faster peer")
+        assert row.what.endswith(f": asyncflow (asynchronous) with {ours} over {peer} with {theirs}, the faster peer")
     assert part.notes[1] == (
-        "Env steps/s with robosuite's step, median and range: asyncflow vla 300 (210 to 9000000000), stable-baselines3 "
-        "200 (110 to 9000000000), stable-baselines3, few environments 400 (310 to 9000000000), TorchRL 390 (300 to "
+        "Env steps/s with robosuite's step, median and range: asyncflow (asynchronous) 300 (210 to 9000000000), "
+        "stable-baselines3 200 (110 to 9000000000), stable-baselines3, few environments 400 (310 to 9000000000), TorchRL 390 (300 to "
         "9000000000)."
     )
 

@@ -197,10 +197,10 @@ def _compare_modes(folder: Path, kind: str, plan: dict[str, float], num_updates:
         for trial in trials:
             trial.check_end({kind: len(trial.injected(kind))})
         different = find_differences(trials[0].run, trials[1].run)
-        trials[0].checks.expect(not different, f"vla and standard differ in {different}")
+        trials[0].checks.expect(not different, f"the modes differ in {different}")
     times = sum(len(trial.injected(kind)) for trial in trials)
     trials[0].checks.expect(times > 0, "nothing was injected")
-    held = "the run ends; as many reported as injected; vla and standard (L = 1) equal bit for bit; finite; books"
+    held = "the run ends; as many reported as injected; both modes (L = 1) equal bit for bit; finite; books"
     return _row(f"{_SEEDED[kind]}, at seeded env steps", times, trials, held)
 
 

@@ -20,7 +20,11 @@ from typing import Any, TypeVar
 from asyncflow.run.folder import describe_versions
 
 REPOSITORY = Path(__file__).parents[3]
-MODES = {"standard": "synchronous", "vla": "asynchronous"}  # values of `--buffer-type`, as pages name the modes
+MODE_NAMES = {  # as pages name the modes: values of `--buffer-type`, and the profile's leg with one group
+    "serial": "synchronous, one group",
+    "standard": "synchronous",
+    "vla": "asynchronous",
+}
 REPORTED = "reported"  # the target of a finding that has none
 
 T = TypeVar("T")

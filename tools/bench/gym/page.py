@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tools.bench.common.pages import Page
-from tools.bench.common.report import MODES, Finding, describe_setting, to_table
+from tools.bench.common.report import MODE_NAMES, Finding, describe_setting, to_table
 from tools.bench.gym.setting import (
     CLIP,
     HIDDEN,
@@ -23,7 +23,7 @@ from tools.bench.gym.setting import (
 
 SB3, STANDARD, ASYNC = "stable-baselines3", "asyncflow standard", "asyncflow vla"
 LEARNERS = (SB3, STANDARD, ASYNC)
-NAMES = {SB3: SB3, STANDARD: f"asyncflow, {MODES['standard']}", ASYNC: f"asyncflow, {MODES['vla']}"}
+NAMES = {SB3: SB3, STANDARD: f"asyncflow, {MODE_NAMES['standard']}", ASYNC: f"asyncflow, {MODE_NAMES['vla']}"}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # by seeds
 
 Returns = dict[str, dict[str, dict[int, float]]]

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from asyncflow.run.evaluate import wilson_interval
 from tools.bench.common.pages import Page
 from tools.bench.common.report import (
+    MODE_NAMES,
     REPOSITORY,
     Finding,
     conclude,
@@ -61,7 +62,7 @@ def describe_rate(successes: int, episodes: int) -> str:
 def judge(condition: str, seeds: dict[int, Curve]) -> Finding:
     """Return whether a mode meets the targets of Lift; what was not measured does not."""
     finals = {seed: curve[-1] for seed, curve in seeds.items()}
-    what = f"`{condition}`: success after the last update, seeds 0, 1 and 2, {TARGET_EPISODES} episodes each"
+    what = f"{MODE_NAMES[condition]}: success after the last update, seeds 0, 1 and 2, {TARGET_EPISODES} episodes each"
     target = f">= {percent(POOLED_TARGET)} pooled, >= {percent(SEED_TARGET)} every seed, <= {MAX_ENV_STEPS:,} env steps"
     if not set(finals) >= TARGET_SEEDS or any(point.num_episodes < TARGET_EPISODES for point in finals.values()):
         return Finding(what, "not measured", target, False)
@@ -84,12 +85,12 @@ def modes_table(curves: Curves, has_seconds: bool) -> str:
     rows = []
     for mode in (mode for mode in MODES if mode in curves):
         for seed, curve in curves[mode].items():
-            rows.append([f"`{mode}`", str(seed), *describe_curve(curve), describe_speedup(curves, mode, [seed])])
+            rows.append([MODE_NAMES[mode], str(seed), *describe_curve(curve), describe_speedup(curves, mode, [seed])])
         successes, episodes = pool_final(curves[mode])
         seconds = statistics.mean(curve[-1].wall_s for curve in curves[mode].values())
         speedup = describe_speedup(curves, mode, list(curves[mode]))
         pooled = [describe_rate(successes, episodes), str(episodes), "", f"{seconds:.0f} (mean)", speedup]
-        rows.append([f"**`{mode}`**", "**all**", "", *pooled])
+        rows.append([f"**{MODE_NAMES[mode]}**", "**all**", "", *pooled])
     shown = len(head) if has_seconds else -2
     return to_table(head[:shown], [row[:shown] for row in rows])
 
@@ -192,9 +193,9 @@ Intervals are Wilson's, and Newcombe's for differences, over pooled episodes. Th
 measured; how much another training seed would change is seen from the rows or columns of seeds.
 """
 SECONDS = """
-`standard` is the synchronous mode, `vla` the asynchronous one. Speed-up: training seconds of the synchronous run over
-those of the asynchronous one, for the same number of updates on as many fresh decisions. Below 1 the asynchronous run
-is slower. Simulators, policy and training share the cores here, and the policy is small.
+Speed-up: training seconds of the synchronous run over those of the asynchronous one, for the same number of updates on
+as many fresh decisions. Below 1 the asynchronous run is slower. Simulators, policy and training share the cores here,
+and the policy is small.
 """
 STALENESS = """
 ## What stale data cost
@@ -282,7 +283,7 @@ def draw_picture(path: Path, curves: Curves, options: argparse.Namespace) -> Non
         for panel, axes in by_panel.items():
             is_steps = panel == " over env steps"
             draw_curves(axes, curves, _thousand_env_steps if is_steps else _seconds)
-            add_names(axes, {"standard": "\u2014 standard", "vla": "- - vla"}, 0.97, "right")
+            add_names(axes, {"standard": "\u2014 synchronous", "vla": "- - asynchronous"}, 0.97, "right")
             if options.task == TARGET_TASK:
                 add_target(axes)
             axes.set(title="Success, %", xlabel="thousand env steps" if is_steps else "seconds of training")

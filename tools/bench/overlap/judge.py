@@ -56,7 +56,7 @@ def judge_two_stages(figures: Figures) -> list[Finding]:
     return [
         Finding(
             f"toy, two equal emulated stages (Tc {alone['collect_s']:.2f} s, Tt {alone['update_s']:.2f} s), lag 1: "
-            "speed-up over `standard`",
+            "speed-up over the synchronous mode",
             f"{with_interval(reached)}: {share}, {own}",
             f">= {target:.2f} = {TWO_STAGES_SHARE} x {TWO_STAGES_CEILING}",
             reached.value >= target,
@@ -70,7 +70,7 @@ def judge_three_stages(figures: Figures) -> list[Finding]:
     own = 100 * reached.value / figures["profile"]["ceilings"]["ideal"]["three_stage"]
     return [
         Finding(
-            "toy, three equal emulated stages, two groups: speed-up over one group, `standard`",
+            "toy, three equal emulated stages, two groups: speed-up over the synchronous mode with one group",
             f"{with_interval(reached)}: {own:.1f} % of the profile's own ideal ceiling",
             f">= {MIN_THREE_STAGES} of {THREE_STAGES_CEILING}",
             reached.value >= MIN_THREE_STAGES,
@@ -102,7 +102,8 @@ def judge_overhead(figures: Figures) -> list[Finding]:
 def _judge_overhead(task: str, found: Figures) -> Finding:
     wall, cpu = to_interval(found["wall_s"]), to_interval(found["cpu_s"])
     return Finding(
-        f"profiler's own overhead, {task}, `vla`, nothing emulated: seconds of an update with recording on over off",
+        f"profiler's own overhead, {task}, asynchronous, nothing emulated: seconds of an update with recording on over "
+        "off",
         f"{with_interval(wall, signed_percent)}; CPU seconds of all processes {with_interval(cpu, signed_percent)}",
         f"< {100 * MAX_OVERHEAD:g} %, whole interval of the seconds",
         wall.high is not None and wall.high < MAX_OVERHEAD,
@@ -158,13 +159,13 @@ def judge_learning(curves: Curves) -> list[Finding]:
     by_seed = ", ".join(f"{100 * (vla[-1].success_rate - standard[-1].success_rate):+.1f}" for vla, standard in pairs)
     return [
         Finding(
-            f"Lift, the same latencies, seeds {seeds} pooled: wall time to 95 % success of `vla` over `standard`",
+            f"Lift, the same latencies, seeds {seeds} pooled: wall time to 95 % success, asynchronous over synchronous",
             ("a mode does not end at 95 %" if ratio is None else with_interval(ratio)) + note,
             f"<= {MAX_TIME_RATIO}",
             ratio is not None and ratio.value <= MAX_TIME_RATIO,
         ),
         Finding(
-            f"Lift, the same runs: final success of `vla` minus `standard`, {points_of(curves)} episodes each",
+            f"Lift, the same runs: final success, asynchronous minus synchronous, {points_of(curves)} episodes each",
             with_interval(difference, lambda rate: f"{100 * rate:+.1f}") + f" points; by seeds {by_seed}",
             f"non-inferior: whole interval > {-100 * MARGIN:g} points",
             is_non_inferior(difference, MARGIN),

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from asyncflow.profile.model import mean
 from tools.bench.common.pages import Page
 from tools.bench.common.records import Place, Records, describe_records, read_remarks
-from tools.bench.common.report import Finding, to_table
+from tools.bench.common.report import MODE_NAMES, Finding, to_table
 from tools.bench.learning.curves import Curve, Curves, pool_final, read_curves
 from tools.bench.learning.page import COLOURS, GREY, MODES, describe_rate, draw_curves
 from tools.bench.overlap.judge import JUDGES, judge_learning
@@ -80,11 +80,11 @@ def judge(records: Records, curves: Curves) -> list[Finding]:
 
 
 NOTES = """
-`standard` is the synchronous mode and `vla` the asynchronous one. Speed-ups are ratios within blocks `standard`, `vla`,
-`vla`, `standard`, with Student's t on the logarithms of the blocks' ratios. Estimates decide, unless a target names the
-interval. [profiling.md](../profiling.md) tells how they are
-measured and what the ceilings are. For the overhead, two equal runs switch recording on and off between updates, one of
-them where the other does not, so that the same work is compared with and without; what is recorded is written as well.
+Speed-ups are ratios within blocks synchronous, asynchronous, asynchronous, synchronous, with Student's t on the
+logarithms of the blocks' ratios. Estimates decide, unless a target names the interval. [profiling.md](../profiling.md)
+tells how they are measured and what the ceilings are. For the overhead, two equal runs switch recording on and off
+between updates, one of them where the other does not, so that the same work is compared with and without; what is
+recorded is written as well.
 """
 
 
@@ -102,10 +102,10 @@ def stage_table(found: dict[str, Any]) -> str:
     modes = found["modes"]
     rows = [[label, *(with_spread(mode["stages"][name]) for mode in modes.values())] for name, label in STAGES.items()]
     rates = [f"{mode['decisions_per_s']:.1f} ± {mode['decisions_per_s_std']:.1f}" for mode in modes.values()]
-    table = to_table(["seconds of a rollout", *(f"`{mode}`" for mode in modes)], [*rows, ["decisions/s", *rates]])
+    table = to_table(["seconds of a rollout", *(MODE_NAMES[mode] for mode in modes)], [*rows, ["decisions/s", *rates]])
     kind = "three_stage" if "serial" in modes else "two_stage"
     ideal, contended = (found["ceilings"][name][kind] for name in ("ideal", "contended"))
-    model = f"the model of the ring gains {found['predicted']:.3f} over `standard`"
+    model = f"the model of the ring gains {found['predicted']:.3f} over the synchronous mode"
     return f"{table}\n\nCeilings: {ideal:.3f} ideal, {contended:.3f} contended; {model}."
 
 
@@ -142,12 +142,11 @@ LEARNING = """## Lift to {aim}
 Seconds of training until {aim}; in brackets, the update. *Fitted*: until the curve that never falls and is nearest to
 the rates in squares (isotonic regression) is there. *Lasting*: until the first checkpoint from which on every one
 solves as many of its episodes, which a few unlucky episodes put off. *First*: until the first one that does, whatever
-follows, which a few lucky ones bring forward; near the end of a curve, so does the fit. Ratios are asynchronous
-(`vla`) over synchronous (`standard`). Where both need k updates and overlap is perfect, the ratio is (k + 1) / 2k,
-because the asynchronous run collects its first rollout as the synchronous one does.
-Every update leaves a checkpoint. Evaluations are made afterwards and take no time
-that counts: {episodes} episodes a seed and checkpoint, on start states that training never sees, the same ones for
-both modes.
+follows, which a few lucky ones bring forward; near the end of a curve, so does the fit. Ratios are asynchronous over
+synchronous. Where both need k updates and overlap is perfect, the ratio is (k + 1) / 2k, because the asynchronous run
+collects its first rollout as the synchronous one does. Every update leaves a checkpoint. Evaluations are made
+afterwards and take no time that counts: {episodes} episodes a seed and checkpoint, on start states that training never
+sees, the same ones for both modes.
 
 The interval of the ratio takes every checkpoint's true rate from its posterior under Jeffreys' prior, 2,000 times
 (draws in which neither mode gets there are left out); that of final success is Newcombe's, that of a rate Wilson's.
@@ -164,11 +163,11 @@ def learning_rows(curves: Curves, seed: int | None) -> Iterator[list[str]]:
         times = [cell for find in FINDERS.values() for cell in time_cells(pooled, mode, find)]
         pace = mean([seconds_per_update(curve) for curve in chosen[mode].values()])
         name = "**all**" if seed is None else str(seed)
-        yield [name, f"`{mode}`", f"{pace:.2f}", *times, describe_rate(*pool_final(chosen[mode]))]
+        yield [name, MODE_NAMES[mode], f"{pace:.2f}", *times, describe_rate(*pool_final(chosen[mode]))]
 
 
 def time_cells(pooled: dict[str, Curve], mode: str, find: Finder) -> list[str]:
-    """Return when a mode is at the threshold, and of vla the ratio."""
+    """Return when a mode is at the threshold, and of the asynchronous one the ratio."""
     end, ratio = time_to(pooled[mode], find), time_ratio(pooled["vla"], pooled["standard"], find)
     seconds = "never" if end is None else f"{end.wall_s:.1f} s ({end.updates})"
     return [seconds, f"{ratio:.3f}" if mode == "vla" and ratio is not None else ""]
@@ -189,7 +188,7 @@ def draw_learning(path: Path, curves: Curves) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     for row, (mode, line) in enumerate((("vla", "- -"), ("standard", "\u2014"))):
         place: dict[str, Any] = {"transform": seconds.transAxes, "ha": "right", "color": COLOURS[mode]}
-        seconds.text(0.97, 0.05 + 0.09 * row, f"{line} {mode}", fontweight="bold", **place)
+        seconds.text(0.97, 0.05 + 0.09 * row, f"{line} {MODE_NAMES[mode]}", fontweight="bold", **place)
     seconds.set_title("Success, %", loc="left")
     figure.savefig(path, dpi=160)
     plt.close(figure)

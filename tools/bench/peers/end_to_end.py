@@ -29,7 +29,12 @@ from tools.bench.peers.torchrl import run_torchrl
 
 NUM_WARMUP = 2  # updates: both lanes in step, caches and allocators warm
 MIN_SPEEDUP = 1.5
-OURS, SB3, SB3_FEW, TORCHRL = "asyncflow vla", "stable-baselines3", "stable-baselines3, few environments", "TorchRL"
+OURS, SB3, SB3_FEW, TORCHRL = (
+    "asyncflow (asynchronous)",
+    "stable-baselines3",
+    "stable-baselines3, few environments",
+    "TorchRL",
+)
 Marks = list[tuple[float, int]]
 
 END_TO_END_NOTE = (
@@ -162,7 +167,7 @@ def describe_end_to_end(rates: dict[tuple[str, bool], list[float]], settings: Se
         peer = max((SB3, SB3_FEW, TORCHRL), key=lambda name: medians[name, theirs])
         ratio = medians[OURS, ours] / medians[peer, theirs]
         steps = f"{name_step(ours)} over {peer} with {name_step(theirs)}"
-        what = f"env steps/s, collecting and training on Lift: asyncflow vla with {steps}, the faster peer"
+        what = f"env steps/s, collecting and training on Lift: {OURS} with {steps}, the faster peer"
         is_met = not target or ratio >= target
         findings.append(Finding(what, f"{ratio:.2f}", f">= {target}" if target else REPORTED, is_met))
     return Part(findings, [describe_options(settings), *describe_rates(rates)])

@@ -82,10 +82,10 @@ def describe_profiles(records: Records, has_gpu: bool) -> str:
 PROFILES = """## Both modes
 {table}
 
-In each cell, the first time is that of the stage alone (synchronous mode, `standard`), the second that while the others
-run (asynchronous mode, `vla`, policy lag 1). Te is a chunk in the simulators, Ti a decision call, Tc collecting a
-rollout, Tt training on it; then fresh decisions a second. The speed-up is that of asynchronous over synchronous mode,
-with its interval over blocks. In brackets behind a ceiling stands the share of it that was reached.
+In each cell, the first time is that of the stage alone (synchronous mode), the second that while the others run
+(asynchronous mode, policy lag 1). Te is a chunk in the simulators, Ti a decision call, Tc collecting a rollout, Tt
+training on it; then fresh decisions a second. The speed-up is that of asynchronous over synchronous mode, with its
+interval over blocks. In brackets behind a ceiling stands the share of it that was reached.
 [profiling.md](../profiling.md) tells how they are measured, and what the ceilings are. The profiler's advice:
 """
 
@@ -177,11 +177,11 @@ def describe_frozen(records: Records) -> str:
 FROZEN = """## What a frozen backbone saves
 {updates}
 
-Updates of rollouts that are one version old, as in `vla`, filled with random numbers; median seconds of those after the
-first one. Shares are of the update that trains the backbone. Operations are those of matrix products, convolutions and
-attention, forward and backward, counted in the update that was run: its values, its proximal log-probs, its steps. Each
-kind is proportional to what it works on, so that they give those of the preset's shape, where an observation behind a
-rollout's end weighs less and there are more epochs. What was run:
+Updates of rollouts that are one version old, as in asynchronous mode, filled with random numbers; median seconds of
+those after the first one. Shares are of the update that trains the backbone. Operations are those of matrix products,
+convolutions and attention, forward and backward, counted in the update that was run: its values, its proximal
+log-probs, its steps. Each kind is proportional to what it works on, so that they give those of the preset's shape,
+where an observation behind a rollout's end weighs less and there are more epochs. What was run:
 {shapes}
 
 What is kept instead of pictures:
