@@ -268,8 +268,8 @@ def test_the_faster_peer_is_chosen_for_each_step_and_faster_is_above_1(runs):
         assert row.what.endswith(f": asyncflow (asynchronous) with {ours} over {peer} with {theirs}, the faster peer")
     assert part.notes[1] == (
         "Env steps/s with robosuite's step, median and range: asyncflow (asynchronous) 300 (210 to 9000000000), "
-        "stable-baselines3 200 (110 to 9000000000), stable-baselines3, few environments 400 (310 to 9000000000), TorchRL 390 (300 to "
-        "9000000000)."
+        "stable-baselines3 200 (110 to 9000000000), stable-baselines3, few environments 400 (310 to "
+        "9000000000), TorchRL 390 (300 to 9000000000)."
     )
 
 
