@@ -20,6 +20,7 @@ from robosuite.utils.observables import (
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import MEASURED, TASKS
 from asyncflow.config.tasks import SimulatorSettings, resolve_task
+from asyncflow.simulators.robosuite import compiled
 from asyncflow.simulators.robosuite.fast_observables import ObservableClock
 from asyncflow.simulators.robosuite.fast_step import FastStep
 from asyncflow.simulators.robosuite.simulator import RobosuiteSimulator, build_env_meta
@@ -130,6 +131,20 @@ def test_every_covered_controller_is_equal_bit_for_bit(part):
 def test_physics_that_are_not_lite_are_equal_bit_for_bit(task):
     env = build(task, {"lite_physics": False})
     assert_equal_episodes(env, num_steps=12, num_episodes=1)
+    env.close()
+
+
+def test_substeps_are_compiled_where_numpy_brings_its_blas(lift):
+    assert FastStep(lift.env)._compiled is not None
+
+
+@pytest.mark.parametrize("missing", ["a function", "numba"])
+def test_without_compiled_substeps_a_step_is_equal_bit_for_bit(missing, monkeypatch):
+    changes = {"a function": ("find_functions", lambda: None), "numba": ("_run", compiled._run.py_func)}
+    monkeypatch.setattr(compiled, *changes[missing])
+    env = build("Transport")
+    assert FastStep(env.env)._compiled is None
+    assert_equal_episodes(env, num_steps=8, num_episodes=1)
     env.close()
 
 

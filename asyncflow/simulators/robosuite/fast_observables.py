@@ -43,6 +43,15 @@ class ObservableClock:
         self._env._update_observables()
         self.start()
 
+    def pass_until_due(self, limit: int) -> int:
+        """Return how many substeps pass, at most `limit`, the last of which is to be told by `tick`."""
+        for count in range(1, limit):
+            time_s = self._time_s + self._env.model_timestep
+            if not self._is_shared or self._is_due(time_s):
+                return count
+            self._time_s = time_s
+        return limit
+
     def stop(self) -> None:
         """Hand the time that has passed to the observables."""
         if self._is_shared:

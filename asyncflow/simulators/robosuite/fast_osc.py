@@ -17,6 +17,7 @@ class ArmControl:
     """The substeps of one arm after robosuite has taken the first of an environment step.
 
     Attributes:
+        law: Its torques.
         actuate: Writes the torques of the substep that `mj_step1` has begun.
     """
 
@@ -30,8 +31,8 @@ class ArmControl:
         part, sim = robot.part_controllers[arm], robot.sim
         indexes = (part.qpos_index, part.qvel_index, robot._ref_actuators_indexes_dict[arm])
         self._part = part
-        self._law = OscLaw(sim, sim.model.site_name2id(part.ref_name), *map(as_slice, indexes), order="C")
-        self.actuate = self._law.actuate
+        self.law = OscLaw(sim, sim.model.site_name2id(part.ref_name), *map(as_slice, indexes), order="C")
+        self.actuate = self.law.actuate
 
     def hold_goal(self) -> None:
         """Take the goal and the gains that robosuite set at the first substep."""
@@ -40,7 +41,7 @@ class ArmControl:
         if part.input_ref_frame == "base":
             position = part.origin_pos + np.dot(part.origin_ori, part.goal_pos)
             orientation = np.dot(part.origin_ori, part.goal_ori)
-        self._law.set_goal(position, orientation, part.kp, part.kd, part.initial_joint)
+        self.law.set_goal(position, orientation, part.kp, part.kd, part.initial_joint)
 
 
 def is_covered_arm(robot: Any, arm: str) -> bool:

@@ -1,8 +1,9 @@
 """One environment step of robosuite, faster, with the same physics and the same observations bit for bit.
 
 This file says which environments are covered, and loops over the substeps. robosuite itself takes the first substep, in
-which it sets goals and grippers, and computes reward and observations; the others leave out what changes nothing. What
-is not covered takes robosuite's own `step`. Nothing of robosuite is patched. It must not know about tasks or robomimic.
+which it sets goals and grippers, and computes reward and observations; the others run in a compiled function
+(`compiled`), or in Python where there is none, and leave out what changes nothing. What is not covered takes
+robosuite's own `step`. Nothing of robosuite is patched.
 
 robosuite is imported with this module, which takes seconds: import it where a simulator is built.
 """
@@ -19,6 +20,7 @@ from robosuite.environments.base import MujocoEnv
 from robosuite.environments.robot_env import RobotEnv
 from robosuite.robots.fixed_base_robot import FixedBaseRobot
 
+from asyncflow.simulators.robosuite.compiled import Substeps, make_substeps
 from asyncflow.simulators.robosuite.fast_observables import ObservableClock, has_covered_observables
 from asyncflow.simulators.robosuite.fast_osc import ArmControl, is_covered_arm
 
@@ -37,6 +39,7 @@ class FastStep:
         self._clock = ObservableClock(env)
         self._parts: list[Any] = []
         self._arms: list[ArmControl] = []
+        self._compiled: Substeps | None = None
         self.obstacle: str | None = None
         self._adopt(_list_parts(env))
 
@@ -55,6 +58,10 @@ class FastStep:
         self.obstacle = find_obstacle(self._env)
         arms = [] if self.obstacle else [(robot, arm) for robot in self._env.robots for arm in robot.arms]
         self._arms = [ArmControl(robot, arm) for robot, arm in arms]
+        sim = self._env.sim
+        self._compiled = (
+            make_substeps(sim.model._model, sim.data._data, [arm.law for arm in self._arms]) if arms else None
+        )
 
     def _step(self, action: NDArray[Any]) -> Step:
         env = self._env
@@ -69,14 +76,26 @@ class FastStep:
     def _run_substeps(self, action: NDArray[Any], num_substeps: int) -> None:
         model, data = self._env.sim.model._model, self._env.sim.data._data
         self._run_first_substep(action, model, data)
-        for _ in range(num_substeps - 1):
-            # Without lite physics robosuite calls mj_forward twice, then mj_step. Nothing of that reads more than
-            # mj_step1 computes, and no call of mj_forward leaves a trace in the next.
+        remaining = num_substeps - 1
+        while remaining:
+            count = self._clock.pass_until_due(remaining) if self._compiled else 1
+            self._pass_substeps(count, model, data)
+            remaining -= count
+
+    def _pass_substeps(self, count: int, model: Any, data: Any) -> None:
+        """Let substeps pass, of which observables may be due after the last one only.
+
+        Without lite physics robosuite calls mj_forward twice, then mj_step. Nothing of that reads more than mj_step1
+        computes, and no call of mj_forward leaves a trace in the next.
+        """
+        if self._compiled:
+            self._compiled.run(count)
+        else:
             mujoco.mj_step1(model, data)
             for arm in self._arms:
                 arm.actuate()
             mujoco.mj_step2(model, data)
-            self._clock.tick()
+        self._clock.tick()
 
     def _run_first_substep(self, action: NDArray[Any], model: Any, data: Any) -> None:
         """Let robosuite set goals and grippers, whose commands last until the next action."""

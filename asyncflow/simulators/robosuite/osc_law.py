@@ -56,7 +56,7 @@ def _operational_space_law(
     joints[3] = nullspace_torques(mass, nullspace, joints[0], joints[1], joints[2])
 
 
-_compiled_law = jit_decorator(_operational_space_law)
+compiled_law = jit_decorator(_operational_space_law)
 
 
 class OscLaw:
@@ -78,6 +78,7 @@ class OscLaw:
         self._model, self._data, self._site = sim.model._model, sim.data._data, site
         self._low, self._high = sim.model.actuator_ctrlrange[actuators].T.copy()
         self._ctrl, self._bias = self._data.ctrl[actuators], self._data.qfrc_bias[dofs]
+        self._qpos, self._qvel, self._first_dof = self._data.qpos[qpos], self._data.qvel[dofs], dofs.start
         self._allocate_law(dofs.stop - dofs.start, order)
         self._view_state(qpos, dofs)
 
@@ -87,6 +88,7 @@ class OscLaw:
         # Columns first, as robosuite's indexing leaves it: BLAS is told the order, and rounds by it.
         self._mass = np.zeros((num_joints, num_joints), order="F")
         self._jacobian, self._decoupled = np.zeros((6, num_joints), order=order), np.zeros(6)
+        self._torques = np.zeros(num_joints)
         self._halves = (np.zeros((3, num_joints), order=order), np.zeros((3, num_joints), order=order))
         self._law = (self._task, self._joints, self._mass, (self._jacobian, *self._halves), wrench)
         inertia_pos, inertia_ori = (wrench[start : start + 9].reshape(3, 3).T for start in (_INERTIA_POS, _INERTIA_ORI))
@@ -120,13 +122,22 @@ class OscLaw:
         task[10:12], task[12:14] = np.reshape(kp, (2, 3)), np.reshape(kd, (2, 3))
         self._joints[0] = initial_joints
 
+    def compiled_arguments(self) -> tuple[Any, ...]:
+        """Return what `compiled` computes with: numbers, MuJoCo's memory and this object's own."""
+        data = self._data
+        task, joints, mass, (jacobian, half_position, half_orientation), wrench = self._law
+        full = (*self._full_jacobians, self._full_mass, data.qM, data.qvel)
+        state = (data.site_xpos[self._site], data.site_xmat[self._site], self._qpos, self._qvel, self._bias, self._ctrl)
+        law = (task, joints, mass, jacobian, half_position, half_orientation, wrench, self._decoupled, self._torques)
+        return self._site, self._first_dof, full, state, law, (self._low, self._high)
+
     def actuate(self) -> None:
         """Write the torques of the substep that `mj_step1` has begun."""
         self._observe()
-        _compiled_law(*self._law)
+        compiled_law(*self._law)
         for product in self._decoupling:
             np.dot(*product)
-        torques = np.dot(self._jacobian.T, self._decoupled)
+        torques = np.dot(self._jacobian.T, self._decoupled, self._torques)
         torques += self._bias
         torques += self._joints[3]
         np.minimum(np.maximum(torques, self._low), self._high, out=self._ctrl)
