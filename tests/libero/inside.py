@@ -152,6 +152,20 @@ def solve(task: str) -> dict[str, bool]:
     return found
 
 
+def obstacles(task: str) -> dict[str, bool]:
+    """Where the fast step would not do what the benchmark's does, the benchmark's is taken, and a line says why."""
+    plain = LiberoSimulator(make_settings(task, sees=False), 0)
+    found = {"fast without a word": plain.notices == () and plain._step != plain._step_plainly}
+    plain.env.env.robots[0].controller.uncoupling = False
+    step, notices = plain._find_step(is_fast=True)
+    found["another controller"] = step == plain._step_plainly and "OSC_POSE" in notices[0] and len(notices) == 1
+    plain.env.env.robots[0].controller.uncoupling = True
+    plain.env.sim.model._model.opt.integrator = 1  # RK4
+    found["another integrator"] = "integrator" in plain._find_step(is_fast=True)[1][0]
+    found["as it is asked"] = plain._find_step(is_fast=False) == (plain._step_plainly, ())
+    return found
+
+
 def draws(task: str) -> dict[str, bool]:
     """numpy's global generator is left as it was, and is not read by a step."""
     before = np.random.get_state()[1].tolist()

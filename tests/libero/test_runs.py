@@ -68,6 +68,26 @@ def test_images_are_turned_and_low_dimensional_observations_need_no_camera(liber
         assert env.spec.num_start_states == 50
 
 
+def test_open_episodes_are_rebuilt_bit_for_bit_with_their_images(libero_python):
+    values = {"env.task": "libero_spatial/4", "env.python": libero_python, "env.cameras": ["agentview"]}
+    config = load_config(None, values | {"env.camera_size": [48, 48], "env.horizon": 7, "env.num_workers": 1})
+    chunks = torch.rand(5, 2, 3, 7, generator=torch.Generator().manual_seed(0)) - 0.5
+    with make_vec_env(config.env, 3, 2, 0) as env:
+        env.reset(0)
+        uncut = []
+        for index, chunk in enumerate(chunks):  # an episode has three chunks, and three more begin
+            env.step_async(chunk, range(2))
+            uncut.append(env.step_wait(range(2)).obs)
+            if index == 3:
+                journal = env.journal()
+    with make_vec_env(config.env, 3, 2, 0) as env:
+        rebuilt = env.reset(0, journal)
+        assert (rebuilt == uncut[3]).all()
+        env.step_async(chunks[4], range(2))
+        assert (env.step_wait(range(2)).obs == uncut[4]).all()
+    assert not (uncut[3] == uncut[4]).all()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -36,5 +36,11 @@ def test_success_is_the_benchmarks_predicate_and_its_burner_is_seen(libero_pytho
     assert [what for what, is_so in ask_inside(libero_python, "solve", "libero_goal/7").items() if not is_so] == []
 
 
+def test_where_the_fast_step_is_not_equal_the_benchmarks_is_taken(libero_python: str) -> None:
+    assert [
+        what for what, is_so in ask_inside(libero_python, "obstacles", "libero_object/3").items() if not is_so
+    ] == []
+
+
 def test_no_generator_is_left_changed_and_rotations_are_robosuites(libero_python: str) -> None:
     assert [what for what, is_so in ask_inside(libero_python, "draws", "libero_spatial/0").items() if not is_so] == []
