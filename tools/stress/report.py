@@ -16,34 +16,37 @@ from tools.bench.common.report import (
 
 GUARANTEES = """
 ## What is guaranteed, and its limits
-**Weights.** A lease is of one version, of the one that was asked for, and of the newest where that was asked for. One
-thread publishes and one leases; the race was run on the CPU, where copies are ordered by locks, not by CUDA events.
+**Weights.** The collector's copy of the weights is never half-written. It is the version that was asked for, or the
+newest one where that was asked for. One thread publishes and one leases. The race was run on the CPU, where locks order
+the copies; on a GPU, CUDA events do.
 
-**The ring.** Every rollout is handed over in order, once and whole, and in decisions
-`collected = trained + in_flight + dropped + invalid` holds at every release. With `on_full: overwrite` finished
-rollouts are lost on purpose; they are counted as dropped, and one in training is never touched.
+**The ring.** Every rollout is handed over in order, once and whole. Counted in decisions,
+`collected = trained + in_flight + dropped + invalid` holds at every release. With `on_full: overwrite`, finished
+rollouts are dropped on purpose and counted. A rollout in training is never touched.
 
-**Policy lag.** Fixed lag is exact, bounded lag never above its bound, whatever the delays in both stages.
+**Policy lag.** Whatever the delays in both stages, fixed lag is exact and bounded lag never exceeds its bound.
 
-**Workers.** A worker that dies, stops or raises is replaced and the run goes on; a number that is not finite never
-reaches the ring. What is lost are the open episodes of that worker's environments, or the one poisoned episode: their
-decisions of the rollout being collected are marked invalid and not trained on. Decisions of the same episode in an
-earlier rollout stay trained. `env.max_restarts` within `env.restart_window_s` is the limit; one more ends the run. A
-worker that hangs costs `env.step_timeout_s` each time. When a worker dies decides what is lost, so such a run is not
-repeatable.
+**Workers.** A worker that dies, stops or raises is replaced, and the run goes on. A number that is not finite never
+reaches the ring.
+- What is lost are the open episodes of that worker's environments, or the one episode with the bad number. Their
+  decisions in the rollout being collected are marked invalid and not trained on. Their decisions in earlier rollouts
+  were trained on and stay so.
+- A run ends when workers are replaced more than `env.max_restarts` times within `env.restart_window_s`. Each worker
+  that hangs costs `env.step_timeout_s`.
+- The moment at which a worker dies decides what is lost, so such a run cannot be repeated.
 
-**A failed collector.** The run ends with exit code 1 and saves the boundary after the newest update. The rollout under
-way is lost and collected again by `--resume`.
+**A failed collector.** The run ends with exit code 1 and saves the state after the newest update. The rollout under way
+is lost; `--resume` collects it again.
 
-**A full disk.** Training goes on; a checkpoint that cannot be written is reported and tried again at the next save, and
-the one before stays loadable. A run that ends while the disk is full ends with exit code 1, and `--resume` goes on
-from the newest checkpoint.
+**A full disk.** Training goes on. A checkpoint that cannot be written is reported and tried again at the next save. The
+checkpoint before it can still be loaded. If the disk is still full when the run ends, the exit code is 1, and
+`--resume` goes on from the newest checkpoint.
 
-**Cuts.** SIGINT and SIGTERM save the boundary after the newest update and lose no finished one. SIGKILL loses the
-updates since the newest checkpoint (`trainer.save_interval`); they are computed again, and with fixed lag and
-simulators that do not fail identically, so that the finished run equals an uncut one bit for bit. A run that is killed
-before its first checkpoint begins again at update 0 when it is resumed. SIGKILL ends processes, not the machine: loss
-of power was not tried.
+**Cuts.** SIGINT and SIGTERM save the state after the newest update and lose no finished update. SIGKILL loses the
+updates since the newest checkpoint (`trainer.save_interval`). On resume they are computed again. With fixed lag and
+simulators that do not fail they come out the same, so that the finished run equals an uncut one, bit for bit. A run
+that is killed before its first checkpoint begins again at update 0 when it is resumed. SIGKILL ends processes, not the
+machine: loss of power was not tried.
 """
 
 
