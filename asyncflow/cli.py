@@ -261,7 +261,7 @@ def tasks() -> int:
     from asyncflow.config.libero import LIBERO_SUITES
     from asyncflow.config.plugins import ENVS, plugin_names
     from asyncflow.config.suites import SUITES
-    from asyncflow.config.task_table import TASKS
+    from asyncflow.config.task_table import MIMICGEN, TASKS
     from asyncflow.config.tasks import TOYS
     from asyncflow.metrics.console import ConsoleReporter
 
@@ -272,7 +272,8 @@ def tasks() -> int:
     rows += [[name, str(task.horizon), task.summary] for name, task in TASKS.items()]
     rows += [[name, "-", "registered by an installed package"] for name in plugin_names(ENVS)]
     libero = [[f"{n}/0 to {s.num_tasks - 1}, or {n}: all", str(s.horizon), s.summary] for n, s in LIBERO_SUITES.items()]
-    for heading, listed in (("task", rows), ("task of LIBERO", libero)):
+    mimicgen = [[name, str(task.horizon), task.summary] for name, task in MIMICGEN.items()]
+    for heading, listed in (("task", rows), ("task of LIBERO", libero), ("task of MimicGen", mimicgen)):
         ConsoleReporter().table([heading, "horizon", "what the robot has to do"], listed)
     return 0
 

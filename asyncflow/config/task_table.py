@@ -143,7 +143,37 @@ TASKS: dict[str, Task] = {
     "PickPlaceCereal": _place("PickPlaceCereal", "move a box of cereals into its bin", 14),
 }
 MEASURED = ("Lift", "Can", "Square", "Stack", "Door", "ToolHang", "Transport")  # in the pages of benchmarks
-BY_ENV_NAME = {task.env_name: name for name, task in TASKS.items()}
+
+
+def _mimicgen(scene: str, variants: str, summary: str, object_size: int, horizon: int) -> dict[str, Task]:
+    """Return the tasks of one of MimicGen's scenes: `Stack`, "D0 D1" are `stack_d0` and `stack_d1`."""
+    name = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in scene).lstrip("_")
+    cameras = (*_CAMERAS, "agentview_full")
+    return {
+        f"{name}_{variant.lower()}": Task(
+            f"{scene}_{variant}", horizon, summary, object_size=object_size, cameras=cameras
+        )
+        for variant in variants.split()
+    }
+
+
+# Horizons are those of MimicGen's own evaluations. What needs robosuite's task zoo besides is not here.
+MIMICGEN: dict[str, Task] = {
+    **_mimicgen("Stack", "D0 D1", "put the red cube onto the green one", 23, 400),
+    **_mimicgen("StackThree", "D0 D1", "put the blue cube onto the red one, and that onto the green one", 39, 400),
+    "square_d0": Task("Square_D0", 400, "put a square nut onto its peg", object_size=14),
+    "square_d1": Task("Square_D1", 400, "put a square nut onto its peg", object_size=17),
+    **_mimicgen("Square", "D2", "put a square nut onto its peg", 17, 400),
+    **_mimicgen("Threading", "D0 D1 D2", "thread a needle through the eye of a tripod", 28, 400),
+    **_mimicgen("Coffee", "D0 D1 D2", "put a pod into the coffee machine and close it", 57, 400),
+    **_mimicgen("CoffeePreparation", "D0 D1", "fetch mug and pod and prepare the coffee machine", 86, 800),
+    **_mimicgen("ThreePieceAssembly", "D0 D1 D2", "assemble three pieces", 42, 500),
+    **_mimicgen("MugCleanup", "D0 D1 O1 O2", "put a mug into the drawer and close it", 29, 500),
+    "nut_assembly_d0": Task("NutAssembly_D0", 500, "put two nuts onto their pegs", object_size=28),
+    "pick_place_d0": _place("PickPlace_D0", "move four things into their bins", 56, horizon=1000),
+}
+KNOWN = {**TASKS, **MIMICGEN}
+BY_ENV_NAME = {task.env_name: name for name, task in KNOWN.items()}
 
 
 def own_name(name: str) -> str:

@@ -21,7 +21,7 @@ from asyncflow.config.plain_values import MAX_DEPTH, is_deep
 from asyncflow.config.plugins import ENVS, plugin_names, refuse_taken_name
 from asyncflow.config.simulator_settings import SimulatorSettings, check_camera_names
 from asyncflow.config.suites import SUITES, TOY_GOALS
-from asyncflow.config.task_table import BY_ENV_NAME, TASKS, Task, own_name
+from asyncflow.config.task_table import BY_ENV_NAME, KNOWN, MIMICGEN, TASKS, Task, own_name
 from asyncflow.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _OTHER_SIMULATORS = {2: "gym", 3: "iGibson, of MOMART"}
 
 def task_names() -> list[str]:
     """Return every name that `env.task` accepts."""
-    return [*TOYS, *SUITES, *TASKS, *plugin_names(ENVS)]
+    return [*TOYS, *SUITES, *KNOWN, *plugin_names(ENVS)]
 
 
 def find_task(name: str) -> Task:
@@ -50,8 +50,8 @@ def find_task(name: str) -> Task:
     Raises:
         ConfigError: There is none of this name; the message names the nearest and all of them.
     """
-    if own_name(name) in TASKS:
-        return TASKS[own_name(name)]
+    if own_name(name) in KNOWN:
+        return KNOWN[own_name(name)]
     by_folded = {known.casefold(): known for known in [*BY_ENV_NAME, *task_names()]}
     near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(by_folded[match] for match in near)}?" if near else ";"
@@ -88,7 +88,7 @@ def is_plugin(config: EnvConfig) -> bool:
             `env.env_meta`, which describes something else.
     """
     is_undescribed = _is_undescribed(config.task)
-    is_own = is_undescribed or own_name(config.task) in TASKS
+    is_own = is_undescribed or own_name(config.task) in KNOWN
     if config.env_meta is None and is_own:
         refuse_taken_name(ENVS, config.task, "env.task")
     is_other = not is_own and config.task in plugin_names(ENVS)
@@ -126,6 +126,11 @@ def resolve_task(config: EnvConfig) -> SimulatorSettings:
         rendered_with=read_settings(config),
         camera_size=(height, width),
     )
+
+
+def is_mimicgen(task: Task) -> bool:
+    """Tell whether MimicGen simulates a task."""
+    return BY_ENV_NAME.get(task.env_name) in MIMICGEN
 
 
 def check_cameras(config: EnvConfig) -> None:
@@ -171,7 +176,7 @@ def find_described_task(env_meta: dict[str, Any], config: EnvConfig, source: str
     """
     name = env_meta["env_name"]
     if name in BY_ENV_NAME:
-        task = TASKS[BY_ENV_NAME[name]]
+        task = KNOWN[BY_ENV_NAME[name]]
         has_one_robot = len(task.robots) == 2 and len(name_robots(env_meta["env_kwargs"])) == 1
         return replace(task, obs_keys=tuple(map(_name_of_bimanual, task.obs_keys))) if has_one_robot else task
     if config.horizon is None or config.obs_keys is None:
@@ -240,7 +245,7 @@ def check_env_meta(env_meta: Any, source: str) -> dict[str, Any]:
     try:
         kwargs = translate_kwargs(env_meta)
         if env_meta["env_name"] in BY_ENV_NAME:
-            task = TASKS[BY_ENV_NAME[env_meta["env_name"]]]
+            task = KNOWN[BY_ENV_NAME[env_meta["env_name"]]]
             check_robots(kwargs, len(task.robots), task.env_name)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -248,14 +253,13 @@ def check_env_meta(env_meta: Any, source: str) -> dict[str, Any]:
 
 
 def _check_name(name: str, source: str) -> None:
-    """Refuse an environment that neither robosuite nor an installed package has, such as MimicGen's `Stack_D0`."""
+    """Refuse an environment that neither robosuite nor an installed package has, nor MimicGen."""
     if name in BY_ENV_NAME or name in plugin_names(ENVS):
         return
     near = difflib.get_close_matches(name, BY_ENV_NAME, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ";"
-    raise ConfigError(
-        f"{source}: env_name = {name!r} is no environment of robosuite{hint} environments: {', '.join(BY_ENV_NAME)}"
-    )
+    known = ", ".join(task.env_name for task in TASKS.values())
+    raise ConfigError(f"{source}: env_name = {name!r} is no environment of robosuite{hint} environments: {known}")
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
 from asyncflow.config.libero import is_libero
-from asyncflow.config.tasks import GYM, TOYS, is_plugin, resolve_task, task_names
+from asyncflow.config.tasks import GYM, TOYS, is_mimicgen, is_plugin, resolve_task, task_names
 from asyncflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,5 +71,7 @@ def _find_recipe(config: EnvConfig, is_alone: bool) -> Recipe:
 
     from asyncflow.envs.worker import Recipe  # noqa: PLC0415
 
-    simulator = "asyncflow.simulators.robosuite.simulator"
-    return Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload", "robosuite")
+    kind, simulator = "robosuite", "asyncflow.simulators.robosuite.simulator"
+    if is_mimicgen(settings.task):
+        kind, simulator = "mimicgen", "asyncflow.simulators.robosuite.mimicgen"
+    return Recipe(f"{simulator}:build", {"settings": settings.to_json()}, f"{simulator}:preload", kind)

@@ -15,7 +15,7 @@ from asyncflow.config.overrides import write_value
 from asyncflow.config.presets import apply_overrides, load_config, parse_overrides, preset_names, read_preset
 from asyncflow.config.sections import values_by_key
 from asyncflow.config.suites import SUITES, expand, label
-from asyncflow.config.task_table import TASKS, own_name
+from asyncflow.config.task_table import KNOWN, own_name
 from asyncflow.config.tasks import GYM, TOYS, find_task, load_env_meta, name_of_env, task_names
 from asyncflow.errors import ConfigError
 from asyncflow.files import expand_user
@@ -43,7 +43,7 @@ def choose_preset(values: dict[str, Any]) -> str | None:
             list_tasks(name)  # which refuses what is none
         return "libero"
     presets = {name.replace("_", ""): name for name in preset_names()}
-    if (task in TASKS or task in TOYS or task in SUITES) and task.lower() in presets:
+    if (task in KNOWN or task in TOYS or task in SUITES) and task.lower() in presets:
         return presets[task.lower()]
     if task not in task_names() and not values.get("env.tasks"):
         find_task(task)  # which says what is near
@@ -72,7 +72,7 @@ def name_task(preset: str | None, values: dict[str, Any]) -> dict[str, Any]:
     described, checkpoint = env.get("env_meta"), policy.get("checkpoint")
     if isinstance(described, str | dict):
         name = name_of_env(load_env_meta(described if isinstance(described, dict) else expand_user(described)))
-        return values | {"env.task": name} if name in TASKS else values
+        return values | {"env.task": name} if name in KNOWN else values
     if not isinstance(checkpoint, str) or is_lerobot_folder(expand_user(checkpoint)):
         return values
     from asyncflow.policies.policy_file import read_env_spec, resolve_checkpoint  # noqa: PLC0415  torch takes seconds to load

@@ -118,6 +118,7 @@ def test_a_description_of_another_robosuite_is_refused_in_one_line(python):
 def test_two_arms_act_together(python):
     with make(python, task="TwoArmLift") as env:
         assert env.spec.action_dim == 14
+        env.reset(0)
         assert not play(env, 1, 0)[0]["broken"].any()
 
 

@@ -6,6 +6,7 @@ robosuite is imported where it is needed.
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 from typing import TYPE_CHECKING, Any, Iterator
 
@@ -35,13 +36,18 @@ def is_robosuite_14(robosuite: Any) -> bool:
 
 @contextlib.contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """Let numpy's global generator, from which robosuite 1.4 draws, begin at a seed, and put it back afterwards."""
-    saved = np.random.get_state()
+    """Let the global generators, from which robosuite 1.4 draws, begin at a seed, and put them back afterwards.
+
+    Those are numpy's and, in environments of MimicGen, Python's own.
+    """
+    saved, own = np.random.get_state(), random.getstate()
     np.random.seed(seed % 2**32)
+    random.seed(seed)
     try:
         yield
     finally:
         np.random.set_state(saved)
+        random.setstate(own)
 
 
 def load_controller() -> Any:
