@@ -31,7 +31,7 @@ def test_a_condition_is_judged_by_its_worst_seed(records, verdicts):
     assert [found.verdict for found in judge(records)] == verdicts
 
 
-def test_a_row_says_when_nine_tenths_were_reached():
+def test_a_row_says_when_the_target_was_reached():
     row = describe_rows([record("told", 0, 0.1, 0.95, 0.91)]).splitlines()[-1]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "with the instruction", "0", "91.0 %", "91.0 %", "91.0 %", "9.0", "1,000", "2,000"

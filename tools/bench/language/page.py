@@ -18,7 +18,7 @@ TOLD, UNTOLD = "told", "untold"
 CONDITIONS = {TOLD: [], UNTOLD: [write_override("policy.vla.instruction", "go")]}
 NAMES = {TOLD: "with the instruction", UNTOLD: "without it"}
 COLOURS = {TOLD: "#0072B2", UNTOLD: "#D55E00"}  # Okabe and Ito's, which colour-blind readers can tell apart
-LEARNED, CHANCE = 0.9, 0.65  # a goal chosen without the instruction is the right one in half of the episodes
+LEARNED, CHANCE = 0.8, 0.65  # a goal chosen without the instruction is the right one in half of the episodes
 
 Record = dict[str, Any]
 
@@ -43,9 +43,17 @@ def judge(records: Sequence[Record]) -> list[Finding]:
 
 
 def describe_rows(records: Sequence[Record]) -> str:
-    """Return the table of final success, of each seed, task by task, and when half and nine tenths were passed."""
+    """Return the table of final success, of each seed, task by task, and when it was first as high as is asked for."""
     tasks = list(records[0]["curve"][-1]["tasks"])
-    head = ["policy", "seed", "success", *tasks, "episode, env steps", "env steps to 90 %", "env steps in all"]
+    head = [
+        "policy",
+        "seed",
+        "success",
+        *tasks,
+        "episode, env steps",
+        f"env steps to {LEARNED:.0%}",
+        "env steps in all",
+    ]
     rows = []
     for condition in CONDITIONS:
         for each in (each for each in records if each["condition"] == condition):
