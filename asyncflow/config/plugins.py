@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ TRUST_FLAG = "--trust-class"
 MAX_SHOWN = 80  # characters of a name that a file may have made up
 _OWN = "asyncflow."
 
+_SIMULATOR = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*")
 _trusted: set[str] = set()  # of this process: a command trusts what its own command line and --config name
 
 
@@ -33,9 +36,28 @@ def trust_class(path: str) -> None:
     _trusted.add(path)
 
 
-def trusting_words(path: str | None) -> list[str]:
-    """Return what a command needs to trust the class that a run's files name; None stands for no such class."""
-    return [] if path is None or path.startswith(_OWN) else [TRUST_FLAG, path]
+def is_named_simulator(task: Any) -> bool:
+    """Tell whether `env.task` names a user's own simulator, as in `my_simulator:Reach`."""
+    return isinstance(task, str) and _SIMULATOR.fullmatch(task) is not None and not task.startswith("gym:")
+
+
+def check_simulator(task: str) -> None:
+    """Refuse a simulator that a file names and the user does not; nothing is imported here.
+
+    Raises:
+        ConfigError: The user did not name it.
+    """
+    if task not in _trusted:
+        raise ConfigError(
+            f"env.task = {task[:MAX_SHOWN]}: named by a file and not by this command, so that it is not imported; if "
+            f"you trust that code: {TRUST_FLAG} {task[:MAX_SHOWN]}"
+        )
+
+
+def trusting_words(path: str | None, tasks: Iterable[str] = ()) -> list[str]:
+    """Return what a command needs to trust the class and the simulators that a run's files name; None is no class."""
+    named = [] if path is None or path.startswith(_OWN) else [path]
+    return [word for each in [*named, *filter(is_named_simulator, tasks)] for word in (TRUST_FLAG, each)]
 
 
 def plugin_names(group: str) -> list[str]:

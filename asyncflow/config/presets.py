@@ -14,7 +14,7 @@ import yaml
 from asyncflow.config.lerobot_folder import adopt_lerobot
 from asyncflow.config.overrides import read_value
 from asyncflow.config.plain_values import load_yaml
-from asyncflow.config.plugins import trust_class
+from asyncflow.config.plugins import is_named_simulator, trust_class
 from asyncflow.config.sections import Config, validate
 from asyncflow.config.task_table import TASKS, Task, own_name
 from asyncflow.errors import ConfigError
@@ -90,12 +90,19 @@ def _is_shipped(name: str) -> bool:
 
 
 def trust_named_class(values: dict[str, Any]) -> None:
-    """Trust the model's class that nested values name, which must be the user's own and not those of a file."""
+    """Trust what nested values name, which must be the user's own and not those of a file.
+
+    That is the model's class, and simulators of the user's own (`env.task=my_simulator:Reach`).
+    """
     found: Any = values
     for key in ("policy", "vla", "model_class"):
         found = found.get(key) if isinstance(found, dict) else None
     if isinstance(found, str):
         trust_class(found)
+    env = values.get("env")
+    tasks = [env.get("task"), *(env.get("tasks") or [])] if isinstance(env, dict) else []
+    for task in filter(is_named_simulator, tasks):
+        trust_class(task)
 
 
 def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

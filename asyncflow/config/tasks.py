@@ -18,7 +18,7 @@ from asyncflow.config.env_meta import check_robots, translate_kwargs
 from asyncflow.config.libero import is_libero
 from asyncflow.config.observations import KINDS, asked_cameras, read_settings, rendered_fields
 from asyncflow.config.plain_values import MAX_DEPTH, is_deep
-from asyncflow.config.plugins import ENVS, plugin_names, refuse_taken_name
+from asyncflow.config.plugins import ENVS, is_named_simulator, plugin_names, refuse_taken_name
 from asyncflow.config.simulator_settings import SimulatorSettings, check_camera_names
 from asyncflow.config.suites import SUITES, TOY_GOALS
 from asyncflow.config.task_table import BY_ENV_NAME, KNOWN, MIMICGEN, TASKS, Task, own_name
@@ -77,7 +77,7 @@ def is_described(config: EnvConfig) -> bool:
 
 
 def _is_undescribed(task: str) -> bool:
-    return task in TOYS or task.startswith(GYM) or is_libero(task)
+    return task in TOYS or task.startswith(GYM) or is_libero(task) or is_named_simulator(task)
 
 
 def is_plugin(config: EnvConfig) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from asyncflow.caches import prepare_caches
 from asyncflow.config.libero import is_libero
+from asyncflow.config.plugins import is_named_simulator
 from asyncflow.config.tasks import GYM, TOYS, is_mimicgen, is_plugin, resolve_task, task_names
 from asyncflow.errors import ConfigError
 
@@ -60,6 +61,10 @@ def _find_recipe(config: EnvConfig, is_alone: bool) -> Recipe:
         from asyncflow.envs.simulators import find_gym  # noqa: PLC0415
 
         return find_gym(config)
+    if is_named_simulator(config.task):
+        from asyncflow.envs.simulators import find_named  # noqa: PLC0415
+
+        return find_named(config)
     if is_libero(config.task):
         from asyncflow.envs.libero import find_libero  # noqa: PLC0415
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from asyncflow.config.interpreters import choose_interpreter
+from asyncflow.config.plugins import check_simulator, is_named_simulator
 from asyncflow.config.sections import EnvConfig, validate
 from asyncflow.config.tasks import GYM
 from asyncflow.envs.worker import Recipe, SimulatorFactories
@@ -31,7 +32,7 @@ class SimulatorVecEnv(WorkerVecEnv):
 
     def __init__(  # noqa: PLR0913  what a user may want to say, each by its name
         self,
-        make_simulator: SimulatorFactories,
+        make_simulator: SimulatorFactories | str,
         num_envs: int = 16,
         n_action_steps: int = 4,
         *,
@@ -47,12 +48,13 @@ class SimulatorVecEnv(WorkerVecEnv):
 
         Args:
             make_simulator: Seed -> simulator, such as its class. It runs in the workers; functions and classes of a
-                script or a notebook are sent along. For another interpreter a `Recipe` that names it. For several
-                tasks a mapping from their names to what makes each.
+                script or a notebook are sent along. For another interpreter its name, `"my_simulator:Reach"`, or with
+                arguments a `Recipe`. For several tasks a mapping from their names to what makes each.
             num_envs: Environments, N.
             n_action_steps: Actions of a chunk, H, which must be the policy's.
             num_workers: Processes, of which at most N are used; None means one for each CPU core.
-            python: Interpreter that simulates, or the folder of its virtual environment; None means this one.
+            python: Interpreter that simulates, the folder of its virtual environment, or a kind of `asyncflow envs`;
+                None means this one.
             seed: Environment i is constructed from `derive_seed(seed, "simulator", i)`.
             n_obs_steps: Env steps that one observation shows.
             step_timeout_s: A worker that is silent for longer is replaced; its episodes are lost.
@@ -66,6 +68,12 @@ class SimulatorVecEnv(WorkerVecEnv):
         for name, value in (("num_envs", num_envs), ("n_action_steps", n_action_steps)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} = {value!r}: expected a whole number of at least 1")
+        if isinstance(make_simulator, str):
+            if not is_named_simulator(make_simulator):
+                raise ConfigError(
+                    f"make_simulator = {make_simulator!r}: expected module:Class, as in my_simulator:Reach"
+                )
+            make_simulator = Recipe(make_simulator)
         values: dict[str, Any] = {"num_workers": num_workers, "python": python, "n_obs_steps": n_obs_steps}
         values |= {"step_timeout_s": step_timeout_s, "max_restarts": max_restarts, "restart_window_s": restart_window_s}
         super().__init__(make_simulator, validate({"env": values}).env, num_envs, n_action_steps, seed)
@@ -154,3 +162,14 @@ def find_gym(config: EnvConfig) -> Recipe:
     arguments = {"env_id": name, "horizon": config.horizon, "obs_keys": config.obs_keys, "task": config.task}
     simulator = "asyncflow.simulators.gym"
     return Recipe(f"{simulator}:build", arguments, f"{simulator}:import_gymnasium", "gym")
+
+
+def find_named(config: EnvConfig) -> Recipe:
+    """Return how simulators of `env.task=my_simulator:Reach`, a user's own, are built.
+
+    Raises:
+        ConfigError: A file names it and the user does not.
+    """
+    check_simulator(config.task)
+    arguments = {"name": config.task, "horizon": config.horizon}
+    return Recipe("asyncflow.simulators.named:build", arguments)

@@ -179,9 +179,11 @@ class ConsoleReporter:
         words: list[str | Path] = ["train", "--resume", run_dir]
         if not is_stopped:
             words = ["eval", checkpoint, "--num-episodes", "200"]
-            if self._config is not None and self._config.env.python is not None:
-                words += ["--python", self._config.env.python]
-        words += trusting_words(self._config.policy.vla.model_class if self._config else None)
+        if self._config is not None:
+            env, model_class = self._config.env, self._config.policy.vla.model_class
+            if env.python is not None:
+                words += [f"env.python={env.python}"] if is_stopped else ["--python", env.python]
+            words += trusting_words(model_class, env.tasks or [env.task])
         self._print(f"next: {command(*words)}")  # outside the card, to be copied
 
     def notice(self, text: str) -> None:

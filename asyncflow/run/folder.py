@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from asyncflow.config.interpreters import KINDS, remembered
 from asyncflow.config.presets import PATH_KEYS, anchor, apply_overrides, read_sections, trust_named_class
 from asyncflow.config.removed import take_removed
 from asyncflow.config.sections import Config, validate, values_by_key
@@ -32,7 +33,7 @@ from asyncflow.terminal import command
 CHANGEABLE = (
     "trainer.total_updates", "trainer.total_env_steps", "trainer.save_interval", "trainer.keep_last",
     "trainer.eval_interval", "trainer.eval_episodes", "trainer.device", "logging.logger",
-    "env.num_workers", "env.step_timeout_s", "env.max_restarts", "env.restart_window_s",
+    "env.num_workers", "env.python", "env.step_timeout_s", "env.max_restarts", "env.restart_window_s",
     "algorithm.max_nonfinite_steps", "policy.compile", "logging.trace",
 )  # fmt: skip
 _WRITTEN = ("metrics.jsonl", "versions.json", "trace.json")  # by a new run, besides config.yaml and checkpoints
@@ -138,10 +139,27 @@ def resume_config(folder: Path, overrides: dict[str, Any]) -> Config:
     run = validate(values)
     overrides = {key: anchor(value) if key in PATH_KEYS else value for key, value in overrides.items()}
     _refuse_changes(run, overrides)
+    _check_interpreter(run.env.python, apply_overrides({}, deepcopy(overrides)))
     trust_named_class(apply_overrides({}, deepcopy(overrides)))
     resumed = validate(apply_overrides(values, overrides))
     _refuse_changes(run, values_by_key(resumed))  # a whole section was given, or a part of a value
     return resumed
+
+
+def _check_interpreter(python: str | None, given: dict[str, Any]) -> None:
+    """Refuse a program that only the run's own file names: the folder may be a stranger's.
+
+    Raises:
+        ConfigError: It is neither named by the command nor one that `asyncflow envs` remembers.
+    """
+    named = given.get("env")
+    if python is None or python in KINDS or (isinstance(named, dict) and "python" in named):
+        return
+    if python not in filter(None, map(remembered, KINDS)):
+        raise ConfigError(
+            f"env.python = {python}: named by the run's config.yaml and not by this command, so that it is not "
+            f"started; if you trust that program: env.python={python}"
+        )
 
 
 def tell_removed(folder: Path) -> list[str]:

@@ -77,7 +77,9 @@ class RecordedRun:
             raise TrainingError(f"{error}; last good checkpoint: {self._newest or 'none'}") from error
         except (Exception, SystemExit):  # a model or a simulator may call sys.exit
             if self._is_whole and self._save():
-                words = trusting_words(self.config.policy.vla.model_class)
+                env = self.config.env
+                words = [] if env.python is None else [f"env.python={env.python}"]
+                words += trusting_words(self.config.policy.vla.model_class, env.tasks or [env.task])
                 resume = command("train", "--resume", self.run_dir, *words)
                 self.reporter.notice(f"saved {self._newest}; go on with: {resume}")
             raise

@@ -12,6 +12,7 @@ from typing import Any
 from asyncflow.config.lerobot_folder import is_lerobot_folder
 from asyncflow.config.libero import is_libero, list_tasks
 from asyncflow.config.overrides import write_value
+from asyncflow.config.plugins import is_named_simulator
 from asyncflow.config.presets import apply_overrides, load_config, parse_overrides, preset_names, read_preset
 from asyncflow.config.sections import values_by_key
 from asyncflow.config.suites import SUITES, expand, label
@@ -36,7 +37,7 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     if not isinstance(task, str):
         return None  # the validation will say what is wrong with it
     task = own_name(task)
-    if task.startswith(GYM):
+    if task.startswith(GYM) or is_named_simulator(task):
         return "gym"
     if is_libero(task):
         for name in values.get("env.tasks") or [task]:

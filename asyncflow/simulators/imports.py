@@ -20,7 +20,9 @@ def explain_import(error: BaseException, module: str) -> str:
         if error.name != package and is_there(package):
             found = f"its {package} {installed_version(package) or ''}".rstrip()
             return f"{who}: {found} has no module {error.name}; run: {how_to_install(package)}"
-        own = ", or if it is a file of yours start in its folder" if package == module.partition(".")[0] else ""
+        own = (
+            ", or if it is a file of yours set PYTHONPATH to its folder" if package == module.partition(".")[0] else ""
+        )
         return f"{who} has no package {package}; run: {how_to_install(package)}{own}"
     package, is_installed = _find_culprit(error, module)
     said = " ".join(f"{type(error).__name__}: {error}".split())
