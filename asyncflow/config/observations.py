@@ -1,7 +1,7 @@
 """Kinds of observations: how each is shaped, which keys of `env` ask for it, and what it is called.
 
 A new kind that cameras yield is an entry of `KINDS`, and one in the table of every room that handles it: who renders it
-(`envs/robosuite/cameras.py`), who looks at it (`policies/networks/encoders.py`) and how datasets hold it
+(`simulators/robosuite/cameras.py`), who looks at it (`policies/networks/encoders.py`) and how datasets hold it
 (`demos/recorded.py`). Environments, shared memory and the ring go through the fields of an `EnvSpec`, whatever their
 kinds. Loads neither torch nor a simulator.
 

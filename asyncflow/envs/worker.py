@@ -192,6 +192,8 @@ class Worker:
         while key not in self._answers:
             message = self._receive_next(timeout_s, limit)
             kind = message["kind"]
+            if kind == "ended":  # the channel stays open where a process that it started holds it, too
+                raise self._explain_death()
             if kind == "refused":
                 raise ConfigError(message["text"])
             if kind == "error":
@@ -257,16 +259,17 @@ class Worker:
         self._channel.close()
 
     def _wait_for_end(self, deadline: float) -> bool:
-        """Wait until the channel closes, which is after the process's end; return whether it did."""
+        """Wait until the server tells the process's end, or dies as well; return whether that came."""
         try:
-            while wait([self._channel.socket], max(0.0, deadline - time.monotonic())):
+            while self._exit_code is None:
+                if not wait([self._channel.socket], max(0.0, deadline - time.monotonic())):
+                    return False
                 self._channel.read()
                 while self._channel.has_message:
                     self._take()
         except EOFError:
             self.process = None
-            return True
-        return False
+        return True
 
 
 def _wait(objects: list[Any], timeout_s: float) -> list[Any]:

@@ -7,7 +7,8 @@ Every Python since 2.7 can read this file, so that one that is too old, or lacks
 import os
 import sys
 
-del sys.path[0]  # this folder, whose `gym.py` is not gymnasium's
+if not getattr(sys.flags, "safe_path", False):  # else it is not there, as with PYTHONSAFEPATH
+    del sys.path[0]  # this folder, whose `gym.py` is not gymnasium's
 
 CONTROL = int(sys.argv[1])
 WHO = "%s (Python %d.%d)" % (sys.executable, sys.version_info[0], sys.version_info[1])  # noqa: UP031  for Python 2

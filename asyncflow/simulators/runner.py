@@ -162,9 +162,9 @@ class EpisodeRunner:
 
     def _begin_episode(self, episode: int) -> None:
         self._episode, self._length, self._return = episode, 0, 0.0
-        seed, num_states = derive_seed(self._seed, "episode", self._env, episode), self.spec.num_start_states
-        if num_states:  # in turn over all episodes of the task, so that each state comes as often
-            self._simulator.reset_to(seed, (self._turn + episode * self._turns) % num_states)
+        seed = derive_seed(self._seed, "episode", self._env, episode)
+        if self.spec.num_start_states:
+            self._simulator.reset_to(seed, self._start_state(episode))
         else:
             self._simulator.reset(seed)
         try:
@@ -175,6 +175,16 @@ class EpisodeRunner:
             ) from None
         self._history.extend([self._history[-1]] * self._n_obs_steps)  # an episode begins at rest
         self._write()
+
+    def _start_state(self, episode: int) -> int:
+        """Return the start state of an episode: those of a task come in turn over all of its environments.
+
+        An environment that would meet the same ones again moves on by one, so that it comes to all of them: else the
+        states of environments whose episodes are short would come more often.
+        """
+        num_states = self.spec.num_start_states
+        num_met = num_states // math.gcd(num_states, self._turns)
+        return (self._turn + episode * self._turns + episode // num_met) % num_states
 
     def _look(self, is_rendered: bool = True) -> None:
         """Take the present moment into the history; rendering takes far longer than the rest."""

@@ -1,6 +1,6 @@
 """Imports what simulators need once, then forks a worker whenever the parent asks for one.
 
-Workers start in milliseconds, and share the memory of what was imported. The server has one thread, opens no simulator,
+Workers start in milliseconds, and share the memory of what was imported. The server has one thread, keeps no simulator,
 and ends with its parent; its workers end with it.
 
 It is told what to import, then gets two descriptors for each worker: its end of the channel to the parent, and the
@@ -37,7 +37,7 @@ def serve(descriptor: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     control = Channel(socket.socket(fileno=descriptor))
     setup = control.receive()
-    if setup["parent"] is not None:
+    if setup["parent"] == os.getppid():  # else a script stands in between, and the end of the channel has to do
         die_with(setup["parent"])
     worker.adopt_path(setup)
     problem = _preload(setup["preload"])

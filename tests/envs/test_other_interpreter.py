@@ -260,6 +260,23 @@ def test_an_interpreter_that_prints_when_it_starts_does_not_reach_standard_outpu
     assert capfd.readouterr().out == ""
 
 
+def test_a_script_that_starts_the_interpreter_without_exec_will_do(bare, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n{bare} "$@"\n')
+    python.chmod(0o755)
+    with make(python, num_workers=1) as env:
+        env.reset(SEED)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="older Pythons do not read PYTHONSAFEPATH")
+def test_the_first_folder_of_pythonpath_is_kept_where_no_scripts_folder_comes_before_it(tmp_path, monkeypatch):
+    shutil.copy(FAKE, tmp_path / "only_there.py")
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with make(sys.executable, "only_there:FakeSimulator", num_workers=1) as env:
+        env.reset(SEED)
+
+
 def test_versions_are_those_of_the_interpreter_that_simulates(bare):
     with make(bare) as env:
         assert set(env.versions) == {"python", "numpy"}

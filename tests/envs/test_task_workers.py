@@ -112,7 +112,16 @@ def test_episode_k_of_a_task_begins_in_its_start_state_k_modulo_their_number():
 
 
 @pytest.mark.usefixtures("_inline")
-@pytest.mark.parametrize(("num_envs", "num_episodes"), [(2, 12), (3, 12), (5, 24), (4, 12)])
+def test_every_environment_comes_to_every_start_state():
+    """Two environments and four states: an environment that kept to every second one would never meet the others."""
+    with make(1, 2, make_simulator=partial(NamedSimulator, "a", H, 4)) as env:
+        first = env.reset(0)
+        starts = torch.stack([first["state"][:, 0], *(idle(env).obs["state"][:, 0] for _ in range(3))])
+    assert starts.long().tolist() == [[0, 1], [2, 3], [1, 2], [3, 0]]
+
+
+@pytest.mark.usefixtures("_inline")
+@pytest.mark.parametrize(("num_envs", "num_episodes"), [(2, 12), (3, 12), (5, 24), (4, 12), (6, 36)])
 def test_an_evaluation_runs_every_start_state_equally_often(num_envs, num_episodes, monkeypatch):
     begun = []
     monkeypatch.setattr(NamedSimulator, "reset_to", lambda self, seed, start: begun.append((self, start)))

@@ -1,12 +1,14 @@
 """Workers that die, hang or raise: replaced, counted, their episodes lost, those of others not."""
 
 import multiprocessing
+import os
+import signal
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_simulator import DIE, HANG, RAISE, SUCCEED, is_second, make_unreliable
+from fake_simulator import DIE, HANG, RAISE, SUCCEED, ParentSimulator, is_second, make_unreliable
 from inline_worker import work_inline
 from worker_cases import (
     IDLE,
@@ -86,6 +88,17 @@ class Clock:
             return []
 
         self.patch.setattr(worker, "wait", wait)
+
+
+def test_the_death_of_a_worker_is_seen_though_its_child_lives_on(tmp_path):
+    """The child has inherited the worker's end of the channel, which therefore does not close."""
+    log = tmp_path / "children"
+    with make(1, 2, partial(ParentSimulator, log), max_restarts=1, step_timeout_s=5.0) as vec_env:
+        vec_env.reset(SEED)
+        faults = run(vec_env, command(DIE, env=0)).faults
+    for child in log.read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    assert [fault.kind for fault in faults] == ["died"]
 
 
 def test_a_silent_worker_is_replaced_and_its_environments_go_on(survivor, monkeypatch):

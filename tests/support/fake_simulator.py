@@ -5,6 +5,7 @@ Worker processes import this file, so it imports little: a test file would cost 
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -87,6 +88,16 @@ class RudeSimulator(FakeSimulator):
         threading.Thread(target=threading.Event().wait).start()
         sys.stdin.close()
         sys.stdout.close()
+
+
+class ParentSimulator(FakeSimulator):
+    """One that starts a process, which inherits the descriptors of its own and outlives it."""
+
+    def __init__(self, log: Path, seed: int) -> None:
+        super().__init__(seed)
+        child = subprocess.Popen(["sleep", "60"], close_fds=False)
+        with log.open("a") as file:
+            print(child.pid, file=file)
 
 
 class PipingSimulator(FakeSimulator):
