@@ -43,9 +43,8 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
 
     The `state`, [2 + 2 G], is the position and G goals; a camera may show all of them from above, as a picture or as a
     point cloud. Only with an instruction are there two goals, of which it says the one to reach; the other one ends the
-    episode without success, every step is paid by how much nearer it leads, and walls keep the position in the picture.
-    Chunks are executed by `step_async` itself: nothing waits. Only an action can be not finite here, and nothing else
-    can fail.
+    episode without success and every step is paid by how much nearer it leads. Chunks are executed by `step_async`
+    itself: nothing waits. Only an action can be not finite here, and nothing else can fail.
     """
 
     def __init__(
@@ -159,8 +158,6 @@ class ToyVecEnv(VecEnv, AbstractContextManager["ToyVecEnv"]):
             is_open = ~(terminated | truncated | broken)
             before = _distances(state)
             state[:, :2] += STEP_SIZE * action * is_open[:, None]
-            if self._is_told:
-                state[:, :2].clamp_(-1.0, 1.0)  # out of sight no policy from scratch would find back
             executed += is_open
             at_goal = is_open[:, None] & _is_at_goal(state)
             has_ended, reached = at_goal.any(1), at_goal.gather(1, self._goal[rows, None]).squeeze(1)

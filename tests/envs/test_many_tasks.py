@@ -68,15 +68,6 @@ def test_a_step_is_paid_by_how_much_nearer_it_leads_to_the_goal_of_the_instructi
     assert (rewards[1::2] > rewards[::2].max()).all()
 
 
-def test_walls_keep_the_position_in_the_picture():
-    env = make(horizon=100)
-    env.reset(0)
-    for _ in range(8):
-        env.step_async(torch.ones(N, H, 2), range(N))
-        result = env.step_wait(range(N))
-        assert result.final_obs["state"][:, :2].abs().max() <= 1
-
-
 def test_one_task_alone_has_no_index():
     env = make_vec_env(EnvConfig(tasks=["ToyBlue"]), H, N, seed=0)
     assert "task" not in env.reset(0).keys()  # noqa: SIM118
