@@ -12,7 +12,7 @@ from asyncflow.config.tasks import is_described, task_names
 from asyncflow.envs import make_vec_env
 from asyncflow.errors import ConfigError
 from asyncflow.run.start import choose_preset
-from asyncflow.simulators.libero import simulator
+from asyncflow.simulators.libero import scene, simulator
 
 
 def test_a_suite_means_all_of_its_tasks_and_a_number_one_of_them():
@@ -79,7 +79,7 @@ def other_package(monkeypatch, tmp_path):
 
 
 def test_other_packages_find_their_files_without_a_question(other_package):
-    simulator._set_paths()
+    scene.set_paths()
     lines = (Path(os.environ["LIBERO_CONFIG_PATH"]) / "config.yaml").read_text().splitlines()
     assert f'bddl_files: "{other_package}/libero/bddl_files"' in lines
     assert Path(os.environ["LIBERO_CONFIG_PATH"]).parent == other_package.parent / "caches/libero"
@@ -94,6 +94,6 @@ def test_other_packages_find_their_files_without_a_question(other_package):
 
 def test_what_the_user_says_of_their_files_is_left_alone(other_package, monkeypatch):
     monkeypatch.setenv("LIBERO_CONFIG_PATH", "/somewhere")
-    simulator._set_paths()
+    scene.set_paths()
     assert os.environ["LIBERO_CONFIG_PATH"] == "/somewhere"
     assert not (other_package.parent / "caches").exists()

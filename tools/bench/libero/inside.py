@@ -23,7 +23,8 @@ from asyncflow.config.libero import ARM_KEYS, CAMERAS, list_tasks
 from asyncflow.config.observations import Field
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.config.task_table import Task
-from asyncflow.simulators.libero.simulator import LiberoSimulator, import_libero
+from asyncflow.simulators.libero.scene import import_libero
+from asyncflow.simulators.libero.simulator import LiberoSimulator
 from asyncflow.simulators.robosuite.simulator import quiet
 
 SIZE, CHUNK = 256, 10  # pixels, and env steps of a chunk, as published policies have them
