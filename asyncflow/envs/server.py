@@ -166,7 +166,8 @@ def explain_end(server: Server) -> str:
     code, said = server.find_end()
     interpreter = server.interpreter
     if said:
-        return f"env.python: {said}"
+        mends = interpreter.kind is None or "; run: " in said
+        return f"env.python: {said}" + ("" if mends else f"; run: asyncflow envs install {interpreter.kind}")
     return f"env.python = {interpreter.executable}: it ended {describe_exit(code)} {_describe_moment(interpreter)}"
 
 

@@ -190,6 +190,17 @@ def test_an_interpreter_that_is_there_is_checked_before_it_is_remembered(tmp_pat
     assert remembered("gym") == sys.executable
 
 
+def test_a_python_that_is_too_old_is_told_the_command_that_makes_another(tmp_path):
+    old = tmp_path / "python"
+    said = "old (Python 3.6) is too old to simulate"
+    old.write_text(f"#!{sys.executable}\nimport os, sys\nos.write(int(sys.argv[2]), b'{said}')\nsys.exit(1)\n")
+    old.chmod(0o755)
+    with pytest.raises(
+        ConfigError, match=r"^env.python: old .* is too old to simulate; run: asyncflow envs install gym$"
+    ):
+        make_vec_env(EnvConfig(task="gym:Pendulum-v1", python=str(old)), 1, 1, 0)
+
+
 def test_an_unknown_kind_is_one_line(capsys):
     assert cli.run(["envs", "check", "isaac"]) == 2
     assert "isaac: no kind of simulators; kinds: robosuite, gym" in capsys.readouterr().err
