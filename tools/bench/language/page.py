@@ -117,5 +117,6 @@ it lacks is which goal is meant, so that half of its episodes can succeed at mos
 so that both modes give the same curves. Thin lines are seeds, thick ones their mean, the dotted line is one half.
 """
 NOTES = """Every run evaluates itself every ten updates on 200 episodes, 100 of each task, without exploration and on
-start states that training never sees. The data are in [`data/language/`](data/language), a file a run.
+start states that training never sees. A seed that ends as low as the control has not learned to reach either goal. The
+data are in [`data/language/`](data/language), a file a run.
 """
