@@ -9,7 +9,9 @@ Shapes: N environments, n of them addressed by one call, H executed actions of a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from tensordict import TensorDict
@@ -113,6 +115,7 @@ class VecEnv(ABC):
     num_envs: int
     n_action_steps: int | None = None  # actions of a chunk, H; None where the environments do not say
     notices: tuple[str, ...] = ()  # what a run shows when it starts
+    versions: Mapping[str, str] = MappingProxyType({})  # of Python and packages that simulate, where that is known
     origin: EnvOrigin | None = None  # what builds them again; None for environments of a user's own
 
     @property

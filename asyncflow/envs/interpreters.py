@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -42,7 +42,7 @@ class Built(NamedTuple):
     """
 
     python: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
     task: str
     wall_s: float
 
@@ -84,7 +84,7 @@ def _last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2]
 
 
-def _check_versions(kind: str, versions: dict[str, str], python: str) -> None:
+def _check_versions(kind: str, versions: Mapping[str, str], python: str) -> None:
     wanted = KINDS[kind]
     found = versions.get(wanted.package)
     if found is not None and not re.match(wanted.version, found):

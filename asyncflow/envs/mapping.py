@@ -100,6 +100,7 @@ class MappedVecEnv(VecEnv):
     def __init__(self, env: VecEnv, mapping: NameMapping) -> None:
         """Take over environments, which nobody else uses from now on."""
         self.env, self.num_envs, self.spec, self.notices = env, env.num_envs, mapping.spec, env.notices
+        self.versions = env.versions
         self.n_action_steps, self.origin = env.n_action_steps, env.origin
         self.mapping = mapping
 

@@ -95,15 +95,11 @@ class WorkerVecEnv(VecEnv, AbstractContextManager["WorkerVecEnv"]):
         self._setup = WorkerSetup(packed, self._board, seed, interpreter)
         try:
             specs, self.notices = self._start_workers(min(num_envs, config.num_workers or len(os.sched_getaffinity(0))))
+            self.versions = self._workers[0].versions
             self.spec = specs[0] if len(specs) == 1 else join_tasks(specs, list(factories))
         except BaseException:
             self.close()
             raise
-
-    @property
-    def versions(self) -> dict[str, str]:
-        """The versions of Python and of the packages that simulate, by name; until `close`."""
-        return self._workers[0].versions
 
     def reset(self, seed: int, journal: EpisodeJournal | None = None) -> TensorDict:
         """Start episode 0 of every environment, or rebuild a journal's open episodes; waits for all workers.

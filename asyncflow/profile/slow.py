@@ -149,6 +149,7 @@ class SlowVecEnv(VecEnv):
     def __init__(self, env: VecEnv, latency: Latency, count: RolloutCount) -> None:
         """Take over environments, which nobody else uses from now on but for `interrupt` and `close`."""
         self.env, self.num_envs, self.spec, self.notices = env, env.num_envs, env.spec, env.notices
+        self.versions = env.versions
         self._latency, self._count, self._free_at = latency, count, 0.0
 
     @property

@@ -14,6 +14,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,27 @@ def changed_versions(folder: Path) -> list[str]:
     now = describe_versions()
     # Older runs did not note their processor.
     return [f"{name} was {before[name]}, is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+
+
+def note_simulators(folder: Path, versions: Mapping[str, str]) -> list[str]:
+    """Add to `versions.json` what simulates; return, a line each, which versions are not those of the run's beginning.
+
+    Args:
+        folder: The run folder.
+        versions: As `VecEnv.versions`.
+    """
+    path = folder / "versions.json"
+    try:
+        before = _VERSIONS.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return []  # `changed_versions` says so
+    now = {f"simulators.{name}": version for name, version in versions.items()}
+    noted = {name: version for name, version in before.items() if name.startswith("simulators.")}
+    if not noted:
+        write_atomically(path, json.dumps(before | now, indent=2).encode())
+        return []
+    found = {name: (noted.get(name, "not there"), now.get(name, "not there")) for name in sorted(noted | now)}
+    return [f"{name} was {was}, is {now_is}" for name, (was, now_is) in found.items() if was != now_is]
 
 
 def _version(package: str) -> str:

@@ -26,7 +26,14 @@ from asyncflow.run.checkpoint import (
     list_checkpoints,
     point_at,
 )
-from asyncflow.run.folder import changed_versions, create_run_folder, lock_run_folder, tell_removed, write_config
+from asyncflow.run.folder import (
+    changed_versions,
+    create_run_folder,
+    lock_run_folder,
+    note_simulators,
+    tell_removed,
+    write_config,
+)
 from asyncflow.run.parts import tell_environment
 from asyncflow.run.progress import Limits, Progress
 from asyncflow.run.recorded import RecordedRun
@@ -56,6 +63,7 @@ def train(
         trainer, eval_env = _build(stack, config)
         folder, descriptor = create_run_folder(folder, config)
         stack.callback(os.close, descriptor)
+        note_simulators(folder, trainer.env.versions)
         _announce(trainer, config, folder, reporter)
         return _run(stack, RecordedRun(trainer, eval_env, config, folder, reporter=reporter), on_built)
 
@@ -98,6 +106,8 @@ def resume(
         for change in changed_versions(folder):
             reporter.notice(f"since this run began, {change}: it may differ from an uncut one")
         trainer, eval_env = _build(stack, config, checkpoint)
+        for change in note_simulators(folder, trainer.env.versions):
+            reporter.notice(f"since this run began, {change}: it may differ from an uncut one")
         _announce(trainer, config, folder, reporter)
         if checkpoint is not None:
             _tell_risen_step_size(config, checkpoint, trainer, reporter)

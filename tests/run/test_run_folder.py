@@ -18,6 +18,7 @@ from asyncflow.run.folder import (
     describe_versions,
     lock_run_folder,
     name_run_folder,
+    note_simulators,
     resume_config,
 )
 
@@ -27,6 +28,15 @@ def folder(tmp_path):
     config = load_config("toy", {"logging.out": str(tmp_path / "run")})
     os.close(create_run_folder(name_run_folder(config), config)[1])
     return tmp_path / "run"
+
+
+def test_another_version_of_what_simulates_is_told(tmp_path):
+    (tmp_path / "versions.json").write_text('{"python": "3.11.7"}')
+    assert note_simulators(tmp_path, {"python": "3.8.1", "robosuite": "1.4.1"}) == []
+    assert note_simulators(tmp_path, {"python": "3.8.1", "robosuite": "1.4.1"}) == []
+    assert note_simulators(tmp_path, {"python": "3.8.1", "robosuite": "1.5.2"}) == [
+        "simulators.robosuite was 1.4.1, is 1.5.2"
+    ]
 
 
 def test_a_folder_that_holds_a_run_is_refused(folder):

@@ -17,7 +17,7 @@ class InlineWorker:
     """It obeys at once, in the process of the test. After its death or an exception it answers nothing more."""
 
     def __init__(self, index, env_ids, setup, waker):
-        self.index, self.env_ids = index, env_ids
+        self.index, self.env_ids, self.versions = index, env_ids, {}
         self._setup, self._runners, self._answers, self._failure = setup, {}, {}, None
         self._attempt("ready", self._construct)
 
