@@ -104,5 +104,5 @@ def test_every_worker_has_a_lane_and_memory(monkeypatch):
     monkeypatch.setattr(parts, "make_vec_env", simulators(HarmlessSimulator))
     leg = run_leg(toy(**{"env.num_workers": 2}), "vla", WINDOW)
     assert {span.lane for span in leg.spans} == {"collector", "trainer", "worker 0", "worker 1"}
-    assert leg.memory.workers_bytes > 50e6
+    assert leg.memory.workers_bytes > 20e6  # what two forked workers and their server do not share with others
     assert 0 < sum(leg.samples["env"]) <= sum(leg.samples["collect"])
