@@ -158,13 +158,11 @@ def start_worker(interpreter: Interpreter, board: int) -> tuple[Server, Channel]
         server = _servers[interpreter] = Server(interpreter)
         with contextlib.suppress(ConnectionError):
             return server, server.start_worker(board)
-    raise ConfigError(explain_end(server))
+    raise ConfigError(explain_end(interpreter, *server.find_end()))
 
 
-def explain_end(server: Server) -> str:
-    """Return in one line why an interpreter ended before it could simulate."""
-    code, said = server.find_end()
-    interpreter = server.interpreter
+def explain_end(interpreter: Interpreter, code: int | None, said: str) -> str:
+    """Return in one line why an interpreter ended before it could simulate; of its end as `Server.find_end` says."""
     if said:
         mends = interpreter.kind is None or "; run: " in said
         return f"env.python: {said}" + ("" if mends else f"; run: asyncflow envs install {interpreter.kind}")

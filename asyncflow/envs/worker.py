@@ -228,12 +228,16 @@ class Worker:
         return message
 
     def _explain_death(self) -> Exception:
+        """Return what the process's end is: a user's mistake, or, as where the system lacks memory, a failure."""
+        interpreter, killed = self._server.interpreter, -signal.SIGKILL
         if self.process is None and self._exit_code is None:  # its server ended before it could start it
-            return ConfigError(explain_end(self._server))
+            code, said = self._server.find_end()
+            if code != killed:
+                return ConfigError(explain_end(interpreter, code, said))
         self.process = None
-        if self._importing and self._exit_code is not None:
+        if self._importing and self._exit_code not in (None, killed):
             ended = f"it ended {describe_exit(self._exit_code)} while it imported {self._importing}"
-            return ConfigError(f"env.python = {self._server.interpreter.executable}: {ended}")
+            return ConfigError(f"env.python = {interpreter.executable}: {ended}")
         how = "its server" if self._exit_code is None else f"exit code {self._exit_code}"
         return WorkerFailure("died", f"{self.name} died with {how}")
 

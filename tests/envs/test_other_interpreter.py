@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_simulator import DIE
 from worker_cases import SEED, H, N, command, is_running, left_behind, process_of, run, tensors
 
 from asyncflow.config.sections import EnvConfig
+from asyncflow.envs import worker
 from asyncflow.envs.worker import Recipe
 from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ConfigError
@@ -116,9 +118,9 @@ def test_faults_there_are_survived_like_those_here(bare):
             assert [fault.kind for fault in result.faults] == [kind]
             assert result.broken.all()
         assert not run(env, torch.zeros(2, H, 6)).broken.any()
-        worker = process_of(env)
+        process = process_of(env)
     assert left_behind()[0] == before
-    assert not Path(f"/proc/{worker}").exists()
+    assert not Path(f"/proc/{process}").exists()
 
 
 def test_a_server_that_dies_takes_its_workers_along_and_another_takes_its_place(bare):
@@ -133,6 +135,28 @@ def test_a_server_that_dies_takes_its_workers_along_and_another_takes_its_place(
         assert not is_running(before)
         assert not run(env, torch.zeros(2, H, 6)).broken.any()
         assert env._workers[0]._server.process != server
+
+
+def test_a_server_that_is_killed_before_it_has_started_a_worker_is_another_restart(bare, monkeypatch):
+    """As by a system without memory: no setting is to blame, so that the run goes on."""
+    asked = []
+
+    def start_worker(interpreter, board):
+        if not asked:
+            os.kill(server, signal.SIGSTOP)  # it is asked, and does not answer
+        answer = asked.append(server) or start(interpreter, board)
+        if len(asked) == 1:
+            os.kill(server, signal.SIGKILL)
+        return answer
+
+    with make(bare, num_workers=1, num_envs=2) as env:
+        env.reset(SEED)
+        server, start = env._workers[0]._server.process, worker.start_worker
+        monkeypatch.setattr(worker, "start_worker", start_worker)
+        faults = run(env, command(DIE, env=0)).faults
+        assert [fault.kind for fault in faults] == ["died", "died"]
+        assert "died with its server" in faults[1].message
+        assert not run(env, torch.zeros(2, H, 6)).broken.any()
 
 
 def test_a_journal_of_here_is_rebuilt_there(bare):
