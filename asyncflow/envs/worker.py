@@ -147,8 +147,10 @@ class Worker:
         self._keys: dict[int, Any] = {0: "ready"}  # number of a message -> what it is received under
         self._answers: dict[Any, Any] = {}
         self._server, self._channel = start_worker(setup.interpreter, setup.board.memory.descriptor)
-        with contextlib.suppress(OSError):  # it is refused; `receive` says why
+        self._channel.socket.settimeout(_START_TIMEOUT_S)  # an interpreter that hangs reads nothing
+        with contextlib.suppress(OSError):  # it is refused, or that; `receive` says why
             self._channel.send(setup.message(env_ids))
+        self._channel.socket.settimeout(None)
 
     def wait_ready(self) -> tuple[dict[int, EnvSpec], list[str]]:
         """Wait until the simulators are constructed, or raise as `receive`; then `versions` are known.

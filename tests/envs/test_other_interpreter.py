@@ -17,7 +17,7 @@ from asyncflow.config.sections import EnvConfig
 from asyncflow.envs import worker
 from asyncflow.envs.worker import Recipe
 from asyncflow.envs.workers import WorkerVecEnv
-from asyncflow.errors import ConfigError
+from asyncflow.errors import ConfigError, EnvError
 from tools.stress.bare_python import make_bare_python
 
 FAKE = Path(__file__).parents[1] / "support/fake_simulator.py"
@@ -157,6 +157,16 @@ def test_a_server_that_is_killed_before_it_has_started_a_worker_is_another_resta
         assert [fault.kind for fault in faults] == ["died", "died"]
         assert "died with its server" in faults[1].message
         assert not run(env, torch.zeros(2, H, 6)).broken.any()
+
+
+def test_an_interpreter_that_hangs_is_given_up_though_it_was_to_be_sent_megabytes(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 20\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(worker, "_START_TIMEOUT_S", 0.5)
+    recipe = Recipe("elsewhere:FakeSimulator", {"weights": "0" * 2**20})
+    with pytest.raises(EnvError, match=r"^worker 0 .* was silent for 0\.5 s \(the time to construct one simulator\)$"):
+        WorkerVecEnv(recipe, EnvConfig(python=str(python), num_workers=1), 1, H, SEED)
 
 
 def test_a_journal_of_here_is_rebuilt_there(bare):

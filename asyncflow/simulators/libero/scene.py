@@ -15,11 +15,10 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Iterator
 
-import numpy as np
-
 from asyncflow.caches import cache_folder, prepare_caches
 from asyncflow.config.libero import find_benchmark
 from asyncflow.errors import ConfigError
+from asyncflow.files import write_atomically
 from asyncflow.simulators.imports import explain_import
 from asyncflow.simulators.robosuite.cameras import import_robosuite
 from asyncflow.simulators.robosuite.simulator import quiet
@@ -64,8 +63,7 @@ def set_paths() -> None:
     lines = [
         f"{key}: {json.dumps(str(root / place))}\n" for key, place in {**places, "datasets": "../datasets"}.items()
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("".join(lines))
+    write_atomically(folder / "config.yaml", "".join(lines).encode())  # other processes read it all the time
 
 
 def build_env(bddl_file: str) -> tuple[Any, dict[str, NDArray[Any]]]:
@@ -131,14 +129,3 @@ def name_package() -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{name} {importlib.metadata.version(name)}"
     return "libero"
-
-
-@contextlib.contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Let numpy's global generator, from which robosuite 1.4 and LIBERO draw, begin at a seed, and put it back."""
-    saved = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        np.random.set_state(saved)

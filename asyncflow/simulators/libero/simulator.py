@@ -20,8 +20,9 @@ from asyncflow.config.libero import DEFAULTS, LiberoTask, list_tasks
 from asyncflow.config.observations import IMAGES, STATE
 from asyncflow.config.simulator_settings import SimulatorSettings
 from asyncflow.errors import ConfigError
-from asyncflow.simulators.libero.scene import build_env, drawing_from, import_libero, name_package
+from asyncflow.simulators.libero.scene import build_env, import_libero, name_package
 from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl
+from asyncflow.simulators.robosuite.robosuite14 import drawing_from
 from asyncflow.simulators.robosuite.simulator import quiet
 from asyncflow.simulators.spec import EnvSpec
 
