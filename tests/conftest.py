@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from absent_peers import stand_in
+from command_line import CommandLine
 from silent import LIFT_VLA, record, start
 
 from asyncflow import cli
@@ -22,7 +23,6 @@ from asyncflow import cli
 collect_ignore = [] if any(importlib.metadata.distributions(name="lerobot")) else ["lerobot"]
 
 REPOSITORY = Path(__file__).parent.parent
-CommandLine = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=_error_output(),  # what an interpreter prints when it starts is no part of the output
                 pass_fds=[theirs.fileno()],
-                env=_environment(interpreter),
+                env=make_environment(interpreter),
             )
         except OSError as error:
             control.close()
@@ -204,21 +204,19 @@ def running_servers() -> list[int]:
 
 def running_workers() -> list[int]:
     """Return the processes of this process's workers, as Linux lists them."""
-    lists = [Path(f"/proc/{server}/task/{server}/children").read_text() for server in running_servers()]
-    return [int(process) for each in lists for process in each.split()]
+    found: list[int] = []
+    for server in running_servers():
+        with contextlib.suppress(OSError):  # it has just ended
+            found += map(int, Path(f"/proc/{server}/task/{server}/children").read_text().split())
+    return found
 
 
-def _environment(interpreter: Interpreter) -> dict[str, str]:
-    """Return the variables of a server: one thread for each numeric library."""
+def make_environment(interpreter: Interpreter) -> dict[str, str]:
+    """Return the variables of a server or a worker: those of this process, with one thread for each library."""
     variables = {**os.environ, **dict.fromkeys(_NUM_THREADS, "1")}
     if interpreter.python is not None:
         variables = {name: value for name, value in variables.items() if name not in _OTHER_PYTHON}
     return variables
-
-
-def worker_environment() -> dict[str, str]:
-    """Return the variables of a worker: those that this process has now, with one thread for each library."""
-    return {**os.environ, **dict.fromkeys(_NUM_THREADS, "1")}
 
 
 @atexit.register

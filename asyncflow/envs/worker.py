@@ -22,7 +22,7 @@ import cloudpickle
 
 from asyncflow.envs.base import EnvInterrupted
 from asyncflow.envs.chunks import ChunkBoard
-from asyncflow.envs.server import Interpreter, describe_exit, explain_end, start_worker, worker_environment
+from asyncflow.envs.server import Interpreter, describe_exit, explain_end, make_environment, start_worker
 from asyncflow.errors import ConfigError, ContractError, EnvError
 from asyncflow.simulators.base import Simulator
 from asyncflow.simulators.spec import EnvSpec
@@ -112,7 +112,7 @@ class WorkerSetup:
             "board": self.board.memory.plan.to_json(),
             "seed": self.seed,
             "env_ids": [env_ids.start, env_ids.stop],
-            "environment": worker_environment(),
+            "environment": make_environment(self.interpreter),
             "folder": os.getcwd(),
             **self.interpreter.search_path(),
         }
@@ -220,7 +220,10 @@ class Worker:
         return self._take()
 
     def _take(self) -> Any:
-        message = self._channel.take()
+        try:
+            message = self._channel.take()
+        except ValueError:  # it was killed while it wrote, and its server's last message follows what it had written
+            raise self._explain_death() from None
         if message["kind"] == "started":
             self.process = message["process"]
         elif message["kind"] in ("importing", "imported"):
@@ -245,8 +248,9 @@ class Worker:
 
     def dismiss(self) -> None:
         """Close the channel, at which the process leaves after the chunk under way; never waits."""
-        with contextlib.suppress(OSError):
-            self._channel.socket.shutdown(socket.SHUT_WR)
+        if self._server.owner == os.getpid():  # a fork of this process only lets go of what it inherited
+            with contextlib.suppress(OSError):
+                self._channel.socket.shutdown(socket.SHUT_WR)
 
     def kill(self) -> None:
         """End the process at once, unless it has ended."""
@@ -259,7 +263,7 @@ class Worker:
         if self._channel.fileno() < 0:
             return
         self.dismiss()
-        if not self._wait_for_end(deadline):
+        if self._server.owner == os.getpid() and not self._wait_for_end(deadline):
             self.kill()
             self._wait_for_end(time.monotonic() + _JOIN_TIMEOUT_S)
         self._channel.close()
@@ -273,7 +277,7 @@ class Worker:
                 self._channel.read()
                 while self._channel.has_message:
                     self._take()
-        except EOFError:
+        except (EOFError, WorkerFailure):
             self.process = None
         return True
 

@@ -117,8 +117,11 @@ class _Server:
             return False
         if not byte:
             return False
-        ((_, _, packed),) = ancillary
-        descriptor, board = _TWO_DESCRIPTORS.unpack(packed)
+        if not ancillary or len(ancillary[0][2]) < _TWO_DESCRIPTORS.size:
+            return True  # this process may have no more descriptors; the parent sees its request's end
+        descriptor, board = _TWO_DESCRIPTORS.unpack(ancillary[0][2])
+        for each in (descriptor, board):
+            os.set_inheritable(each, False)  # or programs that simulators start would keep them
         channel = Channel(socket.socket(fileno=descriptor))
         if self._problem is not None:
             with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ import torch
 from tensordict import TensorDict
 
 from asyncflow.config.policy import MappingConfig
+from asyncflow.config.tasks import TOY_IMAGES
 from asyncflow.envs.mapping import MappedVecEnv, NameMapping, map_names
 from asyncflow.envs.toy import ToyVecEnv
 from asyncflow.run.evaluate import evaluate
@@ -23,7 +24,7 @@ class RecordingToy(ToyVecEnv):
     """Remembers the chunks that it was given, and whether it was closed."""
 
     def __init__(self):
-        super().__init__(N, H, has_camera=True)
+        super().__init__(N, H, tasks=[TOY_IMAGES])
         self.chunks, self.is_closed = [], False
 
     def step_async(self, actions, env_ids):

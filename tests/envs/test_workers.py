@@ -51,6 +51,7 @@ from asyncflow.envs.workers import WorkerVecEnv
 from asyncflow.errors import ContractError, EnvError
 from asyncflow.signals import ENDING_SIGNALS
 from asyncflow.simulators import worker as simulating
+from asyncflow.simulators.messages import Channel
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +313,32 @@ def test_close_in_the_middle_of_a_chunk_leaves_neither_process_nor_shared_memory
     assert left_behind() == before
     with pytest.raises(EnvError, match="closed"):
         vec_env.reset(SEED)
+
+
+def test_a_fork_that_closes_what_it_inherited_leaves_the_workers_to_the_parent():
+    with make(1, num_envs=2) as vec_env:
+        vec_env.reset(SEED)
+        if (fork := os.fork()) == 0:
+            vec_env.close()
+            os._exit(0)
+        os.waitpid(fork, 0)
+        assert run_idle(vec_env).faults == ()
+
+
+def test_what_was_half_written_when_a_worker_was_killed_is_its_death(monkeypatch):
+    with make(1, num_envs=2, max_restarts=1) as vec_env:
+        vec_env.reset(SEED)
+        real, taken = Channel.take, []
+
+        def take(self):
+            message = real(self)
+            taken.append(message)
+            if len(taken) == 1:
+                raise ValueError("not JSON")
+            return message
+
+        monkeypatch.setattr(Channel, "take", take)
+        assert [fault.kind for fault in run_idle(vec_env).faults] == ["died"]
 
 
 def test_close_ends_a_worker_that_is_stopped(short_farewell):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CommandLine
+from command_line import CommandLine
 from silent import LIFT, TOY, outcome, start
 
 from asyncflow.config.presets import load_config
