@@ -372,8 +372,9 @@ def _describe_env(config: Config) -> str:
 
 
 def _describe_mode(config: Config) -> str:
+    overlap = "while training" if config.max_policy_lag else "and waits for each update"
     how = {
-        "vla": "asynchronous (vla): collects in a thread while training",
+        "vla": f"asynchronous (vla): collects in a thread {overlap}",
         "standard": "synchronous (standard): collects, then trains",
     }
     return f"{how[config.trainer.buffer_type]}, lag at most {config.max_policy_lag} ({config.buffer.lag_mode})"

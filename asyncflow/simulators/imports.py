@@ -20,10 +20,11 @@ def explain_import(error: BaseException, module: str) -> str:
         if error.name != package and is_there(package):
             found = f"its {package} {installed_version(package) or ''}".rstrip()
             return f"{who}: {found} has no module {error.name}; run: {how_to_install(package)}"
-        own = (
-            ", or if it is a file of yours set PYTHONPATH to its folder" if package == module.partition(".")[0] else ""
-        )
-        return f"{who} has no package {package}; run: {how_to_install(package)}{own}"
+        run = f"run: {how_to_install(package)}"
+        if package == module.partition(".")[0]:
+            named = "name it without .py, and " if module.endswith(".py") else ""
+            run = f"if it is a file of yours, {named}set PYTHONPATH to its folder; if it is a published package, {run}"
+        return f"{who} has no package {package}; {run}"
     package, is_installed = _find_culprit(error, module)
     said = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{who} cannot import {package}: {said}" + (f"; run: {how_to_install(package)}" if is_installed else "")

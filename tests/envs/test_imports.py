@@ -1,5 +1,6 @@
 """A package that cannot be imported is named in one line, with the command that mends it."""
 
+import importlib
 import re
 import sys
 
@@ -53,6 +54,14 @@ def test_a_part_that_an_older_version_lacks_names_the_version():
     with pytest.raises(ModuleNotFoundError) as info:
         import numpy.lacking  # noqa: F401, PLC0415
     assert "its numpy " in explain_import(info.value, "my_module")
+
+
+def test_a_file_of_ones_own_is_not_to_be_installed_first():
+    with pytest.raises(ModuleNotFoundError) as info:
+        importlib.import_module("absent_file.py")
+    line = explain_import(info.value, "absent_file.py")
+    assert "if it is a file of yours, name it without .py, and set PYTHONPATH" in line
+    assert line.index("file of yours") < line.index("pip install")
 
 
 def test_robosuite_that_is_missing_names_the_extra(monkeypatch):
