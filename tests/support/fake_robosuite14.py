@@ -41,7 +41,7 @@ class MujocoEnv:
         controller = types.SimpleNamespace(control_limits=(-np.ones(6),) * 2, input_min=-np.ones(6), use_delta=True)
         model = types.SimpleNamespace(naming_prefix="robot0_")
         self.robots = [types.SimpleNamespace(controller=controller, has_gripper=True, robot_model=model,
-                                             gripper=types.SimpleNamespace(dof=1))]
+                                             gripper=types.SimpleNamespace(dof=1, current_action=np.zeros(1)))]
         self.sim, self.size = None, np.random.rand()
 
     def reset(self):
@@ -49,7 +49,9 @@ class MujocoEnv:
         return self.observe()
 
     def step(self, action):
-        self.place[3] += float(np.sum(action))
+        (gripper,) = [robot.gripper for robot in self.robots]
+        self.place[3] += float(np.sum(action) + gripper.current_action[0])
+        gripper.current_action = np.array(action[-1:])  # which a soft reset keeps, as that of 1.4.0 does
         return self.observe(), 0.0, False, {}
 
     def observe(self):

@@ -50,6 +50,16 @@ def drawing_from(seed: int) -> Iterator[None]:
         random.setstate(own)
 
 
+def forget_grips(env: Any) -> None:
+    """Let grippers be as new: a soft reset of 1.4.0 keeps the last command, from which the next one moves on.
+
+    Later versions do so themselves.
+    """
+    for robot in env.robots:
+        for gripper in robot.gripper.values() if isinstance(robot.gripper, dict) else [robot.gripper]:
+            gripper.current_action = np.zeros(gripper.dof)
+
+
 def load_controller() -> Any:
     """Return robosuite's default controller of an arm."""
     from robosuite.controllers import load_controller_config  # noqa: PLC0415  seconds

@@ -29,6 +29,7 @@ from asyncflow.simulators.robosuite.cameras import Cameras, choose_gl, import_ro
 from asyncflow.simulators.robosuite.robosuite14 import (
     check_controllers,
     drawing_from,
+    forget_grips,
     is_robosuite_14,
     load_controller,
     read_action_limits,
@@ -116,7 +117,9 @@ class RobosuiteSimulator:
 
     def reset(self, seed: int) -> None:
         """Start the episode that belongs to `seed`."""
-        if not self._is_old:
+        if self._is_old:
+            forget_grips(self.env)
+        else:
             # Placement samplers hold the generator itself, so its state is replaced, not the object.
             self.env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
         self._raw_obs = self._draw(seed, self.env.reset)
