@@ -224,11 +224,11 @@ def _describe(task: str, horizon: int) -> EnvSpec:
 
 
 def _draw_two_goals(rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return a position near the middle and two goals around it, in directions that differ by 90 degrees or more."""
+    """Return a position in the middle and two goals around it, in directions that differ by 90 degrees or more."""
     angle = rng.uniform(0.0, 2 * np.pi)
     angles = np.array([angle, angle + rng.uniform(0.5 * np.pi, 1.5 * np.pi)])
-    goals = rng.uniform(0.5, 0.9, (2, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
-    return np.concatenate([rng.uniform(-0.2, 0.2, 2), goals.ravel()])
+    goals = rng.uniform(0.4, 0.7, (2, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.concatenate([rng.uniform(-0.1, 0.1, 2), goals.ravel()])
 
 
 def _is_at_goal(state: Tensor) -> Tensor:

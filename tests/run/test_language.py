@@ -13,10 +13,10 @@ def success_of(folder, **changes):
 
 @pytest.mark.slow
 def test_the_tiny_vla_learns_from_scratch_to_do_what_it_is_told(tmp_path):
-    assert success_of(tmp_path / "run") >= 0.8
+    assert success_of(tmp_path / "run") >= 0.9
 
 
 @pytest.mark.slow
 def test_without_the_instruction_it_cannot(tmp_path):
-    """A goal chosen without it is the right one in half of the episodes at most."""
-    assert success_of(tmp_path / "run", **{"policy.vla.instruction": "go"}) <= 0.65
+    """Either goal ends the episode: without it the right one is reached in half of them at best."""
+    assert success_of(tmp_path / "run", **{"policy.vla.instruction": "go"}) <= 0.6

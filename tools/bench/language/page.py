@@ -18,7 +18,7 @@ TOLD, UNTOLD = "told", "untold"
 CONDITIONS = {TOLD: [], UNTOLD: [write_override("policy.vla.instruction", "go")]}
 NAMES = {TOLD: "with the instruction", UNTOLD: "without it"}
 COLOURS = {TOLD: "#0072B2", UNTOLD: "#D55E00"}  # Okabe and Ito's, which colour-blind readers can tell apart
-LEARNED, CHANCE = 0.8, 0.65  # a goal chosen without the instruction is the right one in half of the episodes
+LEARNED, CHANCE = 0.9, 0.6  # either goal ends the episode: without the instruction, half of them succeed at best
 
 Record = dict[str, Any]
 
@@ -111,12 +111,16 @@ def write_page(records: Sequence[Record]) -> None:
 INTRODUCTION = """![Success over env steps, with the instruction and without](language.png)
 
 `toy_language` shows a position and two goals, in one picture and in one state. The instruction says which goal to
-reach; the other one ends the episode without success. Environments are spread over both tasks. The tiny VLA starts
-from scratch. The control is the same run with one instruction for both tasks (`policy.vla.instruction=go`): all that
-it lacks is which goal is meant, so that half of its episodes can succeed at most. Both train on fresh data (lag 0),
-so that both modes give the same curves. Thin lines are seeds, thick ones their mean, the dotted line is one half.
+reach. Reaching either goal ends the episode, and only the right one is a success (reward 1). Every step is also paid
+by how much nearer to the right goal it leads. Environments are spread over both tasks. The tiny VLA starts from
+scratch.
+
+The control is the same run with one instruction for both tasks (`policy.vla.instruction=go`): all that it lacks is
+which goal is meant. The best that it can do is to go to either goal, which succeeds in half of the episodes. Both train
+on fresh data (lag 0), so that both modes give the same curves. Thin lines are seeds, thick ones their mean, the dotted
+line is one half.
 """
 NOTES = """Every run evaluates itself every ten updates on 200 episodes, 100 of each task, without exploration and on
-start states that training never sees. A seed that ends as low as the control has not learned to reach either goal. The
-data are in [`data/language/`](data/language), a file a run.
+start states that training never sees. The preset was tuned on other seeds than these. The data are in
+[`data/language/`](data/language), a file a run.
 """
