@@ -48,16 +48,18 @@ def find_task(name: str) -> Task:
     """Return a simulated task by its name.
 
     Raises:
-        ConfigError: There is none of this name; the message names the nearest and all of them.
+        ConfigError: There is none of this name; the message names the nearest.
     """
     if own_name(name) in KNOWN:
         return KNOWN[own_name(name)]
     by_folded = {known.casefold(): known for known in [*BY_ENV_NAME, *task_names()]}
-    near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.6)
     hint = f"; did you mean {' or '.join(by_folded[match] for match in near)}?" if near else ";"
     if re.search(r"-v\d+$", name):  # as gymnasium names versions
         hint = f"; did you mean gym:{name}?"
-    raise ConfigError(f"env.task = {name!r} is not a task{hint} tasks: {', '.join(task_names())}")
+    raise ConfigError(
+        f"env.task = {name!r} is not a task{hint} `asyncflow tasks` lists them; your own simulator is module:Class"
+    )
 
 
 def name_of_env(env_meta: Any) -> str:

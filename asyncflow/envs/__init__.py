@@ -46,6 +46,8 @@ def make_vec_env(config: EnvConfig, chunk_length: int, num_envs: int, seed: int)
     if all(task in TOYS for task in tasks):
         from asyncflow.envs.toy import ToyVecEnv  # noqa: PLC0415  keeps torch out of the package's import
 
+        if config.python is not None:
+            raise ConfigError(f"env.python = {config.python}: {', '.join(tasks)} is simulated here; leave it out")
         return ToyVecEnv(num_envs, chunk_length, config.horizon, list(tasks))
     from asyncflow.envs.workers import WorkerVecEnv  # noqa: PLC0415
 

@@ -49,8 +49,12 @@ def choose_preset(values: dict[str, Any]) -> str | None:
     if task not in task_names() and not values.get("env.tasks"):
         find_task(task)  # which says what is near
     if "policy.checkpoint" not in values:
+        tasks = values.get("env.tasks")
+        if tasks and (twice := [name for name in tasks if tasks.count(name) > 1]):
+            raise ConfigError(f"env.tasks = {tasks} names {twice[0]} twice")
+        key = f"env.tasks = {tasks}" if tasks else f"env.task = {task!r}"
         raise ConfigError(
-            f"env.task = {task!r}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "
+            f"{key}: no preset and no shipped weights; give --checkpoint (`asyncflow pretrain` writes "
             "one), --config, or policy.checkpoint=null to start from scratch"
         )
     return None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 
+from asyncflow.config.contracts import check_callable
 from asyncflow.config.interpreters import installed_version
 from asyncflow.errors import AsyncflowError, ConfigError
 from asyncflow.seeding import derive_seed
@@ -125,19 +126,23 @@ def find_factory(factory: dict[str, Any]) -> Callable[[int], Simulator]:
     """Return what makes a simulator from a seed: `module:name` with arguments, or a function that was sent along.
 
     Raises:
-        ConfigError: This interpreter cannot import it.
+        ConfigError: This interpreter cannot import it, or what it names cannot be called with a seed.
     """
     if "pickle" in factory:  # of the parent's own, under the parent's own interpreter
         made: Callable[[int], Simulator] = pickle.loads(base64.b64decode(factory["pickle"]))
         return made
     module, _, name = factory["target"].partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except AsyncflowError:
         raise
     except BaseException as error:  # whatever a module raises that is imported, `SystemExit` included
         raise ConfigError(explain_import(error, module)) from error
-    return partial(found, **factory["arguments"])
+    if not hasattr(found, name):
+        raise ConfigError(f"{factory['target']}: {module} has no {name}")
+    make_simulator = partial(getattr(found, name), **factory["arguments"])
+    check_callable(make_simulator, f"{factory['target']}, which is given a seed,", (0,))
+    return make_simulator
 
 
 def list_versions() -> dict[str, str]:

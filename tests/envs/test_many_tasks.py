@@ -131,3 +131,8 @@ def test_impossible_lists_of_tasks_are_refused(env, message):
 def test_an_evaluation_has_an_episode_for_every_task():
     with pytest.raises(ConfigError, match=r"trainer\.eval_episodes = 1 must be at least 2"):
         validate({"env": {"tasks": TASKS}, "trainer": {"eval_episodes": 1}})
+
+
+def test_a_toy_has_no_other_interpreter():
+    with pytest.raises(ConfigError, match=r"^env.python = /there: Toy is simulated here; leave it out"):
+        make_vec_env(EnvConfig(task="Toy", python="/there"), 2, 2, 0)

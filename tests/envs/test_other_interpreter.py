@@ -222,6 +222,20 @@ def test_a_missing_package_is_named_with_what_installs_it(bare):
         make(bare, "missing.simulators:Reach")
 
 
+WITHOUT = {
+    "a name": ("elsewhere:Missing", r"^elsewhere:Missing: elsewhere has no Missing$"),
+    "a seed": ("seedless:Seedless", r"^seedless:Seedless, which is given a seed,.* cannot be called with 1 argument"),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT)
+def test_what_cannot_make_a_simulator_is_one_line(bare, folder_of_simulators, what):
+    (folder_of_simulators / "seedless.py").write_text("class Seedless:\n    def __init__(self):\n        pass\n")
+    target, complaint = WITHOUT[what]
+    with pytest.raises(ConfigError, match=complaint):
+        make(bare, target)
+
+
 def test_a_module_that_raises_is_one_line(bare, folder_of_simulators):
     (folder_of_simulators / "raising.py").write_text("raise RuntimeError('numpy is too new\\nfor this')")
     with pytest.raises(
