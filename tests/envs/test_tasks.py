@@ -13,7 +13,7 @@ from asyncflow.config import tasks
 from asyncflow.config.presets import load_config
 from asyncflow.config.sections import EnvConfig
 from asyncflow.config.task_table import TASKS
-from asyncflow.config.tasks import load_env_meta, resolve_task, task_names
+from asyncflow.config.tasks import load_env_meta, resolve_task
 from asyncflow.errors import ConfigError
 from asyncflow.run.start import choose_preset
 
@@ -27,13 +27,13 @@ def test_the_task_table_is_read_without_torch_or_a_simulator():
 
 
 @pytest.mark.parametrize(("name", "near"), [("lift", "Lift"), ("Lfit", "Lift"), ("Toolhang", "ToolHang")])
-def test_an_unknown_task_is_one_line_with_the_nearest_and_all_names(name, near):
+def test_an_unknown_task_is_one_line_with_the_nearest_name_and_where_all_are_listed(name, near):
     with pytest.raises(ConfigError) as error:
         resolve_task(EnvConfig(task=name))
     message = str(error.value)
     assert "\n" not in message
     assert f"did you mean {near}" in message
-    assert all(known in message for known in task_names())
+    assert "`asyncflow tasks` lists them" in message
 
 
 @pytest.mark.parametrize(("name", "own"), [("PickPlaceCan", "Can"), ("TwoArmTransport", "Transport"), ("Wipe", "Wipe")])
