@@ -16,7 +16,7 @@ from asyncflow.run.evaluate_file import evaluate_checkpoint
 from asyncflow.run.folder import name_tasks
 from asyncflow.run.launch import train
 
-LANGUAGE = TOY | {"env.horizon": 8, "trainer.total_updates": 3}
+LANGUAGE = TOY | {"env.horizon": 8, "trainer.total_updates": 3, "algorithm.lr_warmup_updates": 0}
 
 
 @pytest.mark.parametrize("kind", ["vla", "gaussian"])
