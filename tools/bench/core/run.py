@@ -19,11 +19,12 @@ from pathlib import Path
 
 from tools.bench.common.parts import FindingParts
 from tools.bench.common.records import choose_place
+from tools.bench.core.processes import bench_processes
 from tools.bench.core.ring import bench_ring
 from tools.bench.core.settings import Settings
 from tools.bench.core.workers import bench_workers
 
-CORE = FindingParts("core", "The core", {"workers": bench_workers, "ring": bench_ring})
+CORE = FindingParts("core", "The core", {"workers": bench_workers, "processes": bench_processes, "ring": bench_ring})
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -33,6 +33,7 @@ class Settings(PartSettings):
 
     DEPENDS: ClassVar = {
         "workers": ("repeats", "block_s", "seed"),
+        "processes": ("seed",),
         "ring": ("num_writes",),
         "tasks": ("tasks", "blocks", "steps", "seed"),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from tools.bench.core.settings import Settings
 
 NUM_ENVS, CHUNK_LENGTH, HORIZON = 16, 4, 120
 NUM_CHUNKS = 500  # drawn beforehand and repeated, so that drawing them takes no time
-MIN_WORKER_RATIO = 0.95
+MIN_WORKER_RATIO, MIN_ELSEWHERE_RATIO = 0.95, 0.98
 
 WORKERS_NOTE = (
     f"Workers: Lift, {NUM_ENVS} environments in {{cores}} processes, chunks of {CHUNK_LENGTH} random actions, warm-up "
@@ -35,7 +36,8 @@ WORKERS_NOTE = (
     "wrapper. With as many simulators, taken in turn as the workers do: {bare:.0f} env steps/s; the difference is the "
     "machinery (messages, observations, success, waiting for the slowest). With one simulator each: {single:.0f} env "
     f"steps/s; the caches then hold one simulator instead of several, which nothing that collects from {NUM_ENVS} "
-    "environments can have. Turns of {block_s:g} s: workers, fast, bare, single, and back."
+    "environments can have. Turns of {block_s:g} s: workers, fast, elsewhere, bare, single, and back. "
+    "Elsewhere: this interpreter once more, as `env.python`: a server of its own, simulators by their names."
 )
 
 
@@ -138,9 +140,13 @@ def step_workers(env: VecEnv, chunks: torch.Tensor, duration_s: float) -> float:
 
 
 def measure_workers(num_processes: int, repeats: int, block_s: float, seed: int) -> dict[str, list[float]]:
-    """Return env steps/s, two turns a repeat: `workers`, `fast` ones, as many `bare` simulators, `single` ones."""
+    """Return env steps/s, two turns a repeat.
+
+    Of `workers`, of `fast` ones, of those `elsewhere`, of as many `bare` simulators, and of `single` ones.
+    """
     config = EnvConfig(task="Lift", horizon=HORIZON, num_workers=num_processes, fast_step=False)
-    configs = {"workers": config, "fast": config.model_copy(update={"fast_step": True})}
+    fast = config.model_copy(update={"fast_step": True})
+    configs = {"workers": config, "fast": fast, "elsewhere": fast.model_copy(update={"python": sys.executable})}
     envs = {name: make_vec_env(each, CHUNK_LENGTH, NUM_ENVS, seed) for name, each in configs.items()}
     bare = BareProcesses(num_processes, seed)
     for env in envs.values():
@@ -169,9 +175,18 @@ def bench_workers(settings: Settings) -> Part:
         replace(
             compare(rates, "fast", "bare", "with `env.fast_step`, as many simulators"), target=REPORTED, is_met=True
         ),
+        compare_interpreters(rates),
     ]
     note = WORKERS_NOTE.format(cores=cores, block_s=settings.block_s, **means)
     return Part(findings, [note])
+
+
+def compare_interpreters(rates: dict[str, list[float]]) -> Finding:
+    """Return the rate of workers that `env.python` starts over that of the parent's own, turn by turn."""
+    ratios = [a / b for a, b in zip(rates["elsewhere"], rates["fast"], strict=True)]
+    what = "env steps/s of workers under another interpreter (`env.python`), with `env.fast_step`, over this one's"
+    is_met = statistics.mean(ratios) >= MIN_ELSEWHERE_RATIO
+    return Finding(what, with_range(ratios), f">= {MIN_ELSEWHERE_RATIO}", is_met)
 
 
 def compare(rates: dict[str, list[float]], ours: str, bare: str, meaning: str) -> Finding:
