@@ -134,6 +134,20 @@ def test_physics_that_are_not_lite_are_equal_bit_for_bit(task):
     env.close()
 
 
+def test_a_torque_that_is_no_number_stays_none(lift):
+    """A limit in its place would hide it, and robosuite sets none."""
+    commands = []
+    for step in (FastStep(lift.env).step, lift.env.step):
+        lift.reset(4)
+        lift.env.robots[0].part_controllers["right"].kp = np.full(6, np.nan)
+        step(np.zeros(7))
+        commands.append(lift.env.sim.data.ctrl.copy())
+    lift.reset(4)  # which builds new controllers
+    assert not np.isnan(lift.env.robots[0].part_controllers["right"].kp).any()
+    assert np.isnan(commands[1]).any()
+    assert np.array_equal(*commands, equal_nan=True)
+
+
 def test_substeps_are_compiled_where_numpy_brings_its_blas(lift):
     assert FastStep(lift.env)._compiled is not None
 

@@ -7,7 +7,7 @@ on as before.
 
 An error within MuJoCo ends the process, as it does in C; a worker is then replaced.
 
-Shapes: J joints of an arm, V degrees of freedom of the simulation.
+It is given the arrays that `OscLaw` has; their shapes are described there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ _GEMV_NAMES = ("scipy_cblas_dgemv64_", "cblas_dgemv64_")  # in numpy 2 and numpy
 
 
 class Functions(NamedTuple):
-    """Addresses of C functions."""
+    """Addresses of the C functions that are called.
+
+    Attributes:
+        step1: `mj_step1`.
+        step2: `mj_step2`.
+        jac_site: `mj_jacSite`.
+        full_mass: `mj_fullM`.
+        gemv: The `cblas_dgemv` that `numpy.dot` calls.
+    """
 
     step1: int
     step2: int
@@ -143,9 +151,7 @@ def _actuate(functions: Any, model: int, data: int, arm: Any) -> None:
     low, high = limits
     for i in range(num_joints):
         torque = (torques[i] + bias[i]) + joints[3, i]
-        torque = max(torque, low[i])
-        torque = min(torque, high[i])
-        ctrl[i] = torque
+        ctrl[i] = np.minimum(np.maximum(torque, low[i]), high[i])
 
 
 _actuate = jit_decorator(_actuate)
@@ -170,9 +176,9 @@ class Substeps:
 
         Args:
             functions: What is called.
-            model: MuJoCo's model, and
-            data: its data; both must outlive this.
-            arms: Whose goals are set by robosuite at the first substep.
+            model: MuJoCo's `MjModel`.
+            data: Its `MjData`.
+            arms: The laws of all arms, whose goals robosuite sets at the first substep.
         """
         self._keep = (model, data)
         self._arguments = (
