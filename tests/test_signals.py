@@ -77,29 +77,26 @@ def wait_for_line(process, beginning):
 
 
 class End(NamedTuple):
-    """How a command ended: its exit code, what it said, the processes and the shared memory that are left of it."""
+    """How a command ended: its exit code, what it said, and the processes that are left of it."""
 
     code: int
     output: str
     processes: list[int]
-    shared_memory: list[str]
 
     @property
     def is_clean(self):
-        return self.code == 130 and "Traceback" not in self.output and not self.processes and not self.shared_memory
+        return self.code == 130 and "Traceback" not in self.output and not self.processes
 
 
 def interrupt(process, number=signal.SIGINT, within_s=PATIENCE_S):
     """Send a signal as a terminal does, to the whole group, and wait until nobody can say more."""
-    names = {f"torch_{pid}" for pid in members(process.pid)}
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=within_s)  # workers, too, would keep the pipe open
-    left = [name for name in os.listdir("/dev/shm") if name.rsplit("_", 2)[0] in names]  # torch_PID_RANDOM_COUNT
-    return End(process.returncode, output, survivors(process.pid), left)
+    return End(process.returncode, output, survivors(process.pid))
 
 
 def survivors(group):
-    """Return the processes of a group that do not end; multiprocessing's own helper ends last, by itself."""
+    """Return the processes of a group that do not end."""
     for pid in members(group):
         with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid)) as ended:
             select.select([ended], [], [], PATIENCE_S / 4)
@@ -279,7 +276,7 @@ def test_the_second_signal_leaves_at_once_whatever_the_policy_does(hold_run, env
 
 @pytest.mark.sim
 @pytest.mark.parametrize("num_signals", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_neither_signal_leaves_a_process_or_shared_memory(launch, tmp_path, num_signals):
+def test_neither_signal_leaves_a_process(launch, tmp_path, num_signals):
     lift = ["train", "--task", "Lift", "--logger", "none", "trainer.eval_interval=0", *TWO_WORKERS, *ENDLESS]
     process = launch("-m", "asyncflow", *lift, "--out", str(tmp_path / "run"))
     wait_for_line(process, "update 1")
