@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -29,30 +29,8 @@ MAX_BROKEN = 10  # episodes that may break for each one that is asked for
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """Result of one of several tasks; the attributes are those of `EvalResult`.
-
-    Attributes:
-        name: The task's.
-        num_start_states: Start states that its episodes took in turn, in their order; 0: each drew its own.
-        num_broken: Episodes that were lost with a simulator or given up, and do not count.
-    """
-
-    name: str
-    num_episodes: int
-    num_successes: int
-    success_rate: float
-    success_low: float
-    success_high: float
-    episode_length: float
-    episode_return: float
-    num_start_states: int = 0
-    num_broken: int = 0
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Result of an evaluation.
+class EpisodeStats:
+    """Outcomes of episodes.
 
     Attributes:
         num_episodes: Episodes run to their end.
@@ -62,12 +40,9 @@ class EvalResult:
         success_high: Upper end.
         episode_length: Mean env steps of an episode.
         episode_return: Mean undiscounted return of an episode.
-        wall_s: Seconds that the evaluation took.
         num_broken: Episodes that were lost with a simulator or given up, and do not count.
-        faults: What was survived.
-        has_success: Whether the environment says what success is; without it there are only returns.
-        tasks: Of each task, where they are several.
-        num_start_states: Start states that the episodes of a single task took in turn; 0: each drew its own.
+        num_start_states: Start states that the episodes of a single task took in turn, in their order; 0: each drew its
+            own.
     """
 
     num_episodes: int
@@ -77,12 +52,36 @@ class EvalResult:
     success_high: float
     episode_length: float
     episode_return: float
+    num_broken: int = field(default=0, kw_only=True)
+    num_start_states: int = field(default=0, kw_only=True)
+
+
+@dataclass(frozen=True)
+class TaskResult(EpisodeStats):
+    """Result of an evaluation in one of several tasks.
+
+    Attributes:
+        name: The task's.
+    """
+
+    name: str = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class EvalResult(EpisodeStats):
+    """Result of an evaluation, all tasks together.
+
+    Attributes:
+        wall_s: Seconds that the evaluation took.
+        faults: What was survived.
+        has_success: Whether the environment says what success is; without it there are only returns.
+        tasks: Of each task, where they are several.
+    """
+
     wall_s: float
-    num_broken: int = 0
     faults: tuple[Fault, ...] = ()
     has_success: bool = True
     tasks: tuple[TaskResult, ...] = ()
-    num_start_states: int = 0
 
     @property
     def score(self) -> float:
@@ -114,7 +113,7 @@ class _Tally:
         self.total_return += float(result.episode_return[rows].sum())
 
     def summarise(self, num_episodes: int, has_success: bool) -> dict[str, Any]:
-        """Return what `TaskResult` and `EvalResult` say of so many episodes."""
+        """Return the `EpisodeStats` of so many episodes."""
         rate, low, high = math.nan, math.nan, math.nan
         if has_success:
             rate, (low, high) = self.num_successes / num_episodes, wilson_interval(self.num_successes, num_episodes)
@@ -190,7 +189,7 @@ def evaluate(
         decision += 1  # an environment is busy until its quota is done, so this is each one's own count
     total = _add_up(tallies)
     results = [
-        TaskResult(each.name, **tally.summarise(count, spec.has_success), num_start_states=each.num_start_states)
+        TaskResult(name=each.name, **tally.summarise(count, spec.has_success), num_start_states=each.num_start_states)
         for each, tally, count in zip(spec.task_table, tallies, counts, strict=True)
     ]
     return EvalResult(
